@@ -1,0 +1,325 @@
+"""The yacs tree: names, defaults, units, checks; old spellings accepted; frozen."""
+
+from __future__ import annotations
+
+import logging
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yacs.config import CfgNode
+
+from reid.checks import (
+    Check,
+    Given,
+    Refused,
+    as_list,
+    example,
+    flag,
+    increasing,
+    integer,
+    multiples_around,
+    nearest,
+    one_of,
+    optional,
+    read_file,
+    read_overrides,
+    real,
+    sequence,
+    shown,
+    text,
+)
+from reid.errors import SettingsError, UnknownKeyError
+
+_OPTIMIZERS = one_of("Adam", "AdamW", "SGD", "NAdam", "RAdam", "RMSprop", "Adagrad")
+_SIZE = sequence(integer(8), "height and width, two whole numbers >= 8", length=2)
+_MEAN = sequence(real(), "three numbers (red, green, blue)", length=3)
+_STD = sequence(real(above=0), "three numbers > 0 (red, green, blue)", length=3)
+_BENCHMARK = sequence(one_of("market1501", "synthetic"), "exactly one of market1501, synthetic", length=1)
+_EPOCHS = increasing(sequence(integer(0), "increasing whole numbers >= 0"))
+_TAGS = as_list(sequence(text(shortest=1, longest=64), "a list of texts of 1 to 64 characters"))
+
+# Every setting once: full key, default, check. The defaults are the published recipe (configs/softmax_triplet.yml).
+SETTINGS: dict[str, tuple[Any, Check]] = {
+    "SEED": (0, integer(0, 2**32 - 1)),  # where all of the run's random numbers come from
+    # the run's folder; empty: runs/ and the name of the configuration file, or runs/default without one
+    "OUTPUT_DIR": ("", text()),
+    # ---- MODEL ----
+    "MODEL.NAME": ("resnet50", one_of("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")),  # the backbone
+    "MODEL.DEVICE": ("auto", one_of("auto", "cuda", "cpu")),  # auto: cuda where there is a GPU, else cpu
+    # stride of the last residual stage; 1 doubles the height and width of its map (16 x 8 for 256 x 128 images)
+    "MODEL.LAST_STRIDE": (1, integer(1, 2)),
+    "MODEL.PRETRAIN_PATH": ("", text()),  # the file of weights to start from; imagenet can do without one, self cannot
+    # imagenet: the backbone only; self: a checkpoint of ours or of reid-strong-baseline; none: random weights
+    "MODEL.PRETRAIN_CHOICE": ("imagenet", one_of("imagenet", "self", "none")),
+    # bnneck: a BatchNorm between the feature that the metric losses see and the classifier
+    "MODEL.NECK": ("bnneck", one_of("bnneck", "no")),
+    # ReLU after the backbone's first BatchNorm; reid-strong-baseline's published weights were trained without it
+    "MODEL.STEM_RELU": (False, flag),
+    # adds the center loss, and then DATALOADER.SAMPLER chooses the batches only, no longer the losses
+    "MODEL.IF_WITH_CENTER": (False, flag),
+    # triplet without a center loss; center or triplet_center with one
+    "MODEL.METRIC_LOSS_TYPE": ("triplet", one_of("triplet", "center", "triplet_center")),
+    "MODEL.IF_LABELSMOOTH": (True, flag),  # label smoothing (epsilon 0.1) of the identity loss
+    # label smoothing also for SAMPLER softmax without center loss, where the published code silently leaves it out
+    "MODEL.SMOOTH_SOFTMAX": (False, flag),
+    # ---- INPUT ----
+    "INPUT.SIZE_TRAIN": ((256, 128), _SIZE),  # pixels of a training image: height, width
+    "INPUT.SIZE_TEST": ((256, 128), _SIZE),  # pixels of a test image: height, width
+    "INPUT.PROB": (0.5, real(minimum=0, maximum=1)),  # probability of a horizontal flip
+    "INPUT.RE_PROB": (0.5, real(minimum=0, maximum=1)),  # probability of random erasing
+    # subtracted from pixels in 0..1; also what random erasing writes, after normalisation as published
+    "INPUT.PIXEL_MEAN": ((0.485, 0.456, 0.406), _MEAN),
+    "INPUT.PIXEL_STD": ((0.229, 0.224, 0.225), _STD),  # pixels in 0..1 are divided by it
+    "INPUT.PADDING": (10, integer(0)),  # pixels of black border on each side before the random crop
+    # ---- DATASETS ----
+    "DATASETS.NAMES": (("market1501",), _BENCHMARK),  # the benchmark to train and test on
+    "DATASETS.ROOT_DIR": ("./data", text()),  # the folder that holds the benchmarks' folders
+    "DATASETS.CACHE_DIR": ("./cache", text()),  # the folder for images that are decoded and resized once
+    # people in the training set of the generated benchmark (NAMES synthetic)
+    "DATASETS.SYNTHETIC.NUM_TRAIN_PIDS": (64, integer(2)),
+    "DATASETS.SYNTHETIC.NUM_TEST_PIDS": (48, integer(2)),  # people in its query and gallery
+    "DATASETS.SYNTHETIC.IMAGES_PER_PID": (12, integer(4)),  # images of each of its people
+    "DATASETS.SYNTHETIC.NUM_CAMERAS": (4, integer(2)),  # its cameras; a query is looked for on the others, hence two
+    # where its random numbers come from; not SEED, so that every run of a study sees the same people
+    "DATASETS.SYNTHETIC.SEED": (0, integer(0, 2**32 - 1)),
+    # ---- DATALOADER ----
+    "DATALOADER.NUM_WORKERS": (2, integer(0)),  # loader processes per rank; 0: load in the training process
+    # batches and losses: softmax (any images, identity loss), triplet (P x K, triplet loss), softmax_triplet (both)
+    "DATALOADER.SAMPLER": ("softmax_triplet", one_of("softmax", "triplet", "softmax_triplet")),
+    "DATALOADER.NUM_INSTANCE": (4, integer(1)),  # K, the images per identity in a P x K batch
+    # ---- SOLVER ----
+    "SOLVER.OPTIMIZER_NAME": ("Adam", _OPTIMIZERS),  # a class of torch.optim
+    "SOLVER.MAX_EPOCHS": (120, integer(1)),  # epochs to train
+    "SOLVER.BASE_LR": (3.5e-4, real(above=0)),  # learning rate after warm-up
+    "SOLVER.BIAS_LR_FACTOR": (1.0, real(minimum=0)),  # learning rate of biases, in units of BASE_LR
+    "SOLVER.MOMENTUM": (0.9, real(minimum=0, maximum=1)),  # SGD only
+    "SOLVER.MARGIN": (0.3, optional(real(minimum=0))),  # triplet margin in Euclidean distance; None: soft margin
+    "SOLVER.CENTER_LR": (0.5, real(above=0)),  # learning rate of the centers; constant
+    "SOLVER.CENTER_LOSS_WEIGHT": (0.0005, real(above=0)),  # factor of the center loss in the sum of losses
+    "SOLVER.WEIGHT_DECAY": (5e-4, real(minimum=0)),  # weight decay of all but biases
+    "SOLVER.WEIGHT_DECAY_BIAS": (5e-4, real(minimum=0)),  # weight decay of biases
+    "SOLVER.GAMMA": (0.1, real(above=0)),  # factor of the learning rate at each of STEPS
+    "SOLVER.STEPS": ((40, 70), _EPOCHS),  # epochs after which the learning rate falls
+    "SOLVER.WARMUP_FACTOR": (0.01, real(minimum=0, maximum=1)),  # where warm-up starts, in units of BASE_LR
+    "SOLVER.WARMUP_ITERS": (10, integer(0)),  # length of the warm-up in EPOCHS, despite the name; 0: none
+    # linear: rises to BASE_LR; constant: stays at WARMUP_FACTOR until warm-up ends
+    "SOLVER.WARMUP_METHOD": ("linear", one_of("linear", "constant")),
+    "SOLVER.CHECKPOINT_PERIOD": (1, integer(1)),  # epochs between checkpoints
+    "SOLVER.LOG_PERIOD": (20, integer(1)),  # iterations between log lines
+    "SOLVER.EVAL_PERIOD": (40, integer(1)),  # epochs between evaluations; the last epoch is always evaluated
+    "SOLVER.IMS_PER_BATCH": (64, integer(1)),  # images in the GLOBAL batch, P x K over all ranks
+    "SOLVER.PRECISION": ("fp32", one_of("fp32", "fp64", "bf16", "fp16")),  # what the model computes in
+    # BatchNorm statistics over the global batch; without it, several ranks train another model than one
+    "SOLVER.SYNC_BN": (True, flag),
+    "SOLVER.TIMEOUT_MINUTES": (30.0, real(above=0)),  # minutes that a collective waits for a missing rank
+    # ---- TEST ----
+    "TEST.IMS_PER_BATCH": (128, integer(1)),  # images in an evaluation batch
+    "TEST.RE_RANKING": (False, flag),  # k-reciprocal re-ranking
+    "TEST.WEIGHT": ("", text()),  # the checkpoint to evaluate
+    "TEST.NECK_FEAT": ("after", one_of("after", "before")),  # compare features after the BNNeck or before it
+    "TEST.FEAT_NORM": (True, flag),  # L2-normalise features, so that they compare by cosine
+    # ---- WANDB ----
+    "WANDB.ENABLE": (True, flag),  # record the run with Weights & Biases
+    "WANDB.PROJECT": ("reid-strong-baseline", text(longest=128, without="/\\#?%:")),  # the W&B project
+    "WANDB.ENTITY": ("", text()),  # the W&B user or team; empty: the key's own
+    "WANDB.NAME": ("", text()),  # the run's name; empty: W&B invents one
+    "WANDB.TAGS": ([], _TAGS),  # the run's tags
+    "WANDB.SYNC_TENSORBOARD": (False, flag),  # let W&B copy TensorBoard files
+    "WANDB.SAVE_CODE": (False, flag),  # let W&B copy the code
+    # empty: the environment decides, offline where there is no key
+    "WANDB.MODE": ("", one_of("", "online", "offline", "disabled")),
+    "WANDB.GROUP": ("", text()),  # runs that W&B shows together
+    "WANDB.JOB_TYPE": ("train", text()),  # the kind of run within its group
+    "WANDB.NOTES": ("", text()),  # free text
+    "WANDB.INIT_TIMEOUT": (20.0, real(above=0)),  # seconds to wait for W&B's answer at the start
+    "WANDB.FINISH_TIMEOUT": (60.0, real(above=0)),  # seconds to wait for the last upload
+}
+_SECTIONS = {key[:dot] for key in SETTINGS for dot, letter in enumerate(key) if letter == "."}
+
+_UNREAD = "reid-strong-baseline itself never reads it"
+# Keys of reid-strong-baseline's files that do nothing here, and why.
+_NO_EFFECT = {
+    "MODEL.DEVICE_ID": "CUDA_VISIBLE_DEVICES or torchrun chooses the GPUs",
+    "SOLVER.CLUSTER_MARGIN": _UNREAD,
+    "SOLVER.RANGE_K": _UNREAD,
+    "SOLVER.RANGE_MARGIN": _UNREAD,
+    "SOLVER.RANGE_ALPHA": _UNREAD,
+    "SOLVER.RANGE_BETA": _UNREAD,
+    "SOLVER.RANGE_LOSS_WEIGHT": _UNREAD,
+}
+
+_LABEL_SMOOTHING = 0.1  # fixed in reid-strong-baseline too
+
+log = logging.getLogger("reid.config")
+
+
+def load_config(config_file: str | None, overrides: list[str]) -> CfgNode:
+    """The frozen settings: defaults, then the file, then the command line (KEY VALUE or KEY=VALUE; the last wins)."""
+    values = {key: default for key, (default, _) in SETTINGS.items()}
+    unused = {}
+    from_file = read_file(config_file, _SECTIONS) if config_file else ()
+    for given in chain(from_file, read_overrides(overrides, SETTINGS)):
+        if given.key in _NO_EFFECT:
+            unused[given.key] = given.where
+        else:
+            values[given.key] = _checked(given)
+    values["OUTPUT_DIR"] = values["OUTPUT_DIR"] or f"runs/{Path(config_file).stem if config_file else 'default'}"
+    cfg = _tree(values)
+    _check_losses(cfg)
+    _check_batch(cfg)
+    _check_combinations(cfg)
+    for key, where in unused.items():
+        log.warning("%s has no effect (%s): %s", key, where, _NO_EFFECT[key])
+    return cfg
+
+
+def dump(cfg: CfgNode) -> str:
+    """The settings as YAML that load_config reads back to the same tree."""
+    return str(yaml.safe_dump(as_plain_dict(cfg), sort_keys=False, width=120))
+
+
+def as_plain_dict(cfg: CfgNode) -> dict[str, Any]:
+    """The settings as nested dicts, lists, texts and numbers."""
+    return {
+        name: as_plain_dict(value)
+        if isinstance(value, CfgNode)
+        else list(value)
+        if isinstance(value, tuple | list)
+        else value
+        for name, value in cfg.items()
+    }
+
+
+# ---- which losses ----
+# As reid-strong-baseline composes them: without a center loss DATALOADER.SAMPLER chooses, with one METRIC_LOSS_TYPE.
+
+
+def use_identity_loss(cfg: CfgNode) -> bool:
+    return use_center_loss(cfg) or cfg.DATALOADER.SAMPLER != "triplet"
+
+
+def use_triplet_loss(cfg: CfgNode) -> bool:
+    if use_center_loss(cfg):
+        return bool(cfg.MODEL.METRIC_LOSS_TYPE == "triplet_center")
+    return bool(cfg.DATALOADER.SAMPLER != "softmax")
+
+
+def use_center_loss(cfg: CfgNode) -> bool:
+    return bool(cfg.MODEL.IF_WITH_CENTER)
+
+
+def label_smoothing(cfg: CfgNode) -> float:
+    """Epsilon of the identity loss; 0 without smoothing, as where the published code leaves it out."""
+    left_out = cfg.DATALOADER.SAMPLER == "softmax" and not use_center_loss(cfg) and not cfg.MODEL.SMOOTH_SOFTMAX
+    return _LABEL_SMOOTHING if cfg.MODEL.IF_LABELSMOOTH and use_identity_loss(cfg) and not left_out else 0.0
+
+
+# ---- checks of one setting ----
+
+
+def _checked(given: Given) -> Any:
+    key, value, where = given
+    if key in _SECTIONS:
+        first = next(known for known in SETTINGS if known.startswith(f"{key}."))
+        raise SettingsError(
+            f"{key} is a section and takes no value itself, got {shown(value)} {where}; set one of its keys, as {first}"
+        )
+    if key not in SETTINGS:
+        meant = " or ".join(nearest(key, [*SETTINGS, *_SECTIONS]))
+        remedy = f"did you mean {meant}?" if meant else "the keys are in reid/config.py"
+        raise UnknownKeyError(f"every setting must be one of the known keys, got {key} {where}; {remedy}")
+    default, check = SETTINGS[key]
+    try:
+        return check(value)
+    except Refused as refused:
+        remedy = refused.remedy or f"use for example {example(default)}"
+        raise SettingsError(f"{key} must be {refused.wanted}, got {shown(value)} {where}; {remedy}") from None
+
+
+def _tree(values: dict[str, Any]) -> CfgNode:
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        node = nested
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = value
+    cfg = CfgNode(nested)
+    cfg.freeze()
+    return cfg
+
+
+# ---- checks of settings that must fit together ----
+
+
+def _check_losses(cfg: CfgNode) -> None:
+    metric_loss = cfg.MODEL.METRIC_LOSS_TYPE
+    if use_center_loss(cfg) and metric_loss == "triplet":
+        raise SettingsError(
+            "MODEL.METRIC_LOSS_TYPE must be center or triplet_center when MODEL.IF_WITH_CENTER is yes, got triplet; "
+            "use triplet_center, or MODEL.IF_WITH_CENTER no"
+        )
+    # SAMPLER softmax has no metric loss without a center loss, so there the type does not matter, as published.
+    if not use_center_loss(cfg) and use_triplet_loss(cfg) and metric_loss != "triplet":
+        raise SettingsError(
+            f"MODEL.METRIC_LOSS_TYPE must be triplet when MODEL.IF_WITH_CENTER is no, got {metric_loss}; "
+            "use triplet, or MODEL.IF_WITH_CENTER yes"
+        )
+
+
+def _check_batch(cfg: CfgNode) -> None:
+    if cfg.DATALOADER.SAMPLER == "softmax":  # draws images, not identities
+        return
+    batch, k = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE
+    if use_triplet_loss(cfg) and k < 2:
+        raise SettingsError(
+            f"DATALOADER.NUM_INSTANCE must be at least 2 when there is a triplet loss, got {k}; use 4, as published"
+        )
+    least = 2 * k if use_triplet_loss(cfg) else k
+    if batch % k:
+        raise SettingsError(
+            f"SOLVER.IMS_PER_BATCH must be a multiple of DATALOADER.NUM_INSTANCE={k}, got {batch}; "
+            f"use {multiples_around(batch, k, least)}"
+        )
+    if batch < least:
+        raise SettingsError(
+            f"SOLVER.IMS_PER_BATCH must hold at least 2 identities of DATALOADER.NUM_INSTANCE={k} images when there is "
+            f"a triplet loss, got {batch}; use {least} or more"
+        )
+
+
+def _check_combinations(cfg: CfgNode) -> None:
+    if cfg.MODEL.PRETRAIN_CHOICE == "self" and not cfg.MODEL.PRETRAIN_PATH:
+        raise SettingsError(
+            "MODEL.PRETRAIN_PATH must name a checkpoint when MODEL.PRETRAIN_CHOICE is self, got ''; "
+            "set it, or use MODEL.PRETRAIN_CHOICE imagenet"
+        )
+    if cfg.SOLVER.PRECISION == "fp16" and cfg.MODEL.DEVICE == "cpu":
+        raise SettingsError(
+            "SOLVER.PRECISION must be fp32, fp64 or bf16 when MODEL.DEVICE is cpu, got fp16; "
+            "use fp32, or MODEL.DEVICE cuda"
+        )
+    if cfg.TEST.RE_RANKING:
+        raise SettingsError("TEST.RE_RANKING yes is not available yet; use no")
+
+
+def check_ranks(cfg: CfgNode, num_ranks: int) -> None:
+    """Refuses a number of ranks that cannot share every global batch evenly.
+
+    Raises:
+        SettingsError: naming the batch sizes and the numbers of ranks that would do.
+    """
+    batch, k = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE
+    if cfg.DATALOADER.SAMPLER == "softmax":
+        size, shares, each = "", batch, 1
+    else:  # a rank gets whole identities
+        size, shares, each = f" / DATALOADER.NUM_INSTANCE={k}", batch // k, k
+    if shares % num_ranks:
+        fitting = ", ".join(str(ranks) for ranks in range(1, shares + 1) if shares % ranks == 0)
+        batches = multiples_around(batch, each * num_ranks, each * num_ranks)
+        raise SettingsError(
+            f"SOLVER.IMS_PER_BATCH={batch}{size} must be a multiple of the number of ranks, got {shares} on "
+            f"{num_ranks} ranks; use SOLVER.IMS_PER_BATCH {batches}, or one of {fitting} ranks"
+        )

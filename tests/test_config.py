@@ -1,0 +1,832 @@
+"""Settings: defaults, old spellings, every refusal, which losses a configuration means, and the way back to YAML."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reid import config
+from reid.config import (
+    SETTINGS,
+    as_plain_dict,
+    check_ranks,
+    dump,
+    label_smoothing,
+    load_config,
+    use_center_loss,
+    use_identity_loss,
+    use_triplet_loss,
+)
+from reid.errors import SettingsError, UnknownKeyError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+# reid-strong-baseline's configs/softmax_triplet.yml, key for key and quote for quote.
+PUBLISHED = """
+MODEL:
+  PRETRAIN_CHOICE: 'imagenet'
+  PRETRAIN_PATH: '/home/user/.torch/models/resnet50-19c8e357.pth'
+  METRIC_LOSS_TYPE: 'triplet'
+  IF_LABELSMOOTH: 'on'
+  IF_WITH_CENTER: 'no'
+
+INPUT:
+  SIZE_TRAIN: [256, 128]
+  SIZE_TEST: [256, 128]
+  PROB: 0.5 # random horizontal flip
+  RE_PROB: 0.5 # random erasing
+  PADDING: 10
+
+DATASETS:
+  NAMES: ('market1501')
+
+DATALOADER:
+  SAMPLER: 'softmax_triplet'
+  NUM_INSTANCE: 4
+  NUM_WORKERS: 8
+
+SOLVER:
+  OPTIMIZER_NAME: 'Adam'
+  MAX_EPOCHS: 120
+  BASE_LR: 0.00035
+
+  CLUSTER_MARGIN: 0.3
+
+  CENTER_LR: 0.5
+  CENTER_LOSS_WEIGHT: 0.0005
+
+  RANGE_K: 2
+  RANGE_MARGIN: 0.3
+  RANGE_ALPHA: 0
+  RANGE_BETA: 1
+  RANGE_LOSS_WEIGHT: 1
+
+  BIAS_LR_FACTOR: 1
+  WEIGHT_DECAY: 0.0005
+  WEIGHT_DECAY_BIAS: 0.0005
+  IMS_PER_BATCH: 64
+
+  STEPS: [40, 70]
+  GAMMA: 0.1
+
+  WARMUP_FACTOR: 0.01
+  WARMUP_ITERS: 10
+  WARMUP_METHOD: 'linear'
+
+  CHECKPOINT_PERIOD: 40
+  LOG_PERIOD: 20
+  EVAL_PERIOD: 40
+
+TEST:
+  IMS_PER_BATCH: 128
+  RE_RANKING: 'no'
+  WEIGHT: "path"
+  NECK_FEAT: 'after'
+  FEAT_NORM: 'yes'
+
+OUTPUT_DIR: "/home/user/log/all_tricks"
+"""
+
+
+def value_of(cfg, key):
+    for name in key.split("."):
+        cfg = cfg[name]
+    return cfg
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_file(text, name="x.yml"):
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write_file
+
+
+def refusal(config_file, overrides, error=SettingsError):
+    """The message, which must be one sentence on one line: what must hold, what it got; the remedy."""
+    with pytest.raises(error) as caught:
+        load_config(config_file, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "; " in message
+    assert not message.endswith(".")
+    return message
+
+
+# ---- the tree ----
+
+
+def test_every_key_has_its_default():
+    cfg = load_config(None, [])
+    for key, (default, _) in SETTINGS.items():
+        assert value_of(cfg, key) == ("runs/default" if key == "OUTPUT_DIR" else default), key
+        assert type(value_of(cfg, key)) is type(default), key
+
+
+def test_every_default_passes_its_own_check():
+    for key, (default, check) in SETTINGS.items():
+        assert check(default) == default, key
+        assert type(check(default)) is type(default), key
+
+
+def test_every_key_has_a_comment():
+    lines = Path(config.__file__).read_text().splitlines()
+    rows = {match[1]: row for row, line in enumerate(lines) if (match := re.match(r'    "([A-Z_.0-9]+)": \(', line))}
+    assert set(rows) == set(SETTINGS)
+    for key, row in rows.items():
+        above = lines[row - 1].strip()
+        assert re.search(r"\)?,  # \w", lines[row]) or (above.startswith("# ") and "----" not in above), key
+
+
+def test_the_tree_is_frozen():
+    cfg = load_config(None, [])
+    assert cfg.is_frozen()
+    with pytest.raises(AttributeError):
+        cfg.SEED = 1
+    with pytest.raises(AttributeError):
+        cfg.DATASETS.SYNTHETIC.SEED = 1
+
+
+def test_two_trees_share_nothing():
+    load_config(None, []).WANDB.TAGS.append("mine")
+    assert load_config(None, []).WANDB.TAGS == []
+
+
+def test_a_settings_error_needs_no_torch():
+    code = (
+        "import sys, reid.config\n"
+        "try: reid.config.load_config(None, ['SOLVER.BASE_LR', '0'])\n"
+        "except reid.config.SettingsError: pass\n"
+        "print([name for name in ('torch', 'ignite', 'numpy', 'accelerate', 'wandb', 'PIL') if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ))
+    assert (run.stdout.strip(), run.stderr) == ("[]", "")
+
+
+def test_prints_nothing(capfd, write):
+    load_config(write(PUBLISHED), ["MODEL.DEVICE_ID", "('0')"])
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "with_center"), [("softmax_triplet.yml", False), ("softmax_triplet_with_center.yml", True)]
+)
+def test_our_config_files_are_the_published_recipe(name, with_center, caplog):
+    cfg = load_config(str(CONFIGS / name), [])
+    recipe = load_config(
+        None, ["MODEL.METRIC_LOSS_TYPE", "triplet_center", "MODEL.IF_WITH_CENTER", "yes"][: 4 * with_center]
+    )
+    for section in ("MODEL", "INPUT", "DATASETS", "DATALOADER", "SOLVER", "TEST"):
+        assert cfg[section] == recipe[section]
+    assert f"runs/{Path(name).stem}" == cfg.OUTPUT_DIR
+    assert cfg.WANDB.ENTITY == ""
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yml")), ids=lambda path: path.name)
+def test_a_config_file_says_how_to_run_it_and_what_to_expect(path):
+    header = path.read_text().split("\n\n")[0]
+    for word in (f"--config_file configs/{path.name}", "torchrun", "hardware", "hours", "mAP", "rank-1"):
+        assert word in header
+
+
+# ---- files and command lines of reid-strong-baseline ----
+
+
+def test_the_published_file_runs_unchanged(write, caplog):
+    with caplog.at_level(logging.WARNING, "reid.config"):
+        cfg = load_config(
+            write(PUBLISHED), ["MODEL.DEVICE_ID", "('your device id')", "DATASETS.NAMES", "('market1501')"]
+        )
+    ours = load_config(str(CONFIGS / "softmax_triplet.yml"), [])
+    assert cfg.INPUT == ours.INPUT
+    assert cfg.DATASETS == ours.DATASETS
+    assert cfg.SOLVER.STEPS == (40, 70)
+    assert cfg.SOLVER.CHECKPOINT_PERIOD == 40
+    assert cfg.DATALOADER.NUM_WORKERS == 8
+    assert cfg.OUTPUT_DIR == "/home/user/log/all_tricks"
+    assert cfg.TEST.WEIGHT == "path"
+    assert (cfg.MODEL.IF_LABELSMOOTH, cfg.MODEL.IF_WITH_CENTER, cfg.TEST.RE_RANKING, cfg.TEST.FEAT_NORM) == (
+        True,
+        False,
+        False,
+        True,
+    )
+    notices = [record.getMessage() for record in caplog.records]
+    assert len(notices) == 7
+    assert all("has no effect" in notice and "\n" not in notice for notice in notices)
+    assert any("MODEL.DEVICE_ID" in notice and "CUDA_VISIBLE_DEVICES" in notice for notice in notices)
+    for key in ("CLUSTER_MARGIN", "RANGE_K", "RANGE_MARGIN", "RANGE_ALPHA", "RANGE_BETA", "RANGE_LOSS_WEIGHT"):
+        assert sum(f"SOLVER.{key} " in notice for notice in notices) == 1
+        assert key not in cfg.SOLVER
+    assert "DEVICE_ID" not in cfg.MODEL
+
+
+@pytest.mark.parametrize("value", ["0", "{a: 1}", "[1, x]", "", "yes"])
+def test_a_dead_key_may_have_any_value_and_is_mentioned_once(value, write, caplog):
+    load_config(write(f"SOLVER: {{RANGE_K: {value}}}"), ["SOLVER.RANGE_K", "3", "SOLVER.RANGE_K=4"])
+    assert len(caplog.records) == 1
+
+
+# ---- accepted spellings ----
+
+SPELLINGS = [
+    ("DATASETS.NAMES", "('market1501')", ("market1501",)),
+    ("DATASETS.NAMES", "('market1501',)", ("market1501",)),
+    ("DATASETS.NAMES", "market1501", ("market1501",)),
+    ("DATASETS.NAMES", "[synthetic]", ("synthetic",)),
+    ("DATASETS.NAMES", '["synthetic"]', ("synthetic",)),
+    ("OUTPUT_DIR", "('/log/x')", "/log/x"),
+    ("OUTPUT_DIR", "/log/it's (new)", "/log/it's (new)"),
+    ("OUTPUT_DIR", "a=b", "a=b"),
+    ("WANDB.NAME", "123", "123"),
+    ("WANDB.NAME", "", ""),
+    ("WANDB.NOTES", "lr=0.1; 'x'", "lr=0.1; 'x'"),
+    ("WANDB.TAGS", "['a','b']", ["a", "b"]),
+    ("WANDB.TAGS", "[a,b]", ["a", "b"]),
+    ("WANDB.TAGS", "a,b", ["a", "b"]),
+    ("WANDB.TAGS", "('a')", ["a"]),
+    ("WANDB.TAGS", "", []),
+    ("MODEL.IF_LABELSMOOTH", "('off')", False),
+    ("MODEL.IF_LABELSMOOTH", "YES", True),
+    ("MODEL.IF_LABELSMOOTH", "On", True),
+    ("MODEL.IF_LABELSMOOTH", "true", True),
+    ("MODEL.IF_LABELSMOOTH", "False", False),
+    ("MODEL.IF_LABELSMOOTH", "no", False),
+    ("MODEL.NECK", "no", "no"),
+    ("MODEL.NECK", "('bnneck')", "bnneck"),
+    ("WANDB.MODE", "", ""),
+    ("SOLVER.BASE_LR", "1e-3", 1e-3),
+    ("SOLVER.BASE_LR", "1", 1.0),
+    ("SOLVER.BASE_LR", "('0.5')", 0.5),
+    ("SOLVER.WARMUP_FACTOR", "1", 1.0),
+    ("SOLVER.MARGIN", "None", None),
+    ("SOLVER.MARGIN", "('none')", None),
+    ("SOLVER.MARGIN", "0", 0.0),
+    ("SOLVER.STEPS", "[30, 55]", (30, 55)),
+    ("SOLVER.STEPS", "(30, 55)", (30, 55)),
+    ("SOLVER.STEPS", "30,55,80", (30, 55, 80)),
+    ("SOLVER.STEPS", "(30)", (30,)),
+    ("SOLVER.STEPS", "[]", ()),
+    ("SOLVER.MAX_EPOCHS", "('5')", 5),
+    ("INPUT.SIZE_TRAIN", "[384,128]", (384, 128)),
+    ("INPUT.PIXEL_MEAN", "[0, 0.5, -1e-3]", (0.0, 0.5, -1e-3)),
+    ("DATALOADER.NUM_WORKERS", "0", 0),
+]
+
+
+@pytest.mark.parametrize(("key", "word", "expected"), SPELLINGS)
+def test_spellings_on_the_command_line(key, word, expected):
+    for overrides in ([key, word], [f"{key}={word}"]):
+        got = value_of(load_config(None, overrides), key)
+        assert got == expected
+        assert type(got) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "yaml_value", "expected"),
+    [
+        *((key, f"'{word}'", expected) for key, word, expected in SPELLINGS if "'" not in word and word != ""),
+        ("DATASETS.NAMES", "('market1501')", ("market1501",)),
+        ("DATASETS.NAMES", "[market1501]", ("market1501",)),
+        ("OUTPUT_DIR", "('/log/x')", "/log/x"),
+        ("MODEL.NECK", "no", "no"),
+        ("MODEL.IF_WITH_CENTER", "no", False),
+        ("MODEL.IF_LABELSMOOTH", "off", False),
+        ("TEST.FEAT_NORM", "'yes'", True),
+        ("SOLVER.BASE_LR", "1e-3", 1e-3),
+        ("SOLVER.BIAS_LR_FACTOR", "2", 2.0),
+        ("SOLVER.MARGIN", "null", None),
+        ("SOLVER.MARGIN", "None", None),
+        ("SOLVER.STEPS", "(40, 70)", (40, 70)),
+        ("SOLVER.STEPS", "40", (40,)),
+        ("INPUT.SIZE_TEST", "[384, 128]", (384, 128)),
+        ("WANDB.TAGS", "[a, 'b c']", ["a", "b c"]),
+        ("WANDB.NOTES", "é 中", "é 中"),
+    ],
+)
+def test_spellings_in_a_file(key, yaml_value, expected, write):
+    nested = ""
+    for depth, name in enumerate(key.split(".")):
+        nested += ("\n" if depth else "") + "  " * depth + f"{name}:"
+    cfg = load_config(write(f"{nested} {yaml_value}\n"), [])
+    assert value_of(cfg, key) == expected
+    assert type(value_of(cfg, key)) is type(expected)
+
+
+def test_the_command_line_wins_over_the_file_and_its_last_word_over_the_others(write):
+    file = write("SOLVER: {BASE_LR: 0.1, GAMMA: 0.2}")
+    cfg = load_config(file, ["SOLVER.BASE_LR", "0.3", "SEED=5", "SOLVER.BASE_LR=0.4", "WANDB.NOTES", "a=b=c"])
+    assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.GAMMA, cfg.SEED, cfg.WANDB.NOTES) == (0.4, 0.2, 5, "a=b=c")
+
+
+def test_a_value_may_look_like_a_key_where_an_equals_sign_says_so():
+    cfg = load_config(None, ["WANDB.NAME=SOLVER.BASE_LR=0.1", "WANDB.GROUP=SEED"])
+    assert (cfg.WANDB.NAME, cfg.WANDB.GROUP) == ("SOLVER.BASE_LR=0.1", "SEED")
+
+
+def test_a_value_may_start_with_a_minus():
+    assert load_config(None, ["INPUT.PIXEL_MEAN", "-1,-.5,0"]).INPUT.PIXEL_MEAN == (-1.0, -0.5, 0.0)
+    assert "got '-0.1'" in refusal(None, ["SOLVER.BASE_LR", "-0.1"])
+
+
+@pytest.mark.parametrize(
+    "text", ["", "# only a comment\n", "---\n", "MODEL:\n", "MODEL: {}\nDATASETS:\n  SYNTHETIC:\n"]
+)
+def test_an_empty_file_or_section_changes_nothing(text, write):
+    cfg = load_config(write(text), ["OUTPUT_DIR", "o"])
+    assert cfg == load_config(None, ["OUTPUT_DIR", "o"])
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_key(write):
+    assert load_config(write(b"\xef\xbb\xbfSEED: 3\r\n"), []).SEED == 3
+
+
+def test_output_dir_is_named_after_the_file(write):
+    assert load_config(write("", "my.exp.yml"), []).OUTPUT_DIR == "runs/my.exp"
+    assert load_config(write("OUTPUT_DIR: there"), []).OUTPUT_DIR == "there"
+    assert load_config(write("OUTPUT_DIR: there"), ["OUTPUT_DIR", "here"]).OUTPUT_DIR == "here"
+    assert load_config("", []).OUTPUT_DIR == "runs/default"
+
+
+# ---- refused: one value ----
+
+
+@pytest.mark.parametrize(
+    ("key", "word", "parts"),
+    [
+        ("SEED", "-1", ["from 0 to 4294967295", "use for example 0"]),
+        ("SEED", "4294967296", ["from 0 to 4294967295"]),
+        ("MODEL.DEVICE", "cuda:0", ["auto, cuda, cpu", "did you mean cuda?"]),
+        ("MODEL.NAME", "resnet51", ["resnet18, resnet34, resnet50, resnet101, resnet152", "did you mean resnet50?"]),
+        ("MODEL.NAME", "vit", ["one of resnet18", "use for example resnet50"]),
+        ("MODEL.LAST_STRIDE", "3", ["from 1 to 2", "use for example 1"]),
+        ("MODEL.NECK", "BNNeck", ["bnneck, no", "did you mean bnneck?"]),
+        ("MODEL.PRETRAIN_CHOICE", "None", ["imagenet, self, none", "did you mean none?"]),
+        ("MODEL.IF_LABELSMOOTH", "maybe", ["yes or no", "use for example yes"]),
+        ("MODEL.IF_WITH_CENTER", "1", ["yes or no", "use for example no"]),
+        ("INPUT.SIZE_TRAIN", "256", ["height and width", "use for example [256,128]"]),
+        ("INPUT.SIZE_TRAIN", "256,128,3", ["height and width"]),
+        ("INPUT.SIZE_TRAIN", "256,4", [">= 8"]),
+        ("INPUT.SIZE_TEST", "256,128.0", ["whole numbers"]),
+        ("INPUT.PROB", "1.5", ["a number from 0 to 1", "use for example 0.5"]),
+        ("INPUT.RE_PROB", "-0.5", ["a number from 0 to 1"]),
+        ("INPUT.PIXEL_MEAN", "0.5", ["three numbers"]),
+        ("INPUT.PIXEL_MEAN", "a,b,c", ["three numbers", "[0.485,0.456,0.406]"]),
+        ("INPUT.PIXEL_STD", "1,1,0", ["three numbers > 0"]),
+        ("INPUT.PADDING", "-1", ["a whole number >= 0", "use for example 10"]),
+        ("DATASETS.NAMES", "('market1501','dukemtmc')", ["exactly one of market1501, synthetic"]),
+        ("DATASETS.NAMES", "market1502", ["exactly one of", "did you mean market1501?"]),
+        ("DATASETS.NAMES", "", ["exactly one of", "use for example [market1501]"]),
+        ("DATASETS.SYNTHETIC.NUM_CAMERAS", "1", ["a whole number >= 2", "use for example 4"]),
+        ("DATALOADER.NUM_WORKERS", "2.5", ["a whole number >= 0"]),
+        (
+            "DATALOADER.SAMPLER",
+            "softmax-triplet",
+            ["softmax, triplet, softmax_triplet", "did you mean softmax_triplet?"],
+        ),
+        ("DATALOADER.NUM_INSTANCE", "0", ["a whole number >= 1", "use for example 4"]),
+        ("SOLVER.OPTIMIZER_NAME", "adam", ["Adam, AdamW, SGD", "did you mean Adam?"]),
+        ("SOLVER.MAX_EPOCHS", "0", ["a whole number >= 1", "use for example 120"]),
+        ("SOLVER.BASE_LR", "0", ["a number > 0", "use for example 0.00035"]),
+        ("SOLVER.BASE_LR", "fast", ["a number > 0"]),
+        ("SOLVER.BASE_LR", "nan", ["a number > 0"]),
+        ("SOLVER.BASE_LR", "inf", ["a number > 0"]),
+        ("SOLVER.BASE_LR", "1e999", ["a number > 0"]),
+        ("SOLVER.BASE_LR", "1" + 400 * "0", ["a number > 0"]),
+        ("SOLVER.BASE_LR", "True", ["a number > 0"]),
+        ("SOLVER.BASE_LR", "None", ["a number > 0"]),
+        ("SOLVER.BASE_LR", "1+2j", ["a number > 0"]),
+        ("SOLVER.BASE_LR", "", ["a number > 0"]),
+        ("SOLVER.MOMENTUM", "1.1", ["from 0 to 1", "use for example 0.9"]),
+        ("SOLVER.MARGIN", "-0.3", ["a number >= 0 or None", "use for example 0.3"]),
+        ("SOLVER.CENTER_LR", "0", ["a number > 0"]),
+        ("SOLVER.CENTER_LOSS_WEIGHT", "0", ["a number > 0", "use for example 0.0005"]),
+        ("SOLVER.WEIGHT_DECAY", "-1", ["a number >= 0"]),
+        ("SOLVER.WEIGHT_DECAY_BIAS", "-1", ["a number >= 0"]),
+        ("SOLVER.GAMMA", "0", ["a number > 0"]),
+        ("SOLVER.STEPS", "70,40", ["increasing whole numbers >= 0", "use [40,70]"]),
+        ("SOLVER.STEPS", "40,40", ["increasing whole numbers >= 0", "use [40]"]),
+        ("SOLVER.STEPS", "40,x", ["increasing whole numbers >= 0", "use for example [40,70]"]),
+        ("SOLVER.STEPS", "-1,2", ["increasing whole numbers >= 0"]),
+        ("SOLVER.STEPS", "None", ["increasing whole numbers >= 0"]),
+        ("SOLVER.STEPS", "40.0", ["increasing whole numbers >= 0", "use 40"]),
+        ("SOLVER.WARMUP_FACTOR", "2", ["from 0 to 1"]),
+        ("SOLVER.WARMUP_ITERS", "-1", ["a whole number >= 0"]),
+        ("SOLVER.WARMUP_METHOD", "cosine", ["linear, constant"]),
+        ("SOLVER.LOG_PERIOD", "0", ["a whole number >= 1", "use for example 20"]),
+        ("SOLVER.EVAL_PERIOD", "0", ["a whole number >= 1"]),
+        ("SOLVER.CHECKPOINT_PERIOD", "0", ["a whole number >= 1"]),
+        ("SOLVER.IMS_PER_BATCH", "64.0", ["a whole number >= 1", "use 64"]),
+        ("SOLVER.IMS_PER_BATCH", "-64.0", ["a whole number >= 1", "use for example 64"]),
+        ("SOLVER.IMS_PER_BATCH", "True", ["a whole number >= 1"]),
+        ("SOLVER.IMS_PER_BATCH", "9" * 6000, ["a whole number >= 1"]),
+        ("SOLVER.PRECISION", "float32", ["fp32, fp64, bf16, fp16"]),
+        ("SOLVER.TIMEOUT_MINUTES", "0", ["a number > 0", "use for example 30.0"]),
+        ("TEST.IMS_PER_BATCH", "0", ["a whole number >= 1", "use for example 128"]),
+        ("TEST.NECK_FEAT", "bn", ["after, before"]),
+        ("OUTPUT_DIR", "None", ["text", "use ''"]),
+        ("WANDB.PROJECT", "my/project", ["without any of /\\#?%:", "use for example reid-strong-baseline"]),
+        ("WANDB.PROJECT", "p" * 129, ["to 128 characters"]),
+        ("WANDB.TAGS", "['']", ["1 to 64 characters"]),
+        ("WANDB.TAGS", "t" * 65, ["1 to 64 characters", "use for example []"]),
+        ("WANDB.TAGS", "[1, 2]", ["a list of texts"]),
+        ("WANDB.MODE", "onlin", ["one of '', online, offline, disabled", "did you mean online?"]),
+        ("WANDB.INIT_TIMEOUT", "0", ["a number > 0", "use for example 20.0"]),
+    ],
+)
+def test_a_wrong_value_on_the_command_line(key, word, parts):
+    message = refusal(None, [key, word])
+    got = repr(word) if len(repr(word)) <= 80 else repr(word)[:77] + "..."
+    assert message.startswith(f"{key} must be ")
+    assert f", got {got} on the command line; " in message
+    for part in parts:
+        assert part in message
+    assert refusal(None, [f"{key}={word}"]) == message
+
+
+@pytest.mark.parametrize(
+    ("key", "yaml_value", "parts"),
+    [
+        ("MODEL.NAME", "null", ["one of resnet18", "got None"]),
+        ("MODEL.NAME", "[resnet50]", ["one of resnet18", "got ['resnet50']"]),
+        ("MODEL.NAME", "no", ["one of resnet18", "got False"]),
+        ("MODEL.IF_LABELSMOOTH", "null", ["yes or no", "got None"]),
+        ("MODEL.IF_LABELSMOOTH", "1", ["yes or no", "got 1"]),
+        ("MODEL.IF_LABELSMOOTH", "[yes]", ["yes or no", "got [True]"]),
+        ("SOLVER.IMS_PER_BATCH", "true", ["a whole number >= 1", "got True"]),
+        ("SOLVER.IMS_PER_BATCH", "64.0", ["a whole number >= 1", "got 64.0", "use 64"]),
+        ("SOLVER.IMS_PER_BATCH", "{a: 1}", ["a whole number >= 1", "got {'a': 1}"]),
+        ("SOLVER.IMS_PER_BATCH", "null", ["got None", "use for example 64"]),
+        ("SOLVER.BASE_LR", "yes", ["a number > 0", "got True"]),
+        ("SOLVER.BASE_LR", ".nan", ["a number > 0", "got nan"]),
+        ("SOLVER.BASE_LR", ".inf", ["a number > 0", "got inf"]),
+        ("SOLVER.BASE_LR", "[0.1]", ["a number > 0", "got [0.1]"]),
+        ("SOLVER.MARGIN", "[]", ["a number >= 0 or None", "got []"]),
+        ("SOLVER.STEPS", "{40: 70}", ["increasing whole numbers", "got {40: 70}"]),
+        ("SOLVER.STEPS", "[true]", ["increasing whole numbers", "got [True]"]),
+        ("WANDB.NAME", "123", ["text", "got 123", "put it in quotes"]),
+        ("WANDB.NAME", "2024-01-02", ["text", "got datetime.date(2024, 1, 2)", "put it in quotes"]),
+        ("WANDB.NAME", "no", ["text", "got False", "put it in quotes"]),
+        ("WANDB.NAME", "null", ["text", "got None", "use ''"]),
+        ("DATASETS.NAMES", "null", ["exactly one of", "got None"]),
+        ("DATASETS.NAMES", "[market1501, synthetic]", ["exactly one of", "got ['market1501', 'synthetic']"]),
+        ("WANDB.TAGS", "[2024]", ["a list of texts", "got [2024]", "put it in quotes"]),
+    ],
+)
+def test_a_wrong_value_in_a_file(key, yaml_value, parts, write):
+    section, name = key.split(".")
+    file = write(f"# a comment\n{section}:\n  {name}: {yaml_value}\n")
+    message = refusal(file, [])
+    assert message.startswith(f"{key} must be ")
+    assert f" in {file}, line 3; " in message
+    for part in parts:
+        assert part in message
+
+
+def test_re_ranking_is_refused_for_now():
+    assert refusal(None, ["TEST.RE_RANKING", "'yes'"]) == "TEST.RE_RANKING yes is not available yet; use no"
+
+
+# ---- refused: keys ----
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("MODEL.NAM", "MODEL.NAME"),
+        ("model.name", "MODEL.NAME"),
+        ("SOLVER.Base_LR", "SOLVER.BASE_LR"),
+        ("BASE_LR", "SOLVER.BASE_LR"),
+        ("SOLVER.SAMPLER", "DATALOADER.SAMPLER"),
+        ("IMS_PER_BATCH", "SOLVER.IMS_PER_BATCH or TEST.IMS_PER_BATCH"),
+        ("SOLVER.IMS_PER_BATCHES", "SOLVER.IMS_PER_BATCH"),
+        ("--SOLVER.BASE_LR", "SOLVER.BASE_LR"),
+        ("SOLVERS", "SOLVER"),
+    ],
+)
+def test_an_unknown_key_gets_the_nearest(key, meant):
+    for overrides in ([key, "1"], [f"{key}=1"]):
+        message = refusal(None, overrides, UnknownKeyError)
+        assert f"got {key} on the command line; did you mean {meant}?" in message
+
+
+def test_an_unknown_key_far_from_all_others():
+    assert "got QQQQ on the command line; the keys are in reid/config.py" in refusal(None, ["QQQQ", "1"], KeyError)
+    assert "got  on the command line" in refusal(None, ["=1"])
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key", "meant"),
+    [
+        ("SOLVER:\n  LR_BASE: 1\n", 2, "SOLVER.LR_BASE", "SOLVER.BASE_LR"),
+        ("solver:\n  BASE_LR: 1\n", 1, "solver", "SOLVER"),
+        ("SOLVER:\n  MODEL:\n    NAME: x\n", 2, "SOLVER.MODEL", "did you mean"),
+    ],
+)
+def test_an_unknown_key_in_a_file(text, line, key, meant, write):
+    file = write(text)
+    message = refusal(file, [], UnknownKeyError)
+    assert f"got {key} in {file}, line {line}; " in message
+    assert meant in message.partition(";")[2]
+
+
+def test_a_key_without_a_value():
+    assert (
+        "SOLVER.BASE_LR must be followed by its value on the command line, got the end; use SOLVER.BASE_LR=VALUE"
+        in (refusal(None, ["SEED", "1", "SOLVER.BASE_LR"]))
+    )
+    for following in ("MODEL.NAME", "MODEL.NAME=resnet18"):
+        message = refusal(None, ["OUTPUT_DIR", following, "resnet50"])
+        assert message.startswith("OUTPUT_DIR must be followed by its value")
+        assert f"got the key {following}; use OUTPUT_DIR=VALUE" in message
+
+
+def test_a_section_is_no_setting(write):
+    message = "MODEL is a section and takes no value itself, got 'resnet50' {}; set one of its keys, as MODEL.NAME"
+    assert refusal(None, ["MODEL", "resnet50"]) == message.format("on the command line")
+    assert refusal(None, ["MODEL=resnet50"]) == message.format("on the command line")
+    file = write("MODEL: resnet50")
+    assert refusal(file, []) == message.format(f"in {file}, line 1")
+    assert "DATASETS.SYNTHETIC is a section" in refusal(write("DATASETS: {SYNTHETIC: [1]}"), [])
+
+
+# ---- refused: files ----
+
+
+def test_a_missing_file(tmp_path):
+    message = refusal(str(tmp_path / "none.yml"), [])
+    assert message == f"{tmp_path}/none.yml must be a file that can be read, got: No such file or directory; " + (
+        "correct --config_file"
+    )
+
+
+def test_a_folder_and_a_forbidden_file(tmp_path, monkeypatch):
+    assert f"{tmp_path} must be a file that can be read, got: Is a directory" in refusal(str(tmp_path), [])
+    assert "must be a file that can be read" in refusal("a\0b", [])
+
+    def forbidden(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", forbidden)
+    assert "x.yml must be a file that can be read, got: Permission denied; correct" in refusal("x.yml", [])
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (b"SEED: \xff", ["must be UTF-8 text, got the byte 0xff", "save it as UTF-8"]),
+        (b"SEED: 1\nWANDB: \x07", ["must be plain text, got character 0x7 in line 2", "remove it"]),
+        ("MODEL:\n\tNAME: x", ["must be valid YAML", "in line 2, column 1", "correct that line"]),
+        ("MODEL: [1, 2", ["must be valid YAML", "line 1, column 13"]),
+        ("SEED: 1\n---\nSEED: 2", ["must be valid YAML", "line 2"]),
+        ("SEED: !!python/object:os.system 1", ["must be valid YAML", "line 1, column 7"]),
+        ("SOLVER:\n  STEPS: &a [*a]", ["must be valid YAML", "line 2"]),
+        ("MODEL: &a\n  MODEL: *a", ["must be valid YAML", "line 1, column 8"]),
+        ("SEED: *x", ["must be valid YAML", "line 1, column 7"]),
+        ("SEED: {[1]: 2}", ["must be valid YAML", "line 1"]),
+        ("- SEED", ["must hold KEY: VALUE lines, got ['SEED']", "write for example SEED: 0"]),
+        ("SEED", ["must hold KEY: VALUE lines, got 'SEED'"]),
+        ("SEED: 2024-13-45", ["SEED must have a value that YAML can read", "line 1", "quote it"]),
+        ("SEED: " + "9" * 6000, ["SEED must have a value that YAML can read", "line 1", "quote it"]),
+        ("SEED: 1\nMODEL: {}\nSEED: 2", ["SEED must be given once", "line 3 and line 1", "remove one"]),
+        ("SOLVER:\n  GAMMA: 1\n  GAMMA: 1\n", ["SOLVER.GAMMA must be given once", "line 3 and line 2"]),
+        ("SOLVER: {GAMMA: 1, GAMMA: 1}", ["SOLVER.GAMMA must be given once", "line 1 and line 1"]),
+        ("SOLVER: {GAMMA: 1}\nSOLVER: {BASE_LR: 1}", ["SOLVER must be given once", "line 2 and line 1"]),
+        ("SOLVER: {GAMMA: 1}\nSOLVER.GAMMA: 1", ["SOLVER.GAMMA must be given once"]),
+        ("SOLVER:\n  5: 1", ["a key must be text, got 5", "line 2"]),
+        ("no: 1", ["a key must be text, got no", "line 1"]),
+        ("[1]: 1", ["a key must be text, got a list or mapping", "line 1"]),
+        ("SOLVER:\n  <<: {GAMMA: 1}", ["a key must be text, got <<", "line 2"]),
+    ],
+)
+def test_a_broken_file(text, parts, write):
+    file = write(text)
+    message = refusal(file, [])
+    for part in [file, *parts]:
+        assert part in message
+
+
+# ---- refused: settings that do not fit together ----
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (
+            ["SOLVER.IMS_PER_BATCH", "66"],
+            ["SOLVER.IMS_PER_BATCH must be a multiple of DATALOADER.NUM_INSTANCE=4, got 66; use 64 or 68"],
+        ),
+        (["SOLVER.IMS_PER_BATCH", "2"], ["must be a multiple of DATALOADER.NUM_INSTANCE=4, got 2; use 8"]),
+        (["SOLVER.IMS_PER_BATCH", "6"], ["got 6; use 8"]),
+        (
+            ["SOLVER.IMS_PER_BATCH", "4"],
+            [
+                "SOLVER.IMS_PER_BATCH must hold at least 2 identities of DATALOADER.NUM_INSTANCE=4",
+                "got 4; use 8 or more",
+            ],
+        ),
+        (["DATALOADER.NUM_INSTANCE", "1"], ["DATALOADER.NUM_INSTANCE must be at least 2", "got 1; use 4"]),
+        (
+            ["MODEL.PRETRAIN_CHOICE", "self"],
+            ["MODEL.PRETRAIN_PATH must name a checkpoint", "MODEL.PRETRAIN_CHOICE is self", "got ''; set it"],
+        ),
+        (
+            ["SOLVER.PRECISION", "fp16", "MODEL.DEVICE", "cpu"],
+            ["SOLVER.PRECISION must be fp32, fp64 or bf16 when MODEL.DEVICE is cpu, got fp16; use fp32"],
+        ),
+        (
+            ["MODEL.IF_WITH_CENTER", "yes"],
+            [
+                "MODEL.METRIC_LOSS_TYPE must be center or triplet_center",
+                "IF_WITH_CENTER is yes, got triplet; use triplet_center",
+            ],
+        ),
+        (
+            ["MODEL.METRIC_LOSS_TYPE", "center"],
+            ["MODEL.METRIC_LOSS_TYPE must be triplet", "MODEL.IF_WITH_CENTER is no, got center; use triplet"],
+        ),
+        (
+            ["MODEL.METRIC_LOSS_TYPE", "triplet_center", "DATALOADER.SAMPLER", "triplet"],
+            ["MODEL.METRIC_LOSS_TYPE must be triplet", "got triplet_center", "MODEL.IF_WITH_CENTER yes"],
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_together(overrides, parts):
+    message = refusal(None, overrides)
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["DATALOADER.SAMPLER", "softmax", "SOLVER.IMS_PER_BATCH", "66"],
+        ["DATALOADER.SAMPLER", "softmax", "MODEL.METRIC_LOSS_TYPE", "center"],  # there it does not matter
+        ["MODEL.IF_WITH_CENTER=yes", "MODEL.METRIC_LOSS_TYPE=center", "DATALOADER.NUM_INSTANCE=1"],
+        ["MODEL.IF_WITH_CENTER=yes", "MODEL.METRIC_LOSS_TYPE=center", "SOLVER.IMS_PER_BATCH=4"],
+        ["MODEL.IF_WITH_CENTER=yes", "MODEL.METRIC_LOSS_TYPE=triplet_center", "DATALOADER.SAMPLER=softmax"],
+        ["SOLVER.PRECISION", "fp16"],
+        ["SOLVER.STEPS", "40,700"],
+        ["MODEL.PRETRAIN_CHOICE", "self", "MODEL.PRETRAIN_PATH", "x.pt"],
+    ],
+)
+def test_settings_that_do_fit_together(overrides, caplog):
+    load_config(None, overrides)
+    assert caplog.records == []
+
+
+# ---- ranks ----
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8, 16])
+def test_ranks_that_divide_the_identities(num_ranks):
+    check_ranks(load_config(None, []), num_ranks)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_ranks", "parts"),
+    [
+        ([], 3, ["=64 / DATALOADER.NUM_INSTANCE=4", "got 16 on 3 ranks; use SOLVER.IMS_PER_BATCH 60 or 72,"]),
+        ([], 3, ["or one of 1, 2, 4, 8, 16 ranks"]),
+        ([], 32, ["use SOLVER.IMS_PER_BATCH 128,"]),
+        (["DATALOADER.SAMPLER", "softmax"], 3, ["SOLVER.IMS_PER_BATCH=64 must be", "63 or 66", "16, 32, 64 ranks"]),
+        (
+            ["DATALOADER.SAMPLER", "softmax", "SOLVER.IMS_PER_BATCH", "2"],
+            3,
+            ["got 2 on 3 ranks; use SOLVER.IMS_PER_BATCH 3,"],
+        ),
+    ],
+)
+def test_ranks_that_cannot_share_the_batch(overrides, num_ranks, parts):
+    with pytest.raises(SettingsError) as caught:
+        check_ranks(load_config(None, overrides), num_ranks)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@given(st.integers(2, 40), st.integers(2, 6), st.integers(1, 40))
+@settings(deadline=None)
+def test_the_batch_sizes_and_rank_counts_of_the_message_would_do(pids, images, num_ranks):
+    def cfg_of(batch):
+        return load_config(None, [f"SOLVER.IMS_PER_BATCH={batch}", f"DATALOADER.NUM_INSTANCE={images}"])
+
+    cfg = cfg_of(pids * images)
+    if pids % num_ranks == 0:
+        check_ranks(cfg, num_ranks)
+        return
+    with pytest.raises(SettingsError) as caught:
+        check_ranks(cfg, num_ranks)
+    batches, _, ranks = str(caught.value).partition("IMS_PER_BATCH ")[2].partition(", or one of ")
+    for batch in re.findall(r"\d+", batches):
+        check_ranks(cfg_of(batch), num_ranks)
+    for fitting in re.findall(r"\d+", ranks):
+        check_ranks(cfg, int(fitting))
+
+
+# ---- which losses ----
+
+
+@pytest.mark.parametrize(
+    ("with_center", "sampler", "metric_loss", "identity", "triplet", "center", "epsilon"),
+    [
+        ("no", "softmax", "triplet", True, False, False, 0.0),
+        ("no", "softmax", "center", True, False, False, 0.0),
+        ("no", "triplet", "triplet", False, True, False, 0.0),
+        ("no", "softmax_triplet", "triplet", True, True, False, 0.1),
+        ("yes", "softmax", "center", True, False, True, 0.1),
+        ("yes", "triplet", "center", True, False, True, 0.1),
+        ("yes", "softmax_triplet", "center", True, False, True, 0.1),
+        ("yes", "softmax", "triplet_center", True, True, True, 0.1),
+        ("yes", "triplet", "triplet_center", True, True, True, 0.1),
+        ("yes", "softmax_triplet", "triplet_center", True, True, True, 0.1),
+    ],
+)
+def test_the_published_composition(with_center, sampler, metric_loss, identity, triplet, center, epsilon):
+    overrides = [
+        f"MODEL.IF_WITH_CENTER={with_center}",
+        f"DATALOADER.SAMPLER={sampler}",
+        "MODEL.METRIC_LOSS_TYPE",
+        metric_loss,
+    ]
+    cfg = load_config(None, overrides)
+    assert (use_identity_loss(cfg), use_triplet_loss(cfg), use_center_loss(cfg)) == (identity, triplet, center)
+    assert label_smoothing(cfg) == epsilon
+    assert label_smoothing(load_config(None, [*overrides, "MODEL.IF_LABELSMOOTH", "off"])) == 0.0
+    smoothed = load_config(None, [*overrides, "MODEL.SMOOTH_SOFTMAX", "yes"])
+    assert label_smoothing(smoothed) == (0.1 if identity else 0.0)
+
+
+# ---- and back ----
+
+
+def test_a_dump_is_read_back_to_the_same_tree(write):
+    cfg = load_config(write(PUBLISHED), ["SOLVER.MARGIN", "None", "WANDB.TAGS", "a,no,1", "MODEL.NECK", "no"])
+    text = dump(cfg)
+    again = load_config(write(text, "config.yaml"), [])
+    assert again == cfg
+    assert dump(again) == text
+    assert list(yaml.safe_load(text)) == list(cfg)
+    assert load_config(write(dump(load_config(None, []))), []) == load_config(None, [])
+
+
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=20) | st.sampled_from(
+    ["no", "('a')", "None ", "~", "1", "a: b", "'"]
+)
+
+
+@given(TEXTS, st.floats(1e-300, 1e300), st.lists(st.integers(0, 999), unique=True), st.none() | st.floats(0, 9), TEXTS)
+@settings(deadline=None)
+def test_every_dump_is_read_back(tmp_path_factory, notes, rate, steps, margin, tag):
+    overrides = ["WANDB.NOTES", notes, "SOLVER.BASE_LR", str(rate), "SOLVER.STEPS", str(sorted(steps))]
+    overrides += ["SOLVER.MARGIN", str(margin), "WANDB.TAGS", repr([tag or "x"])]
+    try:
+        cfg = load_config(None, overrides)
+    except SettingsError:
+        assert "None" in (notes, tag) or notes.partition("=")[0] in SETTINGS or "''" in repr([tag])
+        return
+    path = tmp_path_factory.mktemp("dump") / "config.yaml"
+    path.write_text(dump(cfg))
+    assert load_config(str(path), []) == cfg
+
+
+@given(st.sampled_from(sorted(SETTINGS)), TEXTS | st.from_regex(r"[-+(\['\"]*[0-9.e]+[)\]'\",0-9]*", fullmatch=True))
+@settings(deadline=None)
+def test_any_word_is_accepted_or_refused_in_one_sentence(key, word):
+    try:
+        load_config(None, [f"{key}={word}"])
+    except SettingsError as error:
+        message = str(error)
+    else:
+        return
+    assert "\n" not in message
+    assert "; " in message
+    assert any(name in message for name in key.split("."))
+
+
+def test_the_plain_dict_holds_plain_types_only():
+    def leaves(node):
+        for value in node.values():
+            if isinstance(value, dict):
+                assert type(value) is dict
+                yield from leaves(value)
+            else:
+                yield value
+
+    plain = as_plain_dict(load_config(None, []))
+    assert {type(value) for value in leaves(plain)} == {int, float, str, bool, list}
+    assert plain["SOLVER"]["STEPS"] == [40, 70]
+    assert plain["DATASETS"]["SYNTHETIC"]["NUM_CAMERAS"] == 4
+    assert math.isclose(plain["SOLVER"]["BASE_LR"], 3.5e-4)
