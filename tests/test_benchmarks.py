@@ -1,0 +1,327 @@
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reid.data.benchmarks import BENCHMARKS, FOLDERS, fingerprint, load_benchmark, market1501, parse_name
+from reid.errors import DataError, SettingsError
+
+TRAIN_NAMES = ("0007_c1s1_000001_00.jpg", "0007_c2s1_000001_00.jpg", "0002_c3s1_000001_00.jpg")
+QUERY_NAMES = ("0010_c1s1_000001_00.jpg", "0011_c2s1_000001_00.jpg")
+GALLERY_NAMES = ("0010_c2s1_000001_00.jpg", "0000_c1s1_000001_00.jpg", "-1_c1s1_000001_00.jpg")
+
+
+def write(root: Path, train=TRAIN_NAMES, query=QUERY_NAMES, gallery=GALLERY_NAMES) -> Path:
+    """A data set of empty files: nothing here opens an image."""
+    for folder, names in zip(FOLDERS, (train, query, gallery), strict=True):
+        (root / folder).mkdir(parents=True)
+        for name in names:
+            (root / folder / name).touch()
+    return root
+
+
+def names_of(split) -> list[str]:
+    return [path.name for path in split.paths]
+
+
+def message_of(root_dir: Path) -> str:
+    """The error's message, checked for the form that all of them share."""
+    with pytest.raises(DataError) as caught:
+        market1501(root_dir)
+    message = str(caught.value)
+    assert str(root_dir) in message
+    assert "DATASETS.ROOT_DIR" in message
+    assert "\n" not in message
+    return message
+
+
+def test_splits(tmp_path):
+    root = write(tmp_path / "market1501")
+    benchmark = market1501(tmp_path)
+    assert (benchmark.name, benchmark.root, benchmark.num_train_pids) == ("market1501", root, 2)
+
+    assert names_of(benchmark.train) == sorted(TRAIN_NAMES)
+    assert benchmark.train.pids.tolist() == [0, 1, 1]  # raw 2, 7, 7
+    assert benchmark.train.camids.tolist() == [2, 0, 1]
+    assert benchmark.query.pids.tolist() == [10, 11]
+    assert benchmark.query.camids.tolist() == [0, 1]
+    # The distractor stays, the junk goes.
+    assert benchmark.gallery.pids.tolist() == [0, 10]
+    assert benchmark.gallery.paths == tuple(root / "bounding_box_test" / name for name in sorted(GALLERY_NAMES[:2]))
+    for split in (benchmark.train, benchmark.query, benchmark.gallery):
+        assert split.pids.dtype == split.camids.dtype == np.int64
+        assert len(split) == len(split.paths) == len(split.pids) == len(split.camids)
+
+
+def test_labels_follow_the_sorted_pids(tmp_path):
+    # 702 pids out of 1..7140: the labels that reid-strong-baseline makes of a set depend on the order of the listing.
+    raw = np.random.default_rng(0).choice(np.arange(1, 7141), 702, replace=False).tolist()
+    write(tmp_path, train=[f"{pid}_c1.jpg" for pid in raw])
+    train = market1501(tmp_path).train
+    label_of = {int(path.name.split("_")[0]): label for path, label in zip(train.paths, train.pids, strict=True)}
+    assert label_of == {pid: label for label, pid in enumerate(sorted(raw))}
+
+
+def test_the_order_of_creation_does_not_matter(tmp_path):
+    one = write(tmp_path / "one")
+    other = write(tmp_path / "other", TRAIN_NAMES[::-1], QUERY_NAMES[::-1], GALLERY_NAMES[::-1])
+    for a, b in ((market1501(one).train, market1501(other).train), (market1501(one).query, market1501(other).query)):
+        assert names_of(a) == names_of(b) == sorted(names_of(a))
+        assert a.pids.tolist() == b.pids.tolist()
+
+
+def test_only_the_file_name_counts(tmp_path):
+    write(tmp_path / "run-2_c3" / "0099_c4" / "market1501")
+    benchmark = market1501(tmp_path / "run-2_c3" / "0099_c4")
+    assert benchmark.query.pids.tolist() == [10, 11]
+    assert benchmark.query.camids.tolist() == [0, 1]
+
+
+def test_cameras_of_several_digits(tmp_path):
+    write(tmp_path, query=["0010_c1.jpg", "0010_c10.jpg", "0010_c123s1.jpg"])
+    assert market1501(tmp_path).query.camids.tolist() == [0, 9, 122]
+
+
+@pytest.mark.parametrize("folder", ["market1501", "Market-1501-v15.09.15", "."])
+def test_where_the_folder_may_lie(tmp_path, folder):
+    root = write(tmp_path / folder)
+    assert market1501(tmp_path).root == root
+
+
+def test_a_whole_folder_is_preferred_to_an_incomplete_one(tmp_path):
+    (tmp_path / "market1501" / "query").mkdir(parents=True)
+    root = write(tmp_path / "Market-1501-v15.09.15")
+    assert market1501(tmp_path).root == root
+
+
+def test_image_suffixes_and_other_files(tmp_path):
+    root = write(tmp_path, train=["1_c1.jpg", "2_c1.JPG", "3_c1.Jpeg", "4_c1.png", "5_c1.BMP", "Thumbs.db", "info.txt"])
+    for other in ("._1_c1.jpg", ".hidden.jpg", "9_c1.gif", "jpg"):
+        (root / "bounding_box_train" / other).touch()
+    (root / "bounding_box_train" / "8_c1.jpg").mkdir()
+    (root / "bounding_box_train" / "8_c1.jpg" / "7_c1.jpg").touch()
+    assert names_of(market1501(tmp_path).train) == ["1_c1.jpg", "2_c1.JPG", "3_c1.Jpeg", "4_c1.png", "5_c1.BMP"]
+
+
+def test_a_broken_link_is_not_passed_over(tmp_path):
+    root = write(tmp_path)
+    (root / "query" / "0012_c1.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    assert market1501(tmp_path).query.pids.tolist() == [10, 11, 12]
+
+
+def test_distractors_are_not_trained_on(tmp_path, caplog):
+    root = write(tmp_path, train=[*TRAIN_NAMES, "0000_c1.jpg", "0000_c2.jpg", "-1_c1.jpg"])
+    with caplog.at_level(logging.WARNING, logger="reid.data"):
+        train = market1501(tmp_path).train
+    assert names_of(train) == sorted(TRAIN_NAMES)
+    assert train.pids.tolist() == [0, 1, 1]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"{root / 'bounding_box_train'}: the 2 images of pid 0" in caplog.text
+
+
+def test_no_warning_without_distractors_in_training(tmp_path, caplog):
+    write(tmp_path)
+    market1501(tmp_path)
+    assert not caplog.records
+
+
+def test_missing_root(tmp_path):
+    assert "must be a folder" in message_of(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    assert "must be a folder" in message_of(tmp_path / "file")
+
+
+def test_nothing_there(tmp_path):
+    (tmp_path / "dukemtmc").mkdir()
+    message = message_of(tmp_path)
+    assert "it holds dukemtmc" in message
+    assert str(tmp_path / "market1501") in message
+
+
+@pytest.mark.parametrize("missing", FOLDERS)
+def test_missing_folder(tmp_path, missing):
+    root = write(tmp_path / "market1501")
+    shutil.rmtree(root / missing)
+    message = message_of(tmp_path)
+    present = ", ".join(sorted(set(FOLDERS) - {missing}))
+    assert f"{root} must hold" in message
+    assert f"but lacks {missing} (it holds {present})" in message
+
+
+@pytest.mark.parametrize("empty", FOLDERS)
+@pytest.mark.parametrize("others", [(), ("Thumbs.db",), tuple(f"{i:02d}.txt" for i in range(12))])
+def test_folder_without_an_image(tmp_path, empty, others):
+    root = write(tmp_path)
+    shutil.rmtree(root / empty)
+    (root / empty).mkdir()
+    for name in others:
+        (root / empty / name).touch()
+    message = message_of(tmp_path)
+    assert f"{root / empty} must hold images" in message
+    if len(others) > 1:
+        assert message.count(".txt") == 8
+        assert "and 4 more" in message
+    else:
+        assert f"it holds {others[0] if others else 'nothing'})" in message
+
+
+def test_misnamed_images(tmp_path):
+    write(tmp_path, query=[*QUERY_NAMES, *(f"person{i:02d}.jpg" for i in range(10))])
+    message = message_of(tmp_path)
+    assert f"images in {tmp_path / 'query'} must be named PID_cCAMERA" in message
+    assert "10 of 12 are not (person00.jpg, person01.jpg, " in message
+    assert "and 2 more" in message
+
+
+def test_misnamed_image_whose_name_is_no_text(tmp_path):
+    root = write(tmp_path)
+    (root / "query" / "caf\udce9.jpg").touch()
+    assert "caf\\udce9.jpg" in message_of(tmp_path)
+
+
+def test_no_match_at_all(tmp_path):
+    # The same camera only, and another identity.
+    write(tmp_path, query=["0010_c2.jpg", "0044_c1.jpg"])
+    assert "none of the 2 queries has one" in message_of(tmp_path)
+
+
+def test_a_query_without_a_match_is_accepted_beside_others(tmp_path):
+    write(tmp_path, query=["0010_c2.jpg", "0044_c1.jpg", "0010_c1.jpg"])
+    assert len(market1501(tmp_path).query) == 3
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_only_junk(tmp_path, folder):
+    key = dict(zip(FOLDERS, ("train", "query", "gallery"), strict=True))[folder]
+    write(tmp_path, **{key: ["-1_c1.jpg", "-1_c2.jpg"]})
+    message = message_of(tmp_path)
+    assert f"{tmp_path / folder} must hold images of people" in message
+    assert "junk (pid -1)" in message
+
+
+def test_only_one_identity_to_train(tmp_path):
+    write(tmp_path, train=["0007_c1.jpg", "0007_c2.jpg", "-1_c1.jpg"])
+    assert "at least 2 identities, got 1" in message_of(tmp_path)
+
+
+def test_identities_may_be_both_trained_and_tested(tmp_path):
+    write(tmp_path, train=["0010_c1.jpg", "0011_c1.jpg"])
+    assert market1501(tmp_path).num_train_pids == 2
+
+
+def test_load_benchmark_by_name(tmp_path):
+    write(tmp_path / "market1501")
+    root = write(tmp_path / "synthetic", train=["1_c1.jpg", "2_c1.jpg", "3_c1.jpg"])
+    assert load_benchmark("market1501", tmp_path).num_train_pids == 2
+    benchmark = load_benchmark("synthetic", tmp_path)
+    assert (benchmark.name, benchmark.root, benchmark.num_train_pids) == ("synthetic", root, 3)
+    with pytest.raises(SettingsError, match=r"DATASETS.NAMES must be one of market1501, synthetic, got 'market'"):
+        load_benchmark("market", tmp_path)
+
+
+def test_a_data_set_of_another_name_is_not_taken_for_the_synthetic_one(tmp_path):
+    write(tmp_path)
+    with pytest.raises(DataError, match=r"point DATASETS.ROOT_DIR at the folder that holds synthetic"):
+        load_benchmark("synthetic", tmp_path)
+
+
+def test_every_benchmark_is_named_after_its_key(tmp_path):
+    for name in BENCHMARKS:
+        write(tmp_path / name)
+        assert load_benchmark(name, tmp_path).name == name
+
+
+def test_statistics(tmp_path):
+    write(tmp_path)
+    assert [line.split() for line in market1501(tmp_path).statistics().splitlines()] == [
+        ["market1501", "ids", "images", "cameras"],
+        ["train", "2", "3", "3"],
+        ["query", "2", "2", "2"],
+        ["gallery", "2", "2", "2"],
+    ]
+
+
+def test_fingerprint_is_of_the_content_and_not_of_the_place(tmp_path):
+    first = market1501(write(tmp_path / "a"))
+    second = market1501(write(tmp_path / "b" / "c" / "market1501"))
+    assert fingerprint(first) == fingerprint(second)
+    assert len(fingerprint(first)) == 64
+    assert fingerprint(first.train) == fingerprint(second.train)
+    assert fingerprint(first.train) != fingerprint(first.query)
+
+
+@pytest.mark.parametrize("change", ["train", "query", "gallery"])
+def test_fingerprint_tells_any_change(tmp_path, change):
+    names = {"train": TRAIN_NAMES, "query": QUERY_NAMES, "gallery": GALLERY_NAMES}
+    first = market1501(write(tmp_path / "a", **names))
+    changes = ([*names[change], "0013_c1.jpg"], [names[change][0], "0014_c1.jpg"], [*names[change][:-1], "0009_c9.jpg"])
+    prints = {fingerprint(first)}
+    for i, changed in enumerate(changes):
+        prints.add(fingerprint(market1501(write(tmp_path / str(i), **{**names, change: changed}))))
+    assert len(prints) == 4
+
+
+def test_unreadable_folder_is_one_sentence(tmp_path, monkeypatch):
+    write(tmp_path)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("reid.data.benchmarks.os.scandir", refuse)  # root may read everything
+    assert "must be readable, but is not (Permission denied)" in message_of(tmp_path)
+
+
+@settings(deadline=None)
+@given(
+    pid=st.integers(-1, 2**63 - 1),
+    camera=st.integers(1, 2**63 - 1),
+    zeros=st.integers(0, 6),
+    rest=st.sampled_from(["", ".jpg"]) | st.text().map(lambda text: f"_{text}") | st.just("s1_000451_03.jpg"),
+)
+def test_well_formed_names(pid, camera, zeros, rest):
+    text = "-1" if pid == -1 else "0" * zeros + str(pid)
+    assert parse_name(f"{text}_c{camera}{rest}") == (pid, camera - 1)
+
+
+@settings(deadline=None)
+@given(st.text(max_size=30) | st.from_regex(r"-?\w{0,20}_c?\w{0,20}", fullmatch=True))
+def test_any_name_is_parsed_from_its_own_start_or_refused(name):
+    parsed = parse_name(name)
+    if parsed is not None:
+        pid, camid = parsed
+        head, _, tail = name.partition("_c")
+        assert pid >= -1
+        assert camid >= 0
+        assert int(head) == pid
+        assert tail.startswith(("0", str(camid + 1)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "jpg",
+        "x0001_c1.jpg",
+        " 1_c1.jpg",
+        "-2_c1.jpg",
+        "-01_c1.jpg",
+        "--1_c1.jpg",
+        "+1_c1.jpg",
+        "_c1.jpg",
+        "1_c.jpg",
+        "1_C1.jpg",
+        "1c1.jpg",
+        "1_cx1.jpg",
+        "1_c0.jpg",  # cameras are counted from 1
+        "1_c-1.jpg",
+        "\u0661_c1.jpg",  # a digit, but not an ASCII one
+        f"{2**63}_c1.jpg",
+        f"1_c{2**63}.jpg",
+    ],
+)
+def test_other_names_are_refused(name):
+    assert parse_name(name) is None
