@@ -1,0 +1,143 @@
+"""Whole uint8 batches to normalised float batches on the device: flip, pad and crop, normalise, random erasing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from reid.data.randomness import uniform
+
+# One number per purpose, so that no two purposes share random numbers (samplers.py uses the low ones).
+_FLIP, _CROP_TOP, _CROP_LEFT, _ERASE, _ERASE_BOX = range(16, 21)
+_ERASE_ATTEMPTS = 100
+_ERASE_AREA = (0.02, 0.4)  # of the image
+_ERASE_RATIO = (0.3, 1 / 0.3)  # height / width
+
+# The columns of a draw.
+FLIP, TOP, LEFT, ERASE_TOP, ERASE_LEFT, ERASE_HEIGHT, ERASE_WIDTH = range(7)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is done to a training image, in this order.
+
+    Args:
+        size: H and W in pixels.
+        flip_probability: of a horizontal flip.
+        padding: black pixels added on all four sides before a random crop back to `size`.
+        erasing_probability: of random erasing.
+        seed: of the whole run.
+
+    Source: Luo et al., Bag of Tricks and a Strong Baseline for Deep Person Re-identification, arXiv 1903.07071;
+        erasing: Zhong et al., Random Erasing Data Augmentation, arXiv 1708.04896, with the aspect ratio drawn uniformly
+        as reid-strong-baseline does.
+    """
+
+    size: tuple[int, int]
+    flip_probability: float
+    padding: int
+    erasing_probability: float
+    seed: int
+
+
+def draw(recipe: Recipe, epoch: int, positions: NDArray[np.int64]) -> Tensor:
+    """What is done to each image, as a function of (seed, epoch, position in the epoch's global plan).
+
+    Args:
+        recipe: see there.
+        epoch: counts from 1.
+        positions: [B].
+
+    Returns:
+        int32 [B, 7]: flip (0 or 1), top and left of the crop in the padded image, and top, left, height and width of
+        the erased rectangle (height 0: none), in pixels.
+    """
+    drawn = np.zeros((len(positions), 7), dtype=np.int32)
+    drawn[:, FLIP] = uniform(recipe.seed, epoch, _FLIP, positions) < recipe.flip_probability
+    places = 2 * recipe.padding + 1
+    drawn[:, TOP] = uniform(recipe.seed, epoch, _CROP_TOP, positions) * places
+    drawn[:, LEFT] = uniform(recipe.seed, epoch, _CROP_LEFT, positions) * places
+    erased = uniform(recipe.seed, epoch, _ERASE, positions) < recipe.erasing_probability
+    drawn[erased, ERASE_TOP:] = _erased_boxes(recipe, epoch, positions[erased])
+    return torch.from_numpy(drawn)
+
+
+def _erased_boxes(recipe: Recipe, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Top, left, height, width of the first of 100 random rectangles that fits into the image: [B, 4]."""
+    height, width = recipe.size
+    boxes = np.zeros((len(positions), 4), dtype=np.int32)
+    pending = np.arange(len(positions))
+    for attempt in range(_ERASE_ATTEMPTS):
+        if not len(pending):
+            break
+        u = uniform(recipe.seed, epoch, _ERASE_BOX, positions[pending][:, None], attempt, np.arange(4))  # [b, 4]
+        area = (_ERASE_AREA[0] + u[:, 0] * (_ERASE_AREA[1] - _ERASE_AREA[0])) * height * width
+        ratio = _ERASE_RATIO[0] + u[:, 1] * (_ERASE_RATIO[1] - _ERASE_RATIO[0])
+        h, w = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+        box = np.stack([u[:, 2] * (height - h + 1), u[:, 3] * (width - w + 1), h, w], axis=1)
+        fits = (h < height) & (w < width)
+        boxes[pending[fits]] = box[fits].astype(np.int32)
+        pending = pending[~fits]
+    return boxes
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Scaled to [0, 1], minus mean, over standard deviation.
+
+    Args:
+        images: uint8 [B, H, W, 3].
+        mean: [3] of each channel, in [0, 1].
+        std: [3] of each channel, in [0, 1].
+
+    Returns:
+        [B, 3, H, W], of mean's dtype, in channels_last memory format.
+    """
+    scaled = images.to(mean.dtype, memory_format=torch.contiguous_format).div_(255)
+    return scaled.sub_(mean).div_(std).permute(0, 3, 1, 2)
+
+
+def augment(images: Tensor, drawn: Tensor, padding: int, mean: Tensor, std: Tensor) -> Tensor:
+    """Flip, pad with black and crop, normalise, erase.
+
+    The erased rectangle is filled with `mean` after normalisation (so slightly bright, not grey), as published.
+
+    Args:
+        images: uint8 [B, H, W, 3].
+        drawn: int [B, 7], see `draw`.
+        padding: in pixels, as in the recipe that `drawn` came from.
+        mean: [3] of each channel, in [0, 1].
+        std: [3] of each channel, in [0, 1].
+
+    Returns:
+        [B, 3, H, W], of mean's dtype, in channels_last memory format.
+    """
+    result = normalise(_flip_and_crop(images, drawn, padding), mean, std)
+    erased = (
+        _inside(drawn[:, ERASE_TOP], drawn[:, ERASE_HEIGHT], images.shape[1])[:, None, :, None]
+        & (_inside(drawn[:, ERASE_LEFT], drawn[:, ERASE_WIDTH], images.shape[2])[:, None, None, :])
+    )  # [B, 1, H, W]
+    return torch.where(erased, mean[:, None, None], result)
+
+
+def _flip_and_crop(images: Tensor, drawn: Tensor, padding: int) -> Tensor:
+    """[B, H, W, 3]: each pixel fetched from where flip, pad and crop leave it; black where that is the padding."""
+    num_images, height, width, channels = images.shape
+    rows = torch.arange(height, device=images.device) + (drawn[:, TOP, None] - padding)  # [B, H] source rows
+    columns = torch.arange(width, device=images.device) + (drawn[:, LEFT, None] - padding)  # [B, W]
+    is_padding = ((rows < 0) | (rows >= height))[:, :, None] | ((columns < 0) | (columns >= width))[:, None, :]
+    columns = torch.where(drawn[:, FLIP, None].bool(), width - 1 - columns, columns)
+    base = torch.arange(num_images, device=images.device)[:, None] * height
+    row_starts = (base + rows.clamp(0, height - 1)) * width  # [B, H]
+    sources = row_starts[:, :, None] + columns.clamp(0, width - 1)[:, None, :]  # [B, H, W] into the flat pixels
+    fetched = images.reshape(-1, channels)[sources]
+    return fetched.masked_fill_(is_padding[..., None], 0)
+
+
+def _inside(start: Tensor, length: Tensor, size: int) -> Tensor:
+    """Which of `size` places lie in [start, start + length): bool [B, size]."""
+    places = torch.arange(size, device=start.device)
+    return (places >= start[:, None]) & (places < (start + length)[:, None])

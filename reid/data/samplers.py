@@ -1,0 +1,252 @@
+"""Which images the global batch of (seed, epoch, step) holds, and which part of it is this rank's; pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Sampler
+
+from reid.data.randomness import random_bits, uniform
+
+Int64 = NDArray[np.int64]
+
+# One number per purpose, so that no two purposes share random numbers.
+_IMAGE_ORDER, _REPEATS, _IDENTITIES, _SHUFFLE, _LENGTH = range(1, 6)
+
+
+class PlannedBatch(NamedTuple):
+    """What the loader is asked for: this rank's part of one global batch."""
+
+    epoch: int
+    sample_ids: Int64  # [B] positions in the data set
+    positions: Int64  # [B] positions in the epoch's global plan, which seed the augmentation
+
+
+class IdentityPlan:
+    """The P x K plan of reid-strong-baseline's identity sampler, with an equal number of batches in every epoch.
+
+    An epoch cuts the shuffled images of every identity into groups of K (an identity with fewer than K images gives one
+    group, drawn with replacement). Each batch takes P distinct identities, uniformly among those that have groups left,
+    and one group of each. The original stops when fewer than P identities are left, after a number of batches that
+    varies by about one between epochs; here `num_batches` is the length of one such pass, drawn from the data alone,
+    and identities that would otherwise be left over are taken first where an epoch would fall short of it (rarely, and
+    only near its end).
+
+    Args:
+        pids: [N] identity of every training image.
+        num_pids: P, distinct identities in a batch.
+        num_instances: K, images of each.
+        seed: of the whole run.
+
+    Raises:
+        ValueError: fewer than P identities.
+    """
+
+    def __init__(self, pids: Int64, *, num_pids: int, num_instances: int, seed: int) -> None:
+        self.num_pids, self.num_instances, self._seed = num_pids, num_instances, seed
+        _, self._label, self._count = np.unique(pids, return_inverse=True, return_counts=True)
+        if len(self._count) < num_pids:
+            raise ValueError(f"a batch of {num_pids} identities needs as many, the data has {len(self._count)}")
+        self._first = (
+            np.cumsum(self._count) - self._count
+        )  # [I] where an identity's images start once sorted by identity
+        self._num_groups = np.maximum(self._count // num_instances, 1)  # [I]
+        canonical_draw = _uniforms_by_step((_LENGTH,), num_pids)
+        self.num_batches = len(_draw_identities(self._num_groups, num_pids, canonical_draw, None))
+
+    def __call__(self, epoch: int) -> Int64:
+        """The images of an epoch in global order: [num_batches, P * K]."""
+        draw = _uniforms_by_step((self._seed, epoch, _IDENTITIES), self.num_pids)
+        identities = _draw_identities(self._num_groups, self.num_pids, draw, self.num_batches)  # [T, P]
+        return self._groups(epoch, identities.reshape(-1)).reshape(self.num_batches, -1)
+
+    def _groups(self, epoch: int, identities: Int64) -> Int64:
+        """The images [n, K] of the groups that the identities [n] hand out one after the other."""
+        keys = random_bits(self._seed, epoch, _IMAGE_ORDER, np.arange(len(self._label)))
+        by_identity = np.lexsort((keys, self._label))  # [N] images sorted by identity, shuffled within
+        slots = np.arange(self.num_instances)
+        offsets = _occurrence(identities)[:, None] * self.num_instances + slots  # [n, K] within the identity
+        counts = self._count[identities][:, None]
+        repeats = uniform(self._seed, epoch, _REPEATS, identities[:, None], slots)
+        offsets = np.where(counts < self.num_instances, (repeats * counts).astype(np.int64), offsets)
+        return by_identity[self._first[identities][:, None] + offsets]
+
+
+class ShufflePlan:
+    """All images in random order, cut into batches; the last incomplete batch of an epoch is left out.
+
+    Args:
+        num_images: N.
+        batch_size: of the global batch.
+        seed: of the whole run.
+
+    Raises:
+        ValueError: fewer images than one batch.
+    """
+
+    def __init__(self, num_images: int, *, batch_size: int, seed: int) -> None:
+        if num_images < batch_size:
+            raise ValueError(f"a batch of {batch_size} images needs as many, the data has {num_images}")
+        self._num_images, self._batch_size, self._seed = num_images, batch_size, seed
+        self.num_batches = num_images // batch_size
+
+    def __call__(self, epoch: int) -> Int64:
+        """The images of an epoch in global order: [num_batches, batch_size]."""
+        order = np.argsort(random_bits(self._seed, epoch, _SHUFFLE, np.arange(self._num_images)), kind="stable")
+        return order[: self.num_batches * self._batch_size].reshape(self.num_batches, self._batch_size)
+
+
+def _occurrence(values: Int64) -> Int64:
+    """For every element, how many equal ones stand before it: [n]."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    run_lengths = np.diff(np.r_[starts, len(values)])
+    occurrence = np.empty_like(values)
+    occurrence[order] = np.arange(len(values)) - np.repeat(starts, run_lengths)
+    return occurrence
+
+
+def _uniforms_by_step(key: tuple[int, ...], width: int) -> Callable[[int], list[list[float]]]:
+    """A function that gives the uniform numbers [1024, width] of the 1,024 steps from the given one on."""
+
+    def draw(step: int) -> list[list[float]]:
+        block: list[list[float]] = uniform(*key, np.arange(step, step + 1024)[:, None], np.arange(width)).tolist()
+        return block
+
+    return draw
+
+
+def _draw_identities(
+    num_groups: Int64, num_pids: int, draw: Callable[[int], list[list[float]]], num_batches: int | None
+) -> Int64:
+    """P distinct identities for every batch: [T, P].
+
+    With `num_batches` None, until fewer than P identities have groups left (the original's rule); otherwise exactly
+    that many batches, which must be possible: sum(min(num_groups, num_batches)) >= P * num_batches.
+    """
+    left = num_groups.tolist()
+    available = list(range(len(left)))
+    reserve = None if num_batches is None else _Reserve(num_groups, num_pids, num_batches)
+    batches: list[list[int]] = []
+    while len(available) >= num_pids if num_batches is None else len(batches) < num_batches:
+        step = len(batches)
+        if step % 1024 == 0:
+            uniforms = draw(step)
+        for slot, u in enumerate(uniforms[step % 1024]):  # a partial Fisher-Yates shuffle
+            other = slot + int(u * (len(available) - slot))
+            available[slot], available[other] = available[other], available[slot]
+        if reserve is not None:
+            reserve.enforce(available, left)
+        batches.append(available[:num_pids])
+        for slot in range(num_pids - 1, -1, -1):
+            left[available[slot]] -= 1
+            if left[available[slot]] == 0:
+                available[slot] = available[-1]
+                available.pop()
+    return np.array(batches, dtype=np.int64).reshape(-1, num_pids)
+
+
+class _Reserve:
+    """Keeps an epoch from running out of identities before its fixed number of batches.
+
+    With R batches to go and c_i groups left, the rest is possible exactly while surplus = sum(min(c_i, R)) - P * R >=
+    0. A batch lowers the surplus by the number of identities with c_i >= R ("tight") that it leaves out, so only so
+    many may be. A tight identity stays tight to the end.
+    """
+
+    def __init__(self, num_groups: Int64, num_pids: int, num_batches: int) -> None:
+        self._num_pids, self._batches_left = num_pids, num_batches
+        self._surplus = int(np.minimum(num_groups, num_batches).sum()) - num_pids * num_batches
+        self._by_size = np.argsort(-num_groups, kind="stable").tolist()
+        self._sizes = num_groups.tolist()
+        self._num_candidates = 0  # of _by_size: identities that began with enough groups to be tight by now
+        self._tight: dict[int, None] = {}  # an ordered set
+
+    def enforce(self, available: list[int], left: list[int]) -> None:
+        """Swaps tight identities into the first P places of `available` where the surplus does not let them wait."""
+        self._find_tight(left)
+        self._batches_left -= 1
+        if not self._tight:
+            return
+        chosen = set(available[: self._num_pids])
+        omitted = [identity for identity in self._tight if identity not in chosen]
+        num_forced = max(len(omitted) - self._surplus, 0)
+        slots = [slot for slot in range(self._num_pids) if available[slot] not in self._tight]
+        for slot, identity in zip(slots, omitted[:num_forced], strict=False):
+            other = available.index(identity)
+            available[slot], available[other] = available[other], available[slot]
+        self._surplus -= len(omitted) - num_forced
+
+    def _find_tight(self, left: list[int]) -> None:
+        while (
+            self._num_candidates < len(self._by_size)
+            and self._sizes[self._by_size[self._num_candidates]] >= self._batches_left
+        ):
+            self._num_candidates += 1
+        for identity in self._by_size[: self._num_candidates]:
+            if left[identity] >= self._batches_left:
+                self._tight[identity] = None
+
+
+def rank_part(batch_size: int, rank: int, num_ranks: int) -> slice:
+    """The places of a rank in a global batch: a block of consecutive ones, hence of whole identities.
+
+    Raises:
+        ValueError: the batch cannot be shared out evenly.
+    """
+    if batch_size % num_ranks:
+        raise ValueError(f"a global batch of {batch_size} cannot be shared out among {num_ranks} ranks")
+    share = batch_size // num_ranks
+    return slice(rank * share, (rank + 1) * share)
+
+
+class TrainBatches(Sampler[PlannedBatch]):
+    """This rank's part of every batch of one epoch, from a given step on.
+
+    Args:
+        plan: epoch -> [num_batches, batch_size].
+        rank: of this process.
+        num_ranks: that share the global batch.
+    """
+
+    def __init__(self, plan: IdentityPlan | ShufflePlan, *, rank: int, num_ranks: int) -> None:
+        self._plan, self._rank, self._num_ranks = plan, rank, num_ranks
+        self._epoch, self._step = 1, 0
+
+    def set_position(self, epoch: int, step: int) -> None:
+        """The next pass is of `epoch` (from 1), beginning behind its first `step` batches."""
+        self._epoch, self._step = epoch, step
+
+    def __len__(self) -> int:
+        return self._plan.num_batches
+
+    def __iter__(self) -> Iterator[PlannedBatch]:
+        plan = self._plan(self._epoch)
+        part = rank_part(plan.shape[1], self._rank, self._num_ranks)
+        positions = np.arange(plan.size).reshape(plan.shape)
+        for step in range(self._step, len(plan)):
+            yield PlannedBatch(self._epoch, plan[step, part], positions[step, part])
+
+
+class EvaluationBatches(Sampler[PlannedBatch]):
+    """Every image exactly once, without padding: the data set's order in batches, dealt out to the ranks in blocks.
+
+    A batch holds the same images whatever the number of ranks, so that an image's embedding cannot depend on it.
+    """
+
+    def __init__(self, num_images: int, *, batch_size: int, rank: int, num_ranks: int) -> None:
+        num_batches = -(-num_images // batch_size)
+        self._num_images, self._batch_size = num_images, batch_size
+        self._batches = range(num_batches * rank // num_ranks, num_batches * (rank + 1) // num_ranks)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[PlannedBatch]:
+        for batch in self._batches:
+            ids = np.arange(batch * self._batch_size, min((batch + 1) * self._batch_size, self._num_images))
+            yield PlannedBatch(0, ids, ids)

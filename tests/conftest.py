@@ -1,0 +1,14 @@
+"""Properties are tried on the same examples each time, without a deadline: torch's first call outlasts the default."""
+
+import pytest
+from hypothesis import settings
+from program import Place
+
+settings.register_profile("reid", deadline=None, derandomize=True)
+settings.load_profile("reid")
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """Where the tests start the program; what they make there has names of their own."""
+    return Place(tmp_path_factory.mktemp("place"))
