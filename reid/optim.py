@@ -1,0 +1,62 @@
+"""Parameter groups, optimiser, and the learning rate as a pure function of the epoch."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from yacs.config import CfgNode
+
+
+def learning_rate(solver: CfgNode, epoch: int) -> float:
+    """Warm-up and steps, by the epoch.
+
+    Args:
+        solver: the SOLVER section; WARMUP_ITERS and STEPS are epochs.
+        epoch: counts from 1. The published schedule uses t = epoch - 1: with STEPS (40, 70) the rate falls after epochs
+            40 and 70.
+
+    Returns:
+        The learning rate of the whole epoch.
+    """
+    t = epoch - 1
+    factor = 1.0
+    if t < solver.WARMUP_ITERS:
+        constant = solver.WARMUP_METHOD == "constant"
+        progress = 0.0 if constant else t / solver.WARMUP_ITERS
+        factor = solver.WARMUP_FACTOR * (1 - progress) + progress
+    rate: float = solver.BASE_LR * factor * solver.GAMMA ** bisect_right(solver.STEPS, t)
+    return rate
+
+
+def build_optimizer(solver: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser over two groups of the trainable parameters: weights, and whatever has "bias" in its name.
+
+    Each group keeps `lr_factor`, by which the schedule's learning rate is multiplied.
+    """
+    weights: list[nn.Parameter] = []
+    biases: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (biases if "bias" in name else weights).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": weights, "weight_decay": solver.WEIGHT_DECAY, "lr_factor": 1.0},
+        {"params": biases, "weight_decay": solver.WEIGHT_DECAY_BIAS, "lr_factor": solver.BIAS_LR_FACTOR},
+    ]
+    optimizer_class = getattr(torch.optim, solver.OPTIMIZER_NAME)
+    momentum = {"momentum": solver.MOMENTUM} if solver.OPTIMIZER_NAME == "SGD" else {}
+    optimizer: torch.optim.Optimizer = optimizer_class(
+        [group for group in groups if group["params"]], lr=solver.BASE_LR, **momentum
+    )
+    set_learning_rate(optimizer, learning_rate(solver, epoch=1))
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Writes the schedule's rate into every group, times the group's factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_factor"]

@@ -1,0 +1,202 @@
+"""The model against the published one: names, features, initialisation; and what its settings change."""
+
+import json
+from pathlib import Path
+
+import golden_weights
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchvision.models import resnet
+
+from reid.backbones import BACKBONES
+from reid.config import load_config
+from reid.model import ReIDOutput, build_model
+
+GOLDEN = Path(__file__).parent / "golden"
+SHAPES = json.loads((GOLDEN / "backbone_state_dict.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return np.load(GOLDEN / "backbones.npz")
+
+
+def config(name="resnet18", **settings):
+    keys = {"NECK_FEAT": "TEST", "SAMPLER": "DATALOADER"}
+    overrides = [f"{keys.get(key, 'MODEL')}.{key}={value}" for key, value in settings.items()]
+    return load_config(None, [f"MODEL.NAME={name}", "MODEL.PRETRAIN_CHOICE=none", *overrides])
+
+
+def small(num_pids=20, **settings):
+    torch.manual_seed(0)
+    return build_model(config(**settings), num_pids)
+
+
+def pictures(num_images=4, size=(64, 32)):
+    return torch.randn(num_images, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+def shapes(model):
+    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+# ---- the published models ----
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def published(request):
+    """A backbone's name, and a function that builds the recorded float64 model in eval mode with other settings."""
+    weights = {}
+
+    def build(**settings):
+        with torch.device("meta"):  # random weights would take too long
+            model = build_model(config(request.param, **settings), 751).double().eval()
+        if not weights:
+            model.to_empty(device="cpu")
+            golden_weights.fill(model)
+            weights.update(model.state_dict())
+        model.load_state_dict(weights, assign=True)
+        return model
+
+    return request.param, build
+
+
+def test_parameters_have_the_published_names(published):
+    name, build = published
+    assert list(shapes(build()).items()) == list(SHAPES[name].items())
+
+
+@pytest.mark.parametrize(
+    ("figure", "settings"),
+    [
+        ("after", {}),
+        ("before", {"NECK_FEAT": "before"}),
+        ("before_last_stride_2", {"NECK_FEAT": "before", "LAST_STRIDE": 2}),
+    ],
+)
+def test_features_are_the_published_ones(golden, published, figure, settings):
+    name, build = published
+    with torch.no_grad():
+        feat = build(**settings)(torch.from_numpy(golden["images"]))
+    np.testing.assert_allclose(feat, golden[f"{name}/{figure}"], rtol=1e-9, atol=1e-10)
+
+
+def test_the_backbones_are_those_with_recorded_features():
+    assert set(BACKBONES) == set(SHAPES)
+
+
+# ---- training and retrieval ----
+
+
+def test_training_gives_the_feature_before_the_neck_and_logits():
+    model = small(num_pids=7).train()
+    output = model(pictures())
+    assert type(output) is ReIDOutput
+    assert (output.feat.shape, output.logits.shape) == ((4, 512), (4, 7))
+    normalised = (output.feat - output.feat.mean(0)) / (output.feat.var(0, correction=0) + 1e-5).sqrt()
+    torch.testing.assert_close(output.logits, normalised @ model.classifier.weight.T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("neck_feat", "after_neck"), [("after", True), ("before", False)])
+def test_retrieval_compares_the_feature_after_or_before_the_neck(neck_feat, after_neck):
+    model = small(NECK_FEAT=neck_feat).eval()
+    golden_weights.fill(model)
+    with torch.no_grad():
+        embedding = model(pictures())
+        feat = model.base(pictures()).mean((2, 3))
+        after = model.bottleneck(feat)
+    assert embedding.shape == (4, 512)
+    assert not torch.allclose(feat, after)
+    torch.testing.assert_close(embedding, after if after_neck else feat)
+
+
+@pytest.mark.parametrize(("last_stride", "size"), [(1, (16, 8)), (2, (8, 4))])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_the_last_stride_sets_the_size_of_the_feature_map(name, last_stride, size):
+    with torch.device("meta"):
+        trunk = BACKBONES[name](last_stride=last_stride, stem_relu=False)
+        feature_map = trunk(torch.empty(2, 3, 256, 128))
+    assert feature_map.shape == (2, trunk.num_features, *size)
+
+
+# ---- the neck and what is initialised how ----
+
+
+def test_the_neck_starts_as_plain_normalisation_with_a_frozen_shift_and_tiny_class_weights():
+    model = small(num_pids=751)
+    assert torch.equal(model.bottleneck.weight, torch.ones(512))
+    assert torch.equal(model.bottleneck.bias, torch.zeros(512))
+    assert (model.bottleneck.eps, model.bottleneck.momentum) == (1e-5, 0.1)
+    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == ["bottleneck.bias"]
+    assert model.classifier.bias is None
+    assert model.classifier.weight.std().item() == pytest.approx(0.001, rel=0.01)
+    assert abs(model.classifier.weight.mean().item()) < 1e-5
+
+
+def test_without_a_neck_the_classifier_has_a_bias_and_sees_the_feature_itself():
+    model = small(NECK="no", num_pids=7)
+    own = {name: shape for name, shape in shapes(model).items() if not name.startswith("base.")}
+    assert own == {"classifier.weight": [7, 512], "classifier.bias": [7]}
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    bound = 1 / 512**0.5  # torch's default for a linear layer: uniform within it
+    assert model.classifier.weight.abs().max().item() == pytest.approx(bound, rel=0.01)
+    feat, logits = model.train()(pictures())
+    torch.testing.assert_close(logits, model.classifier(feat))
+    model.eval()
+    torch.testing.assert_close(model(pictures()), model.base(pictures()).mean((2, 3)))
+
+
+# ---- centers ----
+
+
+def test_centers_are_kept_with_a_center_loss_only_and_no_optimiser_sees_them():
+    plain = small()
+    with_centers = small(IF_WITH_CENTER="yes", METRIC_LOSS_TYPE="triplet_center")
+    assert set(shapes(with_centers)) - set(shapes(plain)) == {"centers"}
+    assert shapes(with_centers)["centers"] == [20, 512]
+    assert dict(with_centers.named_parameters()).keys() == dict(plain.named_parameters()).keys()
+    assert with_centers.centers.std().item() == pytest.approx(1, abs=0.05)
+    assert abs(with_centers.centers.mean().item()) < 0.05
+
+
+# ---- which parameters learn ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "frozen"),
+    [
+        ({"SAMPLER": "softmax"}, {"bottleneck.bias"}),
+        ({"SAMPLER": "softmax_triplet"}, {"bottleneck.bias"}),
+        ({"SAMPLER": "triplet"}, {"bottleneck.weight", "bottleneck.bias", "classifier.weight"}),
+        ({"SAMPLER": "triplet", "NECK": "no"}, {"classifier.weight", "classifier.bias"}),
+        ({"SAMPLER": "triplet", "IF_WITH_CENTER": "yes", "METRIC_LOSS_TYPE": "triplet_center"}, {"bottleneck.bias"}),
+    ],
+    ids=["identity loss", "both losses", "triplet alone", "triplet alone without neck", "triplet and center"],
+)
+def test_what_no_loss_reaches_is_frozen_and_all_else_gets_a_gradient(settings, frozen):
+    model = small(**settings).train()
+    assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == frozen
+    feat, logits = model(pictures())
+    loss = feat.square().sum() if "classifier.weight" in frozen else logits.square().sum()
+    loss.backward()
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is None} == frozen
+
+
+# ---- the stem ----
+
+
+@pytest.mark.parametrize(("name", "build"), [("resnet18", resnet.resnet18), ("resnet50", resnet.resnet50)])
+def test_with_a_relu_in_the_stem_the_trunk_is_torchvisions_and_without_it_is_not(name, build):
+    torch.manual_seed(0)
+    theirs = build().eval()
+    theirs.fc = nn.Identity()
+    model = small(name=name, STEM_RELU="yes", LAST_STRIDE=2, NECK_FEAT="before").eval()
+    model.base.load_state_dict(theirs.state_dict())
+    with torch.no_grad():
+        expected = theirs(pictures())
+        torch.testing.assert_close(model(pictures()), expected)
+        model.base.stem_relu = False
+        assert not torch.allclose(model(pictures()), expected, rtol=0.1)
+    assert small(name=name).base.stem_relu is False
