@@ -1,1 +1,46 @@
-"""reid."""
+"""Person re-identification: the same result on any number of ranks, continued after any interruption.
+
+The map, in reading order. Mathematics are pure functions on tensors and arrays that know no rank, settings or logger;
+assembly builds, gathers and wires.
+
+    the spine
+    errors.py                   errors written for the user
+    world.py                    what the launcher told this process about ranks
+    config.py                   the yacs tree: names, defaults, units, checks
+    checks.py                   from a file's or command line's words to plain values
+    launcher.py                 from the command line to a running story
+    distributed.py              everything that knows there is more than one process
+    sync_batchnorm.py           BatchNorm over the global batch
+    run.py                      the stories: train, evaluate
+    engine.py                   what happens to one batch
+    handlers/records.py         what there is to write down, and the events that say so
+    handlers/schedule.py        learning rate, sampler's place, when to evaluate
+    handlers/meters.py          means over steps, equal on all ranks; the non-finite stop
+    handlers/guards.py          the first batch is what was planned
+    handlers/console.py         lines, progress bar, metrics.jsonl, result.json
+    handlers/checkpoint.py      last_*.pt and best_*.pt; resume
+    handlers/tracking.py        Weights & Biases
+    run_directory.py            the files of a run
+
+    the parts
+    data/benchmarks.py          folder -> train, query, gallery
+    data/synthetic.py           a generated benchmark of people in the Market-1501 layout
+    data/people.py              how its people look
+    data/photographs.py         how its cameras see them
+    data/store.py               images decoded and resized once, memory-mapped
+    data/randomness.py          random numbers as a pure function of integers
+    data/samplers.py            the global batch of (seed, epoch, step), and this rank's part
+    data/augment.py             whole uint8 batches to normalised float batches on the device
+    data/loaders.py             assembly of the above
+    backbones.py                trunks, a plain dict by name
+    model.py                    backbone, pooling, BNNeck, classifier, centers
+    weights.py                  weights from files, with a report
+    losses.py                   identity, batch-hard triplet, center (mathematics)
+    criterion.py                which losses, over the global batch (assembly)
+    optim.py                    parameter groups, optimiser, learning rate by the epoch
+    metrics.py                  CMC, mAP, mINP (mathematics)
+    evaluation.py               embeddings of all ranks to scores (assembly)
+
+Letters in shape comments: B batch, C training identities (or channels), D feature, G gallery, H height, K images per
+identity, N data set, P identities in a batch, Q queries, T batches in an epoch, W width (or the number of ranks).
+"""

@@ -1,0 +1,201 @@
+"""From settings and folders to this rank's loaders: benchmark, stores, sampler, batches."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from reid import distributed
+from reid.data import augment, store, synthetic
+from reid.data.benchmarks import Benchmark, Split, load_benchmark
+from reid.data.samplers import EvaluationBatches, IdentityPlan, PlannedBatch, ShufflePlan, TrainBatches
+from reid.errors import DataError
+from reid.metrics import Labels
+
+if TYPE_CHECKING:
+    from yacs.config import CfgNode
+
+logger = logging.getLogger("reid.data")
+
+
+class Batch(NamedTuple):
+    """This rank's part of a batch, in host memory."""
+
+    images: Tensor  # uint8 [B, H, W, 3]
+    pids: Tensor  # int64 [B]; of training images 0..C-1
+    sample_ids: Tensor  # int64 [B] positions in the data set
+    drawn: Tensor  # int32 [B, 7] what augmentation does to each image; [B, 0] in evaluation
+
+
+class StoredImages(Dataset[Batch]):
+    """Batches from memory-mapped stores; asked for a whole `PlannedBatch` at a time.
+
+    Args:
+        stores: uint8 [N_i, H, W, 3] each; the data set is all of them, one behind the other.
+        pids: [N].
+        recipe: of the augmentation; None for evaluation.
+    """
+
+    def __init__(
+        self, stores: Sequence[NDArray[np.uint8]], pids: NDArray[np.int64], recipe: augment.Recipe | None
+    ) -> None:
+        self._stores, self._pids, self._recipe = list(stores), pids, recipe
+        self._starts = np.cumsum([0] + [len(images) for images in stores])
+
+    def __len__(self) -> int:
+        return len(self._pids)
+
+    def __getitems__(self, planned: PlannedBatch) -> Batch:
+        """The batch; DataLoader hands over here what its batch sampler gives."""
+        if self._recipe is None:
+            drawn = torch.zeros((len(planned.sample_ids), 0), dtype=torch.int32)
+        else:
+            drawn = augment.draw(self._recipe, planned.epoch, planned.positions)
+        return Batch(
+            images=torch.from_numpy(self._gather(planned.sample_ids)),
+            pids=torch.from_numpy(self._pids[planned.sample_ids]),
+            sample_ids=torch.from_numpy(planned.sample_ids),
+            drawn=drawn,
+        )
+
+    def _gather(self, sample_ids: NDArray[np.int64]) -> NDArray[np.uint8]:
+        images = np.empty((len(sample_ids), *self._stores[0].shape[1:]), dtype=np.uint8)
+        for part, start in zip(self._stores, self._starts, strict=False):
+            inside = (sample_ids >= start) & (sample_ids < start + len(part))
+            images[inside] = part[sample_ids[inside] - start]
+        return images
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """What training draws from."""
+
+    loader: DataLoader[Batch]
+    batches: TrainBatches
+    num_pids: int  # C
+    recipe: augment.Recipe
+
+
+@dataclass(frozen=True)
+class TestData:
+    """What evaluation compares: queries first, then the gallery."""
+
+    loader: DataLoader[Batch]
+    query: Labels
+    gallery: Labels
+
+
+def open_benchmark(cfg: CfgNode) -> Benchmark:
+    """The benchmark that DATASETS names; the synthetic one is generated where it is missing. Called by all ranks."""
+    root_dir, (name,) = Path(cfg.DATASETS.ROOT_DIR), cfg.DATASETS.NAMES
+    if name == "synthetic":
+        sizes = cfg.DATASETS.SYNTHETIC
+        distributed.once_per_node(
+            lambda: synthetic.generate(
+                root_dir / name,
+                num_train_pids=sizes.NUM_TRAIN_PIDS,
+                num_test_pids=sizes.NUM_TEST_PIDS,
+                images_per_pid=sizes.IMAGES_PER_PID,
+                num_cameras=sizes.NUM_CAMERAS,
+                seed=sizes.SEED,
+            )
+        )
+    benchmark = distributed.together(lambda: load_benchmark(name, root_dir))
+    logger.info("%s", benchmark.statistics())
+    return benchmark
+
+
+def build_train_data(cfg: CfgNode, benchmark: Benchmark) -> TrainData:
+    """Called by all ranks.
+
+    Raises:
+        DataError: fewer identities (or images) than a batch needs.
+    """
+    recipe = augment.Recipe(
+        size=tuple(cfg.INPUT.SIZE_TRAIN),
+        flip_probability=cfg.INPUT.PROB,
+        padding=cfg.INPUT.PADDING,
+        erasing_probability=cfg.INPUT.RE_PROB,
+        seed=cfg.SEED,
+    )
+    batches = TrainBatches(
+        distributed.together(lambda: _build_plan(cfg, benchmark)),
+        rank=distributed.rank(),
+        num_ranks=distributed.num_ranks(),
+    )
+    images = _open_store(cfg, f"{benchmark.name}-train", benchmark.train, recipe.size)
+    dataset = StoredImages([images], benchmark.train.pids, recipe)
+    return TrainData(_build_loader(cfg, dataset, batches), batches, benchmark.num_train_pids, recipe)
+
+
+def build_test_data(cfg: CfgNode, benchmark: Benchmark) -> TestData:
+    """Called by all ranks."""
+    size = tuple(cfg.INPUT.SIZE_TEST)
+    splits = {"query": benchmark.query, "gallery": benchmark.gallery}
+    stores = [_open_store(cfg, f"{benchmark.name}-{name}", split, size) for name, split in splits.items()]
+    pids = np.concatenate([split.pids for split in splits.values()])
+    batches = EvaluationBatches(
+        len(pids),
+        batch_size=cfg.TEST.IMS_PER_BATCH,
+        rank=distributed.rank(),
+        num_ranks=distributed.num_ranks(),
+    )
+    loader = _build_loader(cfg, StoredImages(stores, pids, None), batches)
+    return TestData(loader, *(Labels.of(split.pids, split.camids) for split in splits.values()))
+
+
+def _build_plan(cfg: CfgNode, benchmark: Benchmark) -> IdentityPlan | ShufflePlan:
+    batch_size, num_instances = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE
+    if cfg.DATALOADER.SAMPLER == "softmax":
+        if len(benchmark.train) < batch_size:
+            raise DataError(
+                f"SOLVER.IMS_PER_BATCH={batch_size} needs at least as many training images, but {benchmark.root} has "
+                f"{len(benchmark.train)}; lower SOLVER.IMS_PER_BATCH"
+            )
+        return ShufflePlan(len(benchmark.train), batch_size=batch_size, seed=cfg.SEED)
+    num_pids = batch_size // num_instances
+    if benchmark.num_train_pids < num_pids:
+        raise DataError(
+            f"SOLVER.IMS_PER_BATCH={batch_size} with DATALOADER.NUM_INSTANCE={num_instances} needs {num_pids} training "
+            f"identities, but {benchmark.root} has {benchmark.num_train_pids}; lower SOLVER.IMS_PER_BATCH to "
+            f"{benchmark.num_train_pids * num_instances} or less, or raise DATALOADER.NUM_INSTANCE"
+        )
+    return IdentityPlan(benchmark.train.pids, num_pids=num_pids, num_instances=num_instances, seed=cfg.SEED)
+
+
+def _open_store(cfg: CfgNode, name: str, split: Split, size: tuple[int, int]) -> NDArray[np.uint8]:
+    file = store.store_file(Path(cfg.DATASETS.CACHE_DIR), name, split.paths, size)
+    distributed.once_per_node(lambda: store.build_store(file, split.paths, size, progress=distributed.is_main()))
+    return distributed.together(lambda: store.open_store(file, len(split), size))
+
+
+def _build_loader(cfg: CfgNode, dataset: StoredImages, batches: TrainBatches | EvaluationBatches) -> DataLoader[Batch]:
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,  # type: ignore[arg-type]  # yields PlannedBatch for a list of ids
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=_as_it_is,  # type: ignore[arg-type]
+        pin_memory=torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu",
+        worker_init_fn=_ignore_signals,
+    )
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _ignore_signals(worker_id: int) -> None:
+    """torchrun signals the whole process group; a dying worker would end the trainer before it could save."""
+    del worker_id
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,252 @@
+"""Everything that knows there is more than one process: group, device, collectives, SyncBN on the CPU, accelerate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import ignite.distributed as idist
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from torch import Tensor, nn
+
+from reid.errors import USER_ERRORS, SettingsError, WorldError
+from reid.world import World
+
+if TYPE_CHECKING:
+    from yacs.config import CfgNode
+
+T = TypeVar("T")
+
+
+@contextmanager
+def session(world: World, cfg: CfgNode) -> Iterator[Accelerator]:
+    """The process group from start to end (none where a single process was started), and accelerate joined to it.
+
+    accelerate owns precision, wrapping and the backward pass; ranks, collectives and devices are Ignite's.
+
+    Args:
+        world: what the launcher told this process.
+        cfg: the whole configuration; MODEL.DEVICE, SOLVER.PRECISION and SOLVER.TIMEOUT_MINUTES are read.
+
+    Raises:
+        WorldError: no GPU where one is asked for, fewer GPUs than processes on this node, or a library that does not
+            see the world that the launcher made.
+    """
+    on_gpu = _on_gpu(world, cfg.MODEL.DEVICE)
+    if world.has_group:
+        _hide_slurm()
+        idist.initialize("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=cfg.SOLVER.TIMEOUT_MINUTES))
+    try:
+        _check_same_world("Ignite", idist.get_world_size(), idist.get_rank(), world)
+        accelerator = together(lambda: _build_accelerator(on_gpu=on_gpu, precision=cfg.SOLVER.PRECISION))
+        _check_same_world("accelerate", accelerator.num_processes, accelerator.process_index, world)
+        yield accelerator
+    except USER_ERRORS as error:
+        if world.num_ranks > 1 and getattr(error, "is_shared", False):
+            # torchrun ends all processes with the first that ends, and rank 0 may still be closing its W&B run.
+            idist.barrier()
+        raise
+    finally:
+        if world.has_group:
+            idist.finalize()
+
+
+def _build_accelerator(*, on_gpu: bool, precision: str) -> Accelerator:
+    if precision == "fp16" and not on_gpu:
+        raise SettingsError("SOLVER.PRECISION fp16 needs a GPU, and this run is on a CPU; use fp32 or bf16")
+    # Without it accelerate sets the number of threads itself, with a warning; torch has set them already.
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    return Accelerator(
+        cpu=not on_gpu,
+        mixed_precision="no" if precision in ("fp32", "fp64") else precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+
+
+def wrap(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Model and optimiser as training uses them; accelerate would shard a loader again and step a schedule W times."""
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        # BatchNorm statistics are equal on all ranks (SyncBN), or broadcast before an evaluation; centers are equal.
+        # Set here, as the name of the argument depends on torch's version.
+        wrapped.broadcast_buffers = False
+    return wrapped, optimizer
+
+
+def _on_gpu(world: World, device: str) -> bool:
+    if device == "cpu":
+        return False
+    if not torch.cuda.is_available():
+        if device == "cuda":
+            error = WorldError(
+                "MODEL.DEVICE is cuda, but torch finds no GPU on this machine; use MODEL.DEVICE auto or cpu"
+            )
+            raise error if world.local_rank == 0 else shared(error)
+        return False
+    num_gpus = torch.cuda.device_count()
+    if world.local_rank >= num_gpus:
+        error = WorldError(
+            f"every process needs a GPU of its own, but {num_gpus + 1} or more processes were started on a node with "
+            f"{num_gpus}; lower --nproc_per_node, or set MODEL.DEVICE cpu"
+        )
+        raise error if world.local_rank == num_gpus else shared(error)
+    return True
+
+
+def _hide_slurm() -> None:
+    """Where torchrun made the ranks, Ignite would still read Slurm's, and overwrite LOCAL_RANK with them."""
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        os.environ["REID_" + name] = os.environ.pop(name)
+
+
+def _check_same_world(library: str, num_ranks: int, own_rank: int, world: World) -> None:
+    if (num_ranks, own_rank) != (world.num_ranks, world.rank):
+        raise WorldError(
+            f"{library} must see rank {world.rank} of {world.num_ranks} as the launcher made it, but it sees rank "
+            f"{own_rank} of {num_ranks}, and the processes would train side by side; start them with torchrun, and "
+            "unset other variables that speak of ranks"
+        )
+
+
+def rank() -> int:
+    return int(idist.get_rank())
+
+
+def num_ranks() -> int:
+    return int(idist.get_world_size())
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def together(work: Callable[[], T]) -> T:
+    """Runs the work on every rank; where some raise one of our errors, all do, so that none waits for the others.
+
+    Raises:
+        the error of the lowest rank that has one, marked `is_shared`: rank 0 tells it for all.
+    """
+    if num_ranks() == 1:
+        return work()
+    result, own_error = None, None
+    try:
+        result = work()
+    except USER_ERRORS as raised:
+        own_error = raised
+    for failed_rank, error in enumerate(gather_objects(own_error)):
+        if error is not None:
+            words = str(error) if failed_rank == 0 else f"{error} (on rank {failed_rank})"
+            raise shared(type(error)(words)) from own_error
+    return cast("T", result)
+
+
+def shared(error: Exception) -> Exception:
+    """The error, marked as one that every rank raises, so that only rank 0 tells it."""
+    error.is_shared = True  # type: ignore[attr-defined]
+    return error
+
+
+def once_per_node(work: Callable[[], object]) -> None:
+    """Runs the work on one process of every node while the others wait; errors as in `together`."""
+    together(work if idist.get_local_rank() == 0 else lambda: None)
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """What the work gives on rank 0, on every rank; errors as in `together`."""
+    result = together(lambda: work() if is_main() else None)
+    if num_ranks() > 1:
+        box = [result]
+        dist.broadcast_object_list(box, src=0)
+        result = box[0]
+    return cast("T", result)
+
+
+def gather_objects(own: T) -> list[T]:
+    """One object of every rank, in rank order."""
+    if num_ranks() == 1:
+        return [own]
+    gathered: list[Any] = [None] * num_ranks()
+    dist.all_gather_object(gathered, own)
+    return gathered
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The element-wise sum of every rank's tensor."""
+    return cast("Tensor", idist.all_reduce(values.clone()))
+
+
+def global_batch(feat: Tensor, pids: Tensor) -> tuple[Tensor, Tensor]:
+    """Features and identities of the global batch, in rank order, with one collective.
+
+    Only this rank's own rows carry a gradient. A loss over *all* rows therefore has, with respect to them, the gradient
+    of the single process; as gradients are averaged over the ranks, it must be multiplied by their number.
+
+    Args:
+        feat: [B_rank, D], as many rows on every rank.
+        pids: [B_rank], below 2**24, so that float32 holds them exactly.
+
+    Returns:
+        feat [B, D] and pids [B].
+    """
+    if num_ranks() == 1:
+        return feat, pids
+    own = slice(rank() * len(feat), (rank() + 1) * len(feat))
+    packed = torch.cat([feat.detach(), pids[:, None].to(feat.dtype)], dim=1)  # [B_rank, D + 1]
+    gathered = all_gather(packed)  # [B, D + 1]
+    everyone = gathered[:, :-1]
+    live = torch.cat([everyone[: own.start], feat, everyone[own.stop :]])
+    return live, gathered[:, -1].to(pids.dtype)
+
+
+def all_gather(own: Tensor) -> Tensor:
+    """The tensors [n, ...] of all ranks one behind the other, without gradient."""
+    return cast("Tensor", idist.all_gather(own))
+
+
+def gather_rows(rows: Tensor, ids: Tensor, num_rows: int) -> Tensor:
+    """The rows of all ranks, each at the place that its id names; ranks may hold different numbers of rows, or none.
+
+    Args:
+        rows: [n_rank, ...].
+        ids: [n_rank], every one of 0..num_rows-1 on exactly one rank.
+        num_rows: over all ranks.
+
+    Returns:
+        [num_rows, ...] on every rank, on the CPU or device of `rows`.
+
+    Raises:
+        WorldError: an id is missing or comes twice.
+    """
+    if num_ranks() > 1:
+        counts = gather_objects(len(ids))
+        longest = max(counts)
+        rows, ids = (_gather_uneven(part, counts, longest) for part in (rows, ids))
+    if not torch.equal(ids.sort().values.cpu(), torch.arange(num_rows)):
+        raise shared(WorldError(f"every one of {num_rows} rows must come from exactly one rank, but {len(ids)} came"))
+    ordered = torch.empty_like(rows)
+    ordered[ids] = rows
+    return ordered
+
+
+def _gather_uneven(part: Tensor, counts: list[int], longest: int) -> Tensor:
+    padded = part.new_zeros((longest, *part.shape[1:]))
+    padded[: len(part)] = part
+    gathered = all_gather(padded)
+    return torch.cat([gathered[i * longest : i * longest + n] for i, n in enumerate(counts)])
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Gives every rank rank 0's buffers: without SyncBN each has BatchNorm statistics of its own."""
+    if num_ranks() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)

@@ -1,0 +1,110 @@
+"""What happens to one batch: the train step and the embed step, as Ignite engines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from ignite.engine import Engine
+from torch import Tensor, nn
+
+from reid.criterion import Criterion
+from reid.data.augment import augment, normalise
+from reid.model import ReIDModel
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from yacs.config import CfgNode
+
+    from reid.data.loaders import Batch
+
+
+class Preparation:
+    """From uint8 images in host memory to what the model takes, on the device.
+
+    Args:
+        cfg: the whole configuration; INPUT and SOLVER.PRECISION are read.
+        device: of the model.
+    """
+
+    def __init__(self, cfg: CfgNode, device: torch.device) -> None:
+        self._device = device
+        dtype = torch.float64 if cfg.SOLVER.PRECISION == "fp64" else torch.float32
+        self._mean = torch.tensor(cfg.INPUT.PIXEL_MEAN, dtype=dtype, device=device)
+        self._std = torch.tensor(cfg.INPUT.PIXEL_STD, dtype=dtype, device=device)
+        self._padding: int = cfg.INPUT.PADDING
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, non_blocking=True)
+
+    def for_training(self, batch: Batch) -> Tensor:
+        """Augmented images [B, 3, H, W]."""
+        images, drawn = self.to_device(batch.images), self.to_device(batch.drawn)
+        return self._laid_out(augment(images, drawn, self._padding, self._mean, self._std))
+
+    def for_evaluation(self, batch: Batch) -> Tensor:
+        """Normalised images [B, 3, H, W]."""
+        return self._laid_out(normalise(self.to_device(batch.images), self._mean, self._std))
+
+    def _laid_out(self, images: Tensor) -> Tensor:
+        """As the model's weights lie in memory: as they are (channels last) on a GPU, channels first on a CPU."""
+        return images if images.is_cuda else images.contiguous()
+
+
+def build_trainer(
+    model: nn.Module,
+    criterion: Criterion,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    preparation: Preparation,
+) -> Engine:
+    """An engine whose output is the step's `Losses.shares`: scalars on the device, as the step never waits for it.
+
+    Args:
+        model: wrapped by accelerate.
+        criterion: of the global batch.
+        optimizer: wrapped by accelerate.
+        accelerator: which wrapped them.
+        preparation: of the batch's images.
+    """
+    centers = getattr(accelerator.unwrap_model(model), "centers", None)
+
+    def step(engine: Engine, batch: Batch) -> dict[str, Tensor]:
+        del engine
+        pids = preparation.to_device(batch.pids)
+        losses = criterion(model(preparation.for_training(batch)), pids, centers)
+        optimizer.zero_grad()
+        accelerator.backward(losses.to_minimise)
+        optimizer.step()
+        if centers is not None:
+            criterion.move_centers(losses, centers)
+        return losses.shares
+
+    return Engine(step)
+
+
+class Embedded(NamedTuple):
+    """The embeddings of one batch."""
+
+    embedding: Tensor  # [B, D] of the weights' dtype
+    sample_ids: Tensor  # [B] in host memory
+
+
+def build_embedder(model: ReIDModel, accelerator: Accelerator, preparation: Preparation) -> Engine:
+    """An engine whose output is `Embedded`.
+
+    Args:
+        model: not wrapped, as ranks have different numbers of batches and none may wait for another.
+        accelerator: whose precision is used.
+        preparation: of the batch's images.
+    """
+    dtype = next(model.parameters()).dtype
+
+    @torch.no_grad()
+    def step(engine: Engine, batch: Batch) -> Embedded:
+        del engine
+        with accelerator.autocast():
+            embedding = model(preparation.for_evaluation(batch))
+        return Embedded(embedding.to(dtype), batch.sample_ids)
+
+    return Engine(step)

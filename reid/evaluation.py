@@ -1,0 +1,120 @@
+"""Embeddings of all ranks to retrieval scores; every rank ranks its own blocks of queries."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from ignite.engine import Engine, Events
+from torch import Tensor
+
+from reid import distributed
+from reid.data.loaders import TestData
+from reid.engine import Embedded, Preparation, build_embedder
+from reid.errors import DataError
+from reid.metrics import (
+    Labels,
+    QueryScores,
+    RetrievalScores,
+    concatenate,
+    prepare_embeddings,
+    query_blocks,
+    score_block,
+    summarise,
+)
+from reid.model import ReIDModel
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from yacs.config import CfgNode
+
+Distance = Literal["cosine", "euclidean"]
+
+
+class Evaluator:
+    """Embeds query and gallery and scores the retrieval; called by all ranks, the same result on all.
+
+    Args:
+        model: not wrapped.
+        accelerator: whose precision is used.
+        data: query and gallery.
+        cfg: the whole configuration; TEST, INPUT and SOLVER.PRECISION are read.
+    """
+
+    def __init__(self, model: ReIDModel, accelerator: Accelerator, data: TestData, cfg: CfgNode) -> None:
+        self._model, self._data = model, data
+        self._distance: Distance = "cosine" if cfg.TEST.FEAT_NORM else "euclidean"
+        self._num_features = model.num_features
+        self._embedder = build_embedder(model, accelerator, Preparation(cfg, accelerator.device))
+        self._embedder.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
+        self._collected: list[Embedded] = []
+
+    def run(self) -> RetrievalScores:
+        """Scores of the model as it is now.
+
+        Raises:
+            DataError: no query has a match.
+            FloatingPointError: an embedding is not finite.
+        """
+        distributed.broadcast_buffers(self._model)
+        embedding = self._embed()
+        num_queries = len(self._data.query.pids)
+        scores = score_queries(
+            embedding[:num_queries], embedding[num_queries:], self._data.query, self._data.gallery, self._distance
+        )
+        try:
+            return summarise(scores)
+        except ValueError as error:
+            raise distributed.shared(
+                DataError(f"{error}; check the camera and identity numbers in the file names")
+            ) from error
+
+    def _embed(self) -> Tensor:
+        """Embeddings of query and gallery in the data set's order, on every rank: [Q + G, D]."""
+        self._collected = []
+        was_training = self._model.training
+        self._model.eval()
+        if len(self._data.loader):
+            self._embedder.run(self._data.loader)
+        self._model.train(was_training)
+        weight = next(self._model.parameters())
+        # A rank without a batch takes part with no rows.
+        embedding = torch.cat(
+            [weight.new_zeros((0, self._num_features)), *(part.embedding for part in self._collected)]
+        )
+        sample_ids = torch.cat([torch.zeros(0, dtype=torch.int64), *(part.sample_ids for part in self._collected)])
+        self._collected = []
+        num_images = len(self._data.query.pids) + len(self._data.gallery.pids)
+        return distributed.gather_rows(embedding, sample_ids.to(weight.device), num_images)
+
+    def _collect(self, engine: Engine) -> None:
+        self._collected.append(engine.state.output)  # type: ignore[arg-type]
+
+
+def score_queries(
+    q_embedding: Tensor, g_embedding: Tensor, query: Labels, gallery: Labels, distance: Distance
+) -> QueryScores:
+    """Scores of all queries, each computed on one rank; called by all ranks with the same arguments.
+
+    Raises:
+        FloatingPointError: an embedding is not finite.
+    """
+    device = q_embedding.device
+    query, gallery = query.to(device), gallery.to(device)
+    try:
+        q_embedding, g_embedding = (prepare_embeddings(part, distance) for part in (q_embedding, g_embedding))
+    except ValueError as error:
+        raise distributed.shared(
+            FloatingPointError(f"the model's {error}; its weights or BatchNorm statistics are broken")
+        ) from error
+    blocks = list(query_blocks(len(query.pids)))
+    own_blocks = blocks[distributed.rank() :: distributed.num_ranks()]
+    own = concatenate(
+        [score_block(q_embedding, g_embedding, query, gallery, block, distance=distance) for block in own_blocks]
+    )
+    places = torch.cat(
+        [torch.arange(block.start, block.stop) for block in own_blocks] or [torch.zeros(0, dtype=torch.int64)]
+    )
+    rows = torch.stack([own.average_precision, own.inverse_negative_penalty, own.first_match.double()], dim=1)
+    rows = distributed.gather_rows(rows.to(device), places.to(device), len(query.pids)).cpu()
+    return QueryScores(rows[:, 0], rows[:, 1], rows[:, 2].long())

@@ -1,0 +1,80 @@
+"""Rank 0's lines, progress bar, metrics.jsonl and result.json."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+from ignite.engine import Engine
+from ignite.handlers import ProgressBar
+from tqdm import tqdm
+
+from reid import distributed
+from reid.handlers.records import Progress, Records
+from reid.run_directory import RunDirectory
+
+logger = logging.getLogger("reid.train")
+step_logger = logging.getLogger("reid.train.steps")  # left to the progress bar where there is one
+
+_TERMS = ("id", "triplet", "center")
+_PERCENTAGES = ("mAP", "mINP", "rank-1", "rank-5", "rank-10")
+
+
+def attach(trainer: Engine, folder: RunDirectory, progress: Progress) -> None:
+    """Writes every record down, on rank 0."""
+    if not distributed.is_main():
+        return
+    trainer.add_event_handler(Records.TRAIN, _write_train_record, folder)
+    trainer.add_event_handler(Records.VALIDATION, _write_validation_record, folder, progress)
+    if sys.stderr.isatty():
+        _show_progress_bar(trainer)
+
+
+def _write_train_record(trainer: Engine, folder: RunDirectory) -> None:
+    state = trainer.state
+    metrics = state.metrics
+    folder.append_metrics({"kind": "train", "epoch": state.epoch, "iteration": state.iteration, **metrics})
+    assert state.epoch_length is not None
+    step = (state.iteration - 1) % state.epoch_length + 1
+    terms = ", ".join(f"{name} {metrics[name]:.3f}" for name in _TERMS if name in metrics)
+    (logger if step == state.epoch_length else step_logger).info(
+        "epoch %d/%d step %d/%d: loss %.3f (%s), accuracy %.1f %%, lr %.2e, %.0f images/s, %.0f %% waiting for data",
+        *(state.epoch, state.max_epochs, step, state.epoch_length),
+        *(metrics["loss"], terms, 100 * metrics["acc"], metrics["lr"]),
+        *(metrics["images_per_second"], 100 * metrics["data_wait"]),
+    )
+
+
+def _write_validation_record(trainer: Engine, folder: RunDirectory, progress: Progress) -> None:
+    assert progress.last is not None
+    folder.append_metrics({"kind": "val", **progress.last})
+    folder.write_result(progress.last)
+    logger.info("epoch %d: %s", trainer.state.epoch, describe_scores(progress.last))
+
+
+def describe_scores(scores: dict[str, Any]) -> str:
+    """One line: mAP, mINP, rank-k in percent, and how many queries count."""
+    percentages = [f"{name} {100 * scores[name]:.1f} %" for name in _PERCENTAGES if name in scores]
+    left_out = scores["num_queries"] - scores["num_valid_queries"]
+    note = f" ({left_out} without a match left out)" if left_out else ""
+    return f"{', '.join(percentages)}, {scores['num_valid_queries']} queries{note}"
+
+
+def _show_progress_bar(trainer: Engine) -> None:
+    """A bar in place of the lines within an epoch; other lines are written above it."""
+    ProgressBar(persist=False, desc="epoch").attach(trainer)
+    for handler in logging.getLogger("reid").handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
+            handler.addFilter(lambda record: record.name != step_logger.name)
+            handler.setStream(_AboveTheBar())
+
+
+class _AboveTheBar:
+    """A stream that lets the progress bar make room for a line."""
+
+    def write(self, text: str) -> None:
+        tqdm.write(text, file=sys.stdout, end="")
+
+    def flush(self) -> None:
+        sys.stdout.flush()

@@ -1,0 +1,187 @@
+"""Weights & Biases: every rank calls, rank 0 acts; the only importer of wandb."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ignite.engine import Engine
+
+from reid import distributed
+from reid.config import as_plain_dict
+from reid.errors import SettingsError
+from reid.handlers.records import Progress, Records
+from reid.run_directory import write_atomically
+
+if TYPE_CHECKING:
+    import wandb
+    from yacs.config import CfgNode
+
+logger = logging.getLogger("reid.tracking")
+
+_RUN_ID_FILE = "wandb_run_id"
+
+
+class Tracker:
+    """One W&B run for the whole job, continued when the job goes on. Whatever becomes of W&B, training goes on.
+
+    Rows are never logged with `step=`: W&B drops a row whose step is below the last one's, and training and validation
+    count differently. `iteration` is the axis of `train/*`, `epoch` that of `val/*`.
+
+    Args:
+        cfg: the whole configuration; WANDB is read, all of it recorded.
+        folder: of the run; W&B's files and the run's id go there.
+        facts: recorded beside the settings.
+    """
+
+    def __init__(self, cfg: CfgNode, folder: Path, facts: dict[str, Any]) -> None:
+        self._cfg, self._folder, self._facts = cfg, folder, facts
+        self._run: wandb.Run | None = None
+
+    @contextmanager
+    def running(self, progress: Progress) -> Iterator[None]:
+        """A run around training: begun, or the one that the folder or the checkpoint names; ended however that ends."""
+        distributed.together(lambda: self._start(progress))
+        try:
+            yield
+        except BaseException:
+            self._finish(exit_code=1)
+            raise
+        self._finish(exit_code=0)
+
+    def _start(self, progress: Progress) -> None:
+        if not distributed.is_main() or not self._cfg.WANDB.ENABLE:
+            return
+        file = self._folder / _RUN_ID_FILE
+        known = file.read_text().strip() if file.exists() else ""
+        known = known or progress.wandb_run_id
+        progress.wandb_run_id = known or secrets.token_hex(4)
+        write_atomically(file, progress.wandb_run_id + "\n")
+        self._run = self._begin(progress.wandb_run_id, is_known=bool(known))
+
+    def attach(self, trainer: Engine, progress: Progress) -> None:
+        """Attach it behind the checkpoints, which know the best validation."""
+        trainer.add_event_handler(Records.TRAIN, self._log_train)
+        trainer.add_event_handler(Records.VALIDATION, self._log_validation, progress)
+
+    def _finish(self, *, exit_code: int) -> None:
+        if self._run is None:
+            return
+        offline_folder = Path(self._run.dir).parent if self._run.settings._offline else None
+        self._attempt(lambda run: run.finish(exit_code=exit_code))
+        if offline_folder is not None:
+            logger.info("W&B: recorded offline; send it with: wandb sync %s", shlex.quote(str(offline_folder)))
+        self._run = None
+
+    def _attempt(self, action: Callable[[wandb.Run], object]) -> None:
+        """Does it with the run, if there is one; gives the run up where W&B's own process has died."""
+        import wandb
+
+        if self._run is None:
+            return
+        try:
+            action(self._run)
+        except (wandb.errors.Error, OSError) as error:
+            self._run = None
+            logger.warning("W&B: gives up, and training goes on (%s: %s)", type(error).__name__, _first_line(error))
+
+    def _begin(self, run_id: str, *, is_known: bool) -> wandb.Run:
+        import wandb
+
+        try:
+            wandb.setup(wandb.Settings(silent=True))
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise SettingsError(
+                f"W&B refuses its settings in the environment or in its settings files: {reason}; correct them, or use "
+                "WANDB.ENABLE no"
+            ) from error
+        mode, reason = self._mode()
+        if mode == "online":
+            try:
+                run = self._init(run_id, "online")
+            except wandb.errors.Error as error:
+                # Without it the id counts as in use by this process.
+                wandb.teardown()
+                mode, reason = "offline", f"W&B did not answer ({type(error).__name__}: {_first_line(error)})"
+        if mode != "online":
+            run = self._init(run_id, mode)
+        if mode == "disabled":
+            logger.info("W&B: disabled, as %s", reason)
+        else:
+            place = run.url if mode == "online" else f"offline, as {reason}"
+            logger.info("W&B: %s %s (%s)", "continuing run" if is_known else "run", run.name or run.id, place)
+        return run
+
+    def _mode(self) -> tuple[str, str]:
+        """online, offline or disabled, and why not online."""
+        import wandb
+
+        wanted, whose = self._cfg.WANDB.MODE, "WANDB.MODE"
+        if not wanted:
+            wanted, whose = os.environ.get("WANDB_MODE", ""), "the environment's WANDB_MODE"
+        if wanted in ("offline", "disabled", "dryrun"):
+            return "disabled" if wanted == "disabled" else "offline", f"{whose} is {wanted}"
+        try:
+            # Only asks whether there is a key: no prompt, no network, nothing written.
+            has_key = wandb.login(prompt=False, verify=False)
+        except wandb.errors.Error as error:
+            return "offline", f"W&B refuses the key ({_first_line(error)})"
+        return ("online", "") if has_key else ("offline", "no W&B key was found; set WANDB_API_KEY or run: wandb login")
+
+    def _init(self, run_id: str, mode: str) -> wandb.Run:
+        import wandb
+
+        settings = self._cfg.WANDB
+        run = wandb.init(
+            project=settings.PROJECT,
+            entity=settings.ENTITY or None,
+            name=settings.NAME or None,
+            tags=list(settings.TAGS) or None,
+            group=settings.GROUP or None,
+            job_type=settings.JOB_TYPE or None,
+            notes=settings.NOTES or None,
+            config=as_plain_dict(self._cfg) | self._facts,
+            dir=str(self._folder),
+            id=run_id,
+            resume="allow",
+            mode=mode,  # type: ignore[arg-type]
+            sync_tensorboard=settings.SYNC_TENSORBOARD,
+            save_code=settings.SAVE_CODE,
+            settings=wandb.Settings(
+                silent=True,
+                console="off",  # log.txt has it
+                init_timeout=settings.INIT_TIMEOUT,
+                finish_timeout=settings.FINISH_TIMEOUT,
+                x_transaction_log_flush_interval=1.0,  # seconds of rows that a killed process may lose
+            ),
+        )
+        run.define_metric("iteration")
+        run.define_metric("epoch")
+        run.define_metric("train/*", step_metric="iteration")
+        run.define_metric("val/*", step_metric="epoch")
+        return run
+
+    def _log_train(self, trainer: Engine) -> None:
+        row = {f"train/{name}": value for name, value in trainer.state.metrics.items()}
+        row |= {"iteration": trainer.state.iteration, "epoch": trainer.state.epoch}
+        self._attempt(lambda run: run.log(row))
+
+    def _log_validation(self, trainer: Engine, progress: Progress) -> None:
+        assert progress.last is not None
+        assert progress.best is not None
+        place = {"iteration": trainer.state.iteration, "epoch": trainer.state.epoch}
+        scores = {name: value for name, value in progress.last.items() if name not in place}
+        row = {f"val/{name.replace('rank-', 'cmc_rank_')}": value for name, value in scores.items()}
+        row |= {"val/mAP_best": progress.best["mAP"], "val/best_epoch": progress.best["epoch"], **place}
+        self._attempt(lambda run: run.log(row))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]

@@ -1,0 +1,110 @@
+"""From the command line to a running story: arguments, ranks, settings; errors come first, each as one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Literal, NoReturn
+
+from reid.config import check_ranks, load_config
+from reid.errors import USER_ERRORS, SettingsError, WorldError
+from reid.world import World, read_world
+
+if TYPE_CHECKING:
+    from yacs.config import CfgNode
+
+# Exit codes of a process; torchrun prints them, and itself ends with 1 whenever one is not 0.
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+# Seconds that a process with nothing to say waits for the one that says it: torchrun ends all with the first that ends.
+_PATIENCE = 10.0
+
+logger = logging.getLogger("reid.launcher")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says a wrong argument as any wrong setting: in one sentence, once for all ranks."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(
+            f"the command line must be [--config_file FILE] [KEY VALUE | KEY=VALUE ...], got: {message}; correct it"
+        )
+
+
+def main(story: Literal["train", "evaluate"], description: str) -> int:
+    """Runs `reid.run.<story>` with the settings of the command line; returns the exit code."""
+    parser = _Parser(description=description, allow_abbrev=False)
+    parser.add_argument("--config_file", "--config-file", default=None, metavar="FILE", help="YAML file with settings")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE | KEY=VALUE", help="settings over those of the file")
+    _set_up_console()
+    try:
+        world = read_world(os.environ)
+        if world.rank != 0:
+            logging.getLogger("reid").setLevel(logging.ERROR)
+        arguments = parser.parse_intermixed_args()
+        cfg = load_config(arguments.config_file, arguments.overrides)
+        check_ranks(cfg, world.num_ranks)
+    except USER_ERRORS as error:  # the same on all processes of a node, so the first one speaks
+        return _report(error, speaks=os.environ.get("LOCAL_RANK", "0") == "0")
+    try:
+        _run(story, cfg, world)
+    except USER_ERRORS as error:
+        return _report(error, speaks=world.rank == 0 or not getattr(error, "is_shared", False))
+    except KeyboardInterrupt:
+        logger.info("interrupted")
+        return INTERRUPTED
+    return 0
+
+
+def _run(story: Literal["train", "evaluate"], cfg: CfgNode, world: World) -> None:
+    """Imports torch and what rests on it only now: a wrong setting must not cost the seconds that this takes."""
+    try:
+        from reid import distributed, run
+    except (ImportError, RuntimeError) as error:
+        raise explain_import_error(error) from error
+    stories = {"train": run.train, "evaluate": run.evaluate}
+    with distributed.session(world, cfg) as accelerator:
+        stories[story](cfg, accelerator)
+
+
+def explain_import_error(error: Exception) -> Exception:
+    """A sentence with the remedy for missing packages or a torchvision of another torch; else the error itself."""
+    if isinstance(error, ModuleNotFoundError):
+        return WorldError(f"the package {error.name} is not installed; install the project's packages with: uv sync")
+    if "torchvision" not in str(error):
+        return error
+    try:
+        pair = f"torch {version('torch')} and torchvision {version('torchvision')}"
+    except PackageNotFoundError:
+        return error
+    return WorldError(
+        f"{pair} do not belong together ({error}); install a pair that does with: "
+        "uv sync --reinstall-package torch --reinstall-package torchvision"
+    )
+
+
+def _set_up_console() -> None:
+    """What happens goes to stdout, what went wrong to stderr."""
+    ours = logging.getLogger("reid")
+    ours.handlers.clear()
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    happenings, errors = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+    happenings.addFilter(lambda record: record.levelno < logging.ERROR)
+    errors.setLevel(logging.ERROR)
+    ours.addHandler(happenings)
+    ours.addHandler(errors)
+    # Ignite would tell every error too, twice on every rank.
+    logging.getLogger("ignite").addHandler(logging.NullHandler())
+
+
+def _report(error: Exception, *, speaks: bool) -> int:
+    if speaks:
+        logger.error("error: %s", error)
+    else:
+        time.sleep(_PATIENCE)
+    return BAD_INPUT if isinstance(error, ValueError) else FAILED

@@ -1,0 +1,243 @@
+"""What torchrun runs for test_distributed.py: trains and evaluates in float64, and writes down the outcome.
+
+torchrun --standalone --nproc_per_node=N tests/distributed_checks.py FOLDER
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from golden_weights import fill
+from ignite.engine import Events
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from reid import distributed
+from reid.backbones import BACKBONES
+from reid.config import load_config
+from reid.criterion import Criterion
+from reid.data import augment
+from reid.data.loaders import Batch, StoredImages, TestData
+from reid.data.samplers import EvaluationBatches, IdentityPlan, ShufflePlan, TrainBatches
+from reid.engine import Preparation, build_trainer
+from reid.evaluation import Evaluator
+from reid.handlers import guards, schedule
+from reid.metrics import Labels
+from reid.model import build_model
+from reid.optim import build_optimizer
+from reid.run import place
+from reid.sync_batchnorm import synchronise_batchnorm
+from reid.world import read_world
+
+GOLDEN = Path(__file__).parent / "golden"
+BASE = [
+    "MODEL.NAME=resnet18",
+    "MODEL.DEVICE=cpu",
+    "SOLVER.PRECISION=fp64",
+    "SOLVER.IMS_PER_BATCH=16",
+    "INPUT.PADDING=2",
+]
+BASE += ["INPUT.SIZE_TRAIN=(32,16)", "INPUT.SIZE_TEST=(32,16)", "SOLVER.WARMUP_ITERS=3", "SOLVER.STEPS=(4,7)"]
+
+TRAJECTORIES = {
+    "adam_center": ["MODEL.IF_WITH_CENTER=yes", "MODEL.METRIC_LOSS_TYPE=triplet_center"],
+    "sgd": ["SOLVER.OPTIMIZER_NAME=SGD", "SOLVER.BIAS_LR_FACTOR=2", "SOLVER.WEIGHT_DECAY_BIAS=0"],
+}
+# The configurations whose training must not depend on the number of ranks.
+VARIANTS = {
+    "softmax": ["DATALOADER.SAMPLER=softmax"],
+    "triplet": ["DATALOADER.SAMPLER=triplet"],
+    "triplet_soft_margin": ["DATALOADER.SAMPLER=triplet", "SOLVER.MARGIN=None"],
+    "softmax_triplet": [],
+    "softmax_triplet_no_neck": ["MODEL.NECK=no"],
+    "softmax_triplet_center": TRAJECTORIES["adam_center"],
+    "softmax_center_on_any_images": [
+        *("DATALOADER.SAMPLER=softmax", "MODEL.IF_WITH_CENTER=yes", "MODEL.METRIC_LOSS_TYPE=triplet_center"),
+    ],
+}
+
+
+class TinyTrunk(nn.Sequential):
+    """Two strided convolutions with BatchNorm, so that many configurations can be trained in a moment."""
+
+    num_features = 16
+
+    def __init__(self, *, last_stride: int, stem_relu: bool) -> None:
+        del last_stride, stem_relu
+        layers = [nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.BatchNorm2d(16)]
+        super().__init__(*layers)
+
+
+class GivenImages(Preparation):
+    """Passes on images that are already normalised."""
+
+    def for_training(self, batch: Batch) -> Tensor:
+        return batch.images
+
+
+def trained(
+    accelerator: Any, cfg: Any, loader: Any, prepare: type[Preparation], wire: Callable[..., None], num_epochs: int
+) -> dict[str, Any]:
+    """Trains a model with weights made from names; returns it with what was logged at every step."""
+    torch.manual_seed(0)
+    model = build_model(cfg, num_pids=20)
+    fill(model.double())
+    place(model, cfg, accelerator)
+    if cfg.SOLVER.SYNC_BN:
+        synchronise_batchnorm(model)
+    wrapped, optimizer = distributed.wrap(accelerator, model, build_optimizer(cfg.SOLVER, model))
+    trainer = build_trainer(wrapped, Criterion(cfg), optimizer, accelerator, prepare(cfg, accelerator.device))
+    schedule.set_learning_rate_by_epoch(trainer, optimizer, cfg.SOLVER)
+    schedule.train_mode_by_epoch(trainer, wrapped)
+    wire(trainer)
+    logged: dict[str, list[float]] = {"lr": []}
+
+    def log(engine: Any) -> None:
+        for name, share in engine.state.output.items():
+            logged.setdefault(name, []).append(float(distributed.sum_over_ranks(share)))
+        logged["lr"].append(optimizer.param_groups[0]["lr"])
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, log)
+    trainer.run(loader, max_epochs=num_epochs, epoch_length=len(loader))
+    return {"logged": logged, "model": model}
+
+
+def trajectory(accelerator: Any, name: str) -> dict[str, Any]:
+    """The recorded ten steps of reid-strong-baseline, this rank taking its block of identities."""
+    cfg = load_config(None, BASE + TRAJECTORIES[name])
+    golden = np.load(GOLDEN / f"trajectory_{name}.npz")
+    part = slice(*(16 * (distributed.rank() + i) // distributed.num_ranks() for i in (0, 1)))
+
+    steps = iter(zip(golden["images"], golden["labels"], strict=True))
+
+    class OneStepAnEpoch:
+        def __len__(self) -> int:
+            return 1
+
+        def __iter__(self) -> Iterator[Batch]:
+            images, pids = next(steps)
+            nothing = torch.zeros(0)
+            yield Batch(torch.from_numpy(images[part]).double(), torch.from_numpy(pids[part]), nothing, nothing)
+
+    outcome = trained(accelerator, cfg, OneStepAnEpoch(), GivenImages, lambda trainer: None, num_epochs=10)
+    model = outcome.pop("model").eval()
+    with torch.no_grad():
+        outcome["probe_feats"] = model(torch.from_numpy(golden["probe"]).double())
+    outcome["centers"] = getattr(model, "centers", None)
+    return outcome
+
+
+def variant(accelerator: Any, options: list[str], num_images_of_pid: list[int]) -> dict[str, Any]:
+    """Two epochs on random images through the real sampler, loader and augmentation."""
+    cfg = load_config(None, BASE + options)
+    generator = np.random.default_rng(0)
+    pids = np.repeat(np.arange(len(num_images_of_pid)), num_images_of_pid)
+    images = generator.integers(0, 256, (len(pids), 32, 16, 3), dtype=np.uint8)
+    if cfg.DATALOADER.SAMPLER == "softmax":
+        plan: Any = ShufflePlan(len(pids), batch_size=16, seed=cfg.SEED)
+    else:
+        plan = IdentityPlan(pids, num_pids=4, num_instances=4, seed=cfg.SEED)
+    recipe = augment.Recipe((32, 16), cfg.INPUT.PROB, cfg.INPUT.PADDING, cfg.INPUT.RE_PROB, cfg.SEED)
+    batches = TrainBatches(plan, rank=distributed.rank(), num_ranks=distributed.num_ranks())
+    loader = DataLoader(StoredImages([images], pids, recipe), batch_sampler=batches, collate_fn=lambda batch: batch)
+    seen: list[Any] = []
+    preparation = Preparation(cfg, accelerator.device)
+
+    def wire(trainer: Any) -> None:
+        schedule.place_sampler(trainer, batches)
+        guards.check_first_batch(trainer, cfg)
+
+        def note(engine: Any) -> None:
+            batch = engine.state.batch
+            seen.append((batch.sample_ids.tolist(), preparation.for_training(batch).sum((1, 2, 3)).tolist()))
+
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, note)
+
+    outcome = trained(accelerator, cfg, loader, Preparation, wire, num_epochs=2)
+    outcome["state"] = {name: value.clone() for name, value in outcome.pop("model").state_dict().items()}
+    parts = distributed.gather_objects(seen)
+    outcome["batches"] = [[i for ids, _ in of_ranks for i in ids] for of_ranks in zip(*parts, strict=True)]
+    outcome["pixels"] = [[total for _, sums in of_ranks for total in sums] for of_ranks in zip(*parts, strict=True)]
+    return outcome
+
+
+def evaluated(accelerator: Any, num_images: int) -> dict[str, Any]:
+    """Scores of a fixed model on random images; the first quarter are queries."""
+    cfg = load_config(None, [*BASE, "TEST.IMS_PER_BATCH=8"])
+    torch.manual_seed(0)
+    model = build_model(cfg, num_pids=20)
+    fill(model.double())
+    place(model, cfg, accelerator)
+    generator = np.random.default_rng(num_images)
+    images = generator.integers(0, 256, (num_images, 32, 16, 3), dtype=np.uint8)
+    pids, camids = np.arange(num_images) % 3, np.arange(num_images) // 3 % 2
+    num_queries = max(num_images // 4, 1)
+    batches = EvaluationBatches(num_images, batch_size=8, rank=distributed.rank(), num_ranks=distributed.num_ranks())
+    stores = [images[:num_queries], images[num_queries:]]
+    loader = DataLoader(StoredImages(stores, pids, None), batch_sampler=batches, collate_fn=lambda batch: batch)
+    query, gallery = (Labels.of(pids[part], camids[part]) for part in (slice(num_queries), slice(num_queries, None)))
+    scores = Evaluator(model, accelerator, TestData(loader, query, gallery), cfg).run()
+    return {"summary": scores.summary(), "average_precision": scores.per_query.average_precision, "cmc": scores.cmc}
+
+
+def gathered_rows() -> dict[str, Any]:
+    """Rows that the ranks hold in unequal numbers, the last rank none of them."""
+    rank, num_ranks = distributed.rank(), distributed.num_ranks()
+    owners = np.random.default_rng(1).integers(0, max(num_ranks - 1, 1), 11)
+    ids = torch.from_numpy(np.flatnonzero(owners == rank)).flip(0)
+    rows = distributed.gather_rows(torch.stack([ids * 10.0, ids * 100.0], 1), ids, 11)
+    return {"rows": rows}
+
+
+def shared_errors() -> dict[str, str]:
+    """What each rank hears of an error on one of them."""
+    from reid.errors import DataError
+
+    def fail_on_last() -> None:
+        if distributed.rank() == distributed.num_ranks() - 1:
+            raise DataError("no such folder")
+
+    try:
+        distributed.together(fail_on_last)
+    except DataError as error:
+        return {"together": str(error)}
+    return {"together": "nothing"}
+
+
+def without_gather(work: Callable[[], Any]) -> Any:
+    """The work with every rank mining its own part only."""
+    original, distributed.global_batch = distributed.global_batch, lambda feat, pids: (feat, pids)
+    try:
+        return work()
+    finally:
+        distributed.global_batch = original
+
+
+def main(folder: Path) -> None:
+    world = read_world(os.environ)
+    # torchrun's default of one thread each; a single process uses the same, so that only the number of ranks differs.
+    torch.set_num_threads(1)
+    with distributed.session(world, load_config(None, BASE)) as accelerator:
+        outcome: dict[str, Any] = {"rows": gathered_rows(), "errors": distributed.gather_objects(shared_errors())}
+        outcome["evaluation"] = {n: evaluated(accelerator, n) for n in (7, 30, 61)}
+        if world.num_ranks != 3:  # does not divide the batch
+            outcome["trajectories"] = {name: trajectory(accelerator, name) for name in TRAJECTORIES}
+            BACKBONES["resnet18"] = TinyTrunk
+            equal, unequal = [4] * 20, [2 + 3 * i % 11 for i in range(20)]
+            outcome["equal"] = {name: variant(accelerator, options, equal) for name, options in VARIANTS.items()}
+            outcome["unequal"] = {name: variant(accelerator, options, unequal) for name, options in VARIANTS.items()}
+            outcome["wrong"] = {
+                "without SyncBN": variant(accelerator, ["SOLVER.SYNC_BN=no"], unequal),
+                "without gather": without_gather(lambda: variant(accelerator, [], unequal)),
+            }
+        torch.save(outcome, folder / f"ranks_{world.num_ranks}_rank_{world.rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

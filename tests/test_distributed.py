@@ -1,0 +1,103 @@
+"""N processes = 1 process, in float64 under torchrun; one launch a number of ranks, see distributed_checks.py."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from distributed_checks import TRAJECTORIES, VARIANTS
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """A function: number of ranks -> what each rank wrote down."""
+
+    @cache
+    def run(num_ranks: int) -> list[dict[str, Any]]:
+        folder = tmp_path_factory.mktemp(f"ranks_{num_ranks}")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
+        done = subprocess.run(
+            [*command, str(HERE / "distributed_checks.py"), str(folder)], capture_output=True, text=True, timeout=500
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        files = [folder / f"ranks_{num_ranks}_rank_{rank}.pt" for rank in range(num_ranks)]
+        return [torch.load(file, weights_only=False) for file in files]
+
+    return run
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Over all entries of two state dicts, relative to the entry's largest value."""
+    assert one.keys() == other.keys()
+    return max(
+        float((one[name].double() - other[name].double()).abs().max() / one[name].double().abs().max().clamp(min=1e-9))
+        for name in one
+    )
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("name", TRAJECTORIES)
+def test_ten_steps_are_those_recorded_of_reid_strong_baseline(outcomes, name, num_ranks):
+    golden = np.load(HERE / "golden" / f"trajectory_{name}.npz")
+    outcome = outcomes(num_ranks)[0]["trajectories"][name]
+    np.testing.assert_allclose(outcome["logged"]["lr"], golden["lr"], rtol=1e-12)
+    np.testing.assert_allclose(outcome["logged"]["loss"], golden["loss"], rtol=1e-6)
+    np.testing.assert_allclose(outcome["logged"]["acc"], golden["acc"], rtol=1e-12)
+    np.testing.assert_allclose(outcome["probe_feats"], golden["probe_feats"], atol=1e-6)
+    if name == "adam_center":
+        np.testing.assert_allclose(outcome["centers"], golden["final_centers"], atol=1e-6)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("counts", ["equal", "unequal"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_training_does_not_depend_on_the_number_of_ranks(outcomes, name, counts, num_ranks):
+    alone, shared = outcomes(1)[0][counts][name], outcomes(num_ranks)[0][counts][name]
+    assert shared["batches"] == alone["batches"]
+    assert shared["pixels"] == alone["pixels"]
+    for term, values in alone["logged"].items():
+        np.testing.assert_allclose(shared["logged"][term], values, rtol=1e-9, err_msg=term)
+    assert largest_difference(alone["state"], shared["state"]) < 1e-9
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_all_ranks_hold_the_same_weights(outcomes, num_ranks):
+    first, *others = (outcome["unequal"]["softmax_triplet_center"]["state"] for outcome in outcomes(num_ranks))
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("wrong", ["without SyncBN", "without gather"])
+def test_the_equality_would_notice_a_wrong_way(outcomes, wrong, num_ranks):
+    alone = outcomes(1)[0]["unequal"]["softmax_triplet"]["state"]
+    assert largest_difference(alone, outcomes(num_ranks)[0]["wrong"][wrong]["state"]) > 1e-6
+    assert largest_difference(alone, outcomes(1)[0]["wrong"][wrong]["state"]) == 0  # one process needs neither
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_images", [7, 30, 61])  # 7: fewer batches than ranks
+def test_evaluation_does_not_depend_on_the_number_of_ranks(outcomes, num_images, num_ranks):
+    alone = outcomes(1)[0]["evaluation"][num_images]
+    for outcome in outcomes(num_ranks):
+        assert outcome["evaluation"][num_images]["summary"] == alone["summary"]
+        for name in ("average_precision", "cmc"):
+            np.testing.assert_array_equal(outcome["evaluation"][num_images][name], alone[name])
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_rows_come_back_in_order_from_ranks_with_unequal_numbers(outcomes, num_ranks):
+    for outcome in outcomes(num_ranks):
+        assert outcome["rows"]["rows"].tolist() == [[10.0 * i, 100.0 * i] for i in range(11)]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_an_error_on_one_rank_is_raised_on_all(outcomes, num_ranks):
+    assert outcomes(num_ranks)[0]["errors"] == [{"together": f"no such folder (on rank {num_ranks - 1})"}] * num_ranks
