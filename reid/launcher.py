@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Literal, NoReturn
 
@@ -42,33 +43,43 @@ def main(story: Literal["train", "evaluate"], description: str) -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE | KEY=VALUE", help="settings over those of the file")
     _set_up_console()
     try:
+        return _answer(story, parser)
+    except KeyboardInterrupt:
+        logger.info("interrupted")
+        return INTERRUPTED
+
+
+def _answer(story: Literal["train", "evaluate"], parser: _Parser) -> int:
+    try:
         world = read_world(os.environ)
         if world.rank != 0:
             logging.getLogger("reid").setLevel(logging.ERROR)
         arguments = parser.parse_intermixed_args()
         cfg = load_config(arguments.config_file, arguments.overrides)
         check_ranks(cfg, world.num_ranks)
+        run = _prepare(story)
     except USER_ERRORS as error:  # the same on all processes of a node, so the first one speaks
         return _report(error, speaks=os.environ.get("LOCAL_RANK", "0") == "0")
     try:
-        _run(story, cfg, world)
+        run(cfg, world)
     except USER_ERRORS as error:
         return _report(error, speaks=world.rank == 0 or not getattr(error, "is_shared", False))
-    except KeyboardInterrupt:
-        logger.info("interrupted")
-        return INTERRUPTED
     return 0
 
 
-def _run(story: Literal["train", "evaluate"], cfg: CfgNode, world: World) -> None:
+def _prepare(story: Literal["train", "evaluate"]) -> Callable[[CfgNode, World], None]:
     """Imports torch and what rests on it only now: a wrong setting must not cost the seconds that this takes."""
     try:
         from reid import distributed, run
     except (ImportError, RuntimeError) as error:
         raise explain_import_error(error) from error
     stories = {"train": run.train, "evaluate": run.evaluate}
-    with distributed.session(world, cfg) as accelerator:
-        stories[story](cfg, accelerator)
+
+    def run_story(cfg: CfgNode, world: World) -> None:
+        with distributed.session(world, cfg) as accelerator:
+            stories[story](cfg, accelerator)
+
+    return run_story
 
 
 def explain_import_error(error: Exception) -> Exception:

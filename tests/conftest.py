@@ -1,5 +1,10 @@
 """Properties are tried on the same examples each time, without a deadline: torch's first call outlasts the default."""
 
+import os
+
+# Before torch is imported: small tensors gain nothing from threads, which wait for each other on busy machines.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from hypothesis import settings
 from program import Place

@@ -201,11 +201,12 @@ def save_atomically(file: Path, content: dict[str, Any]) -> None:
             os.fsync(stream.fileno())
         temporary.replace(file)
     except (OSError, RuntimeError) as error:
-        disk_error = error if isinstance(error, OSError) else error.__context__  # torch.save covers it
-        if not isinstance(disk_error, OSError):
-            raise
+        # Whatever stops torch.save while it writes, Ctrl-C too, comes out as a RuntimeError about positions.
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        if not isinstance(reason, OSError):
+            raise reason from None
         raise WorldError(
-            f"the checkpoint {file} cannot be written: {disk_error.strerror}; free some space and start again"
+            f"the checkpoint {file} cannot be written: {reason.strerror}; free some space and start again"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

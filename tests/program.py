@@ -1,0 +1,262 @@
+"""The program as its user starts it, again and again in one workplace.
+
+A start with torch takes ten seconds, so ranks are forked from a server that has imported it. What a real launcher adds
+(its own words, its variables, its signals) is checked with the real one, by `Place.command`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+REPOSITORY = Path(__file__).parent.parent
+TRAIN, EVALUATE = REPOSITORY / "launch" / "train.py", REPOSITORY / "launch" / "evaluate.py"
+TIMEOUT = 120  # seconds; nothing here takes a third of it
+
+# One batch holds 4 of 8 people; an epoch has 2 batches.
+TINY = """
+MODEL: {NAME: resnet18, PRETRAIN_CHOICE: none, STEM_RELU: yes, DEVICE: cpu}
+INPUT: {SIZE_TRAIN: [32, 16], SIZE_TEST: [32, 16], PADDING: 2}
+DATASETS:
+  NAMES: synthetic
+  SYNTHETIC: {NUM_TRAIN_PIDS: 8, NUM_TEST_PIDS: 6, IMAGES_PER_PID: 6}
+DATALOADER: {NUM_WORKERS: 0, NUM_INSTANCE: 4}
+SOLVER: {IMS_PER_BATCH: 16, MAX_EPOCHS: 2, WARMUP_ITERS: 1, STEPS: [40], EVAL_PERIOD: 1, LOG_PERIOD: 1}
+TEST: {IMS_PER_BATCH: 8}
+WANDB: {ENABLE: no}
+"""
+
+_FORKS = get_context("forkserver")
+_FORKS.set_forkserver_preload(["reid.run", "wandb", "program"])
+_NUMBERS = count()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A process that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Place:
+    """A folder with settings, data and caches, and an environment in which nothing is written elsewhere."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        foreign = re.compile(
+            r"WANDB_|SLURM_|OMPI_|PMI_|RANK$|LOCAL_|WORLD_SIZE|MASTER_|TORCHELASTIC|ACCELERATE|PYTHONWARN"
+        )
+        self.environment = {name: value for name, value in os.environ.items() if not foreign.match(name)}
+        self.environment |= {
+            "HOME": str(folder / "home"),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+            "WANDB_MODE": "offline",
+            **{f"WANDB_{name}_DIR": str(folder / "wandb" / name.lower()) for name in ("DATA", "CACHE", "CONFIG")},
+            "https_proxy": "http://127.0.0.1:9",  # no network
+        }
+        (folder / "home").mkdir()
+        (folder / "tiny.yml").write_text(TINY)
+
+    def start(
+        self,
+        story: str,
+        *settings: object,
+        num_ranks: int = 1,
+        environment: Mapping[str, str | None] | None = None,
+        before: Callable[[], object] | None = None,
+        bare: bool = False,
+        folder: Path | None = None,
+    ) -> Ranks:
+        """Forked ranks with the tiny settings, or, `bare`, with the arguments alone; None unsets a variable."""
+        arguments = [] if bare else ["--config_file", "tiny.yml"]
+        changed = {**self.environment, **(environment or {})}
+        wanted = {name: value for name, value in changed.items() if value is not None}
+        return Ranks(num_ranks, story, [*arguments, *map(str, settings)], folder or self.folder, wanted, before)
+
+    def run(self, story: str, *settings: object, **options: Any) -> list[Ended]:
+        """All ranks to their end."""
+        return self.start(story, *settings, **options).ended()
+
+    def train(self, *settings: object, **options: Any) -> Ended:
+        """Rank 0 of a training that must succeed."""
+        ended = self.run("train", *settings, **options)
+        assert [rank.code for rank in ended] == [0] * len(ended), ended
+        return ended[0]
+
+    def refusal(self, story: str, *settings: object, code: int, **options: Any) -> str:
+        """The one sentence that a user reads on stderr when the program ends with this code."""
+        first, *others = self.run(story, *settings, **options)
+        assert first.code == code, first
+        assert all(other.err == "" for other in others), others
+        assert re.fullmatch(r"error: [^\n]+\n", first.err), first.err
+        return first.err.removeprefix("error: ").removesuffix("\n")
+
+    def command(self, *words: object, environment: Mapping[str, str] | None = None) -> Ended:
+        """A real command to its end; this virtual environment's programs are found first."""
+        done = subprocess.run(
+            [str(word) for word in words],
+            cwd=self.folder,
+            env={**self.environment, **(environment or {})},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+        )
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    def wandb_records(self, output_dir: Path) -> list[dict[str, Any]]:
+        """What the offline run of this folder, which must be its only one, has recorded."""
+        (file,) = output_dir.glob("wandb/offline-run-*/run-*.wandb")
+        done = self.command("wandb", "leet", "inspect", file.parent, "--json")
+        assert done.code == 0, done
+        return [json.loads(line) for line in done.out.splitlines()]
+
+
+class Ranks:
+    """Processes that think that torchrun has started them; one alone thinks that a user has."""
+
+    def __init__(
+        self,
+        num_ranks: int,
+        story: str,
+        words: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str],
+        before: Callable[[], object] | None,
+    ) -> None:
+        self._folder = folder / "said" / str(next(_NUMBERS))
+        self._folder.mkdir(parents=True)
+        for rank in range(num_ranks):
+            for file in self._files(rank):
+                file.touch()
+        self.processes = [
+            _FORKS.Process(
+                target=_rank_main,
+                args=(story, words, folder, {**environment, **group}, self._files(rank), before),
+            )
+            for rank, group in enumerate(_group_variables(num_ranks))
+        ]
+        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # read once, by the server
+            for process in self.processes:
+                process.start()
+
+    def _files(self, rank: int) -> tuple[Path, Path]:
+        return self._folder / f"{rank}.out", self._folder / f"{rank}.err"
+
+    def pid(self, rank: int = 0) -> int:
+        number = self.processes[rank].pid
+        assert number is not None
+        return number
+
+    def wait_for(self, words: str, *, rank: int = 0) -> None:
+        """Until a rank has said this on stdout."""
+        deadline = time.monotonic() + TIMEOUT
+        file = self._files(rank)[0]
+        while words not in file.read_text():
+            assert time.monotonic() < deadline, f"rank {rank} did not say {words!r}"
+            assert self.processes[rank].is_alive(), f"rank {rank} ended before it said {words!r}"
+            time.sleep(0.01)
+
+    def signal(self, number: int) -> None:
+        """To all ranks that are alive."""
+        for rank, process in enumerate(self.processes):
+            if process.is_alive():
+                os.kill(self.pid(rank), number)
+
+    def kill(self) -> None:
+        """As a power failure: nobody can do anything about it."""
+        self.signal(signal.SIGKILL)
+        for process in self.processes:
+            process.join(TIMEOUT)
+            assert process.exitcode == -signal.SIGKILL
+
+    def ended(self) -> list[Ended]:
+        """Every rank, once all have ended; as under torchrun, the first that fails ends the others."""
+        deadline = time.monotonic() + TIMEOUT
+        while any(process.is_alive() for process in self.processes):
+            if any(process.exitcode for process in self.processes):
+                time.sleep(0.1)  # torchrun looks ten times a second
+                self.signal(signal.SIGTERM)
+            if time.monotonic() > deadline:
+                self.signal(signal.SIGKILL)
+                raise AssertionError(f"not ended after {TIMEOUT} s, see {self._folder}")
+            time.sleep(0.01)
+        codes = [process.exitcode or 0 for process in self.processes]
+        return [Ended(code, *(file.read_text() for file in self._files(i))) for i, code in enumerate(codes)]
+
+
+def _group_variables(num_ranks: int) -> list[dict[str, str]]:
+    if num_ranks == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
+
+
+def _rank_main(
+    story: Any,
+    words: Sequence[str],
+    folder: Path,
+    environment: dict[str, str],
+    files: tuple[Path, Path],
+    before: Callable[[], object] | None,
+) -> None:
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = [f"{story}.py", *words]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    from reid.launcher import main
+
+    code = 1
+    try:
+        if before is not None:
+            before()
+        code = main(story, "A test.")
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    sys.exit(code)
+
+
+def first_rank_is_slow() -> None:
+    """To be done before the program starts: one second behind the others."""
+    if os.environ.get("RANK") == "0":
+        time.sleep(1)
+
+
+class _NoTorchvision:
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "reid.run":
+            raise RuntimeError("operator torchvision::nms does not exist")
+
+
+def torchvision_is_of_another_torch() -> None:
+    """To be done before the program starts: importing it fails as torchvision does there."""
+    import reid
+
+    del sys.modules["reid.run"], reid.run
+    sys.meta_path.insert(0, _NoTorchvision())  # type: ignore[arg-type]

@@ -1,0 +1,211 @@
+"""Checkpoints: which are kept, which are refused, and that none is ever half written or broken."""
+
+import io
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from reid.config import load_config
+from reid.errors import WorldError
+from reid.handlers.checkpoint import Checkpoints, _differences, checkpoints_in, save_atomically
+from reid.handlers.records import Progress, Records
+
+DATASET = "a fingerprint"
+
+
+class Training:
+    """An engine of two steps an epoch whose model counts them, validated with the scores given, one an epoch."""
+
+    def __init__(self, folder, *overrides, dataset=DATASET, scores=()):
+        self.cfg = load_config(None, ["SOLVER.MAX_EPOCHS=3", f"OUTPUT_DIR={folder}", *overrides])
+        self.model = nn.Linear(2, 2)
+        nn.init.zeros_(self.model.weight)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        self.progress = Progress()
+        self.engine = Engine(self._step)
+        self.engine.register_events(*Records)
+        self.checkpoints = Checkpoints(folder, self.model, self.optimizer, self.progress, self.cfg, dataset)
+        scores = iter(scores)
+
+        @self.engine.on(Events.EPOCH_COMPLETED)
+        def validate(engine):
+            for score in scores:
+                self.progress.add_validation(engine.state.epoch, engine.state.iteration, {"mAP": score})
+                engine.fire_event(Records.VALIDATION)
+                return
+
+        self.checkpoints.attach(self.engine)
+
+    def _step(self, engine, batch):
+        self.model.weight.data += 1
+
+    def run(self):
+        self.engine.run([0, 1], max_epochs=self.cfg.SOLVER.MAX_EPOCHS)
+
+
+def names(folder):
+    return sorted(file.name for file in folder.iterdir())
+
+
+# ---- which are kept ----
+
+
+def test_the_last_two_and_the_best_are_kept(tmp_path):
+    Training(tmp_path, scores=[0.2, 0.5, 0.4]).run()
+    assert names(tmp_path) == ["best_0002_mAP_0.5000.pt", "last_0002_00000004.pt", "last_0003_00000006.pt"]
+
+
+def test_of_equally_good_ones_the_first_is_the_best(tmp_path):
+    Training(tmp_path, scores=[0.5, 0.5, 0.5]).run()
+    assert [file.name for file in checkpoints_in(tmp_path, "best")] == ["best_0001_mAP_0.5000.pt"]
+
+
+def test_they_are_written_every_few_epochs_and_after_the_last(tmp_path):
+    Training(tmp_path, "SOLVER.CHECKPOINT_PERIOD=2").run()
+    assert names(tmp_path) == ["last_0002_00000004.pt", "last_0003_00000006.pt"]
+
+
+def test_age_is_counted_in_epochs_and_not_in_letters(tmp_path):
+    for name in ("last_9999_1.pt", "last_10000_2.pt", "last_0100_3.pt", "best_0001_mAP_0.1.pt", "last_x.pt.tmp"):
+        (tmp_path / name).touch()
+    assert [file.name for file in checkpoints_in(tmp_path, "last")] == [
+        *("last_0100_3.pt", "last_9999_1.pt", "last_10000_2.pt")
+    ]
+
+
+def test_the_best_holds_weights_and_scores_but_no_optimiser(tmp_path):
+    Training(tmp_path, scores=[0.5]).run()
+    content = torch.load(tmp_path / "best_0001_mAP_0.5000.pt", weights_only=True)
+    assert content["validation"] == {"epoch": 1, "iteration": 2, "mAP": 0.5}
+    assert torch.equal(content["model"]["weight"], torch.full((2, 2), 2.0))
+    assert "optimizer" not in content
+
+
+# ---- going on ----
+
+
+def test_it_goes_on_with_weights_place_and_best_of_the_last(tmp_path):
+    Training(tmp_path, scores=[0.5, 0.1, 0.1]).run()
+    resumed = Training(tmp_path, "SOLVER.MAX_EPOCHS=5", scores=[0.3, 0.7])
+    assert resumed.checkpoints.resume(resumed.engine)
+    assert torch.equal(resumed.model.weight, torch.full((2, 2), 6.0))
+    assert resumed.engine.state.iteration == 6
+    assert resumed.progress.best == {"epoch": 1, "iteration": 2, "mAP": 0.5}
+    resumed.run()
+    assert torch.equal(resumed.model.weight, torch.full((2, 2), 10.0))
+    assert [file.name for file in checkpoints_in(tmp_path, "best")] == ["best_0005_mAP_0.7000.pt"]
+
+
+def test_without_a_checkpoint_it_starts_anew(tmp_path):
+    fresh = Training(tmp_path)
+    assert not fresh.checkpoints.resume(fresh.engine)
+    assert fresh.engine.state.iteration == 0
+
+
+def refused(folder, *overrides, **options):
+    training = Training(folder, *overrides, **options)
+    with pytest.raises(WorldError) as error:
+        training.checkpoints.resume(training.engine)
+    return str(error.value)
+
+
+def test_another_configuration_is_refused_with_both_values(tmp_path):
+    Training(tmp_path).run()
+    words = refused(tmp_path, "SOLVER.BASE_LR=0.5", "MODEL.NAME=resnet18")
+    assert words.startswith(f"{tmp_path}/last_0003_00000006.pt is of another run: ")
+    assert "MODEL.NAME was 'resnet50' and is now 'resnet18'; SOLVER.BASE_LR was 0.00035 and is now 0.5; " in words
+    assert words.endswith("or another OUTPUT_DIR to start anew")
+
+
+def test_another_data_set_is_refused(tmp_path):
+    Training(tmp_path).run()
+    assert "the images of the benchmark are not the same" in refused(tmp_path, dataset="another")
+
+
+def test_settings_that_do_not_change_what_is_learnt_may_differ(tmp_path):
+    Training(tmp_path).run()
+    free = ["MODEL.DEVICE=cpu", "DATASETS.ROOT_DIR=x", "SOLVER.EVAL_PERIOD=1", "TEST.FEAT_NORM=no", "WANDB.NAME=x"]
+    resumed = Training(tmp_path, "SOLVER.MAX_EPOCHS=9", *free)
+    assert resumed.checkpoints.resume(resumed.engine)
+
+
+def test_a_setting_that_one_of_the_two_lacks_is_a_difference():
+    assert _differences({"A": {"B": 1}, "C": 2}, {"A": {"B": 1, "D": 3}}) == [
+        "A.D was None and is now 3",
+        "C was 2 and is now None",
+    ]
+
+
+def test_another_format_is_refused(tmp_path):
+    torch.save({"format": 99}, tmp_path / "last_0001_00000002.pt")
+    assert "was written in another format; choose another OUTPUT_DIR" in refused(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_refused_with_the_way_out(tmp_path):
+    Training(tmp_path).run()
+    file = tmp_path / "last_0003_00000006.pt"
+    file.write_bytes(file.read_bytes()[:100])
+    words = refused(tmp_path)
+    assert str(file) in words
+    assert words.endswith("or remove it, to go on from the one before or from the start")
+    file.unlink()
+    training = Training(tmp_path)
+    assert training.checkpoints.resume(training.engine)
+    assert training.engine.state.epoch == 2
+
+
+# ---- never half written, never broken ----
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, value):
+    training = Training(tmp_path)
+    training.engine.add_event_handler(Events.ITERATION_COMPLETED(once=4), lambda: training.model.weight.fill_(value))
+    with torch.no_grad(), pytest.raises(FloatingPointError, match=r"1 of 2 entries .* \(weight first\); no checkpoint"):
+        training.run()
+    assert names(tmp_path) == ["last_0001_00000002.pt"]
+
+
+@pytest.fixture
+def full_disk():
+    """No file may grow beyond 4 kB: the same calls fail as on a full disk, with "File too large"."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_the_file_that_was_there_and_nothing_else(tmp_path, full_disk):
+    file = tmp_path / "last_0001_00000002.pt"
+    file.write_bytes(b"whole")
+    with pytest.raises(WorldError, match=rf"the checkpoint {file} cannot be written: File too large; free some space"):
+        save_atomically(file, {"model": torch.zeros(10_000)})
+    assert file.read_bytes() == b"whole"
+    assert names(tmp_path) == [file.name]
+
+
+def test_ctrl_c_while_it_is_written_stays_what_it_is(tmp_path, monkeypatch):
+    class Interrupted(io.FileIO):
+        def write(self, content):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "open", lambda file, mode: Interrupted(file, "w"))
+    with pytest.raises(KeyboardInterrupt):
+        save_atomically(tmp_path / "last_0001_00000002.pt", {"model": torch.zeros(3)})
+    assert names(tmp_path) == []
+
+
+def test_a_process_that_dies_while_it_writes_leaves_no_checkpoint(tmp_path):
+    file = tmp_path / "last_0001_00000002.pt"
+    child = os.fork()
+    if child == 0:
+        os.fsync = lambda descriptor: os._exit(1)
+        save_atomically(file, {"model": 1})
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    assert checkpoints_in(tmp_path, "last") == []

@@ -1,0 +1,184 @@
+"""What a user reads when something is wrong: one sentence on stderr, once for all ranks, and an exit code."""
+
+import shutil
+import sys
+from importlib.metadata import version
+
+import pytest
+from program import EVALUATE, TRAIN, first_rank_is_slow, torchvision_is_of_another_torch
+
+from reid.errors import WorldError
+from reid.launcher import explain_import_error
+
+# ---- wrong settings ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["SOLVER.BASELR", "1"], ["SOLVER.BASELR on the command line", "did you mean SOLVER.BASE_LR?"]),
+        (["SOLVER.MAX_EPOCHS"], ["SOLVER.MAX_EPOCHS must be followed by its value", "use SOLVER.MAX_EPOCHS=VALUE"]),
+        (["SOLVER.MAX_EPOCHS", "many"], ["SOLVER.MAX_EPOCHS must be a whole number >= 1", "'many'"]),
+        (["--epochs", "3"], ["got: unrecognized arguments: --epochs"]),
+        (["--config_file"], ["got: argument --config_file", "expected one argument"]),
+        (["--config_file", "gone.yml"], ["gone.yml must be a file that can be read", "correct --config_file"]),
+        (["--config_file", "."], [". must be a file that can be read", "correct --config_file"]),
+        (["--config_file", "bad.yml"], ["bad.yml must be valid YAML", "in line 3, column 1; correct that line"]),
+        (["SOLVER.IMS_PER_BATCH", "12", "DATALOADER.NUM_INSTANCE", "4"], ["got 3 on 2 ranks", "one of 1, 3 ranks"]),
+    ],
+)
+def test_a_wrong_command_is_answered_by_one_sentence_and_code_2(place, settings, words):
+    (place.folder / "bad.yml").write_text("SOLVER:\n  STEPS: [1, 2\n")
+    said = place.refusal("train", *settings, num_ranks=2, bare=True, code=2)
+    assert all(part in said for part in words), said
+
+
+def test_settings_are_answered_without_importing_torch(place):
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = [{str(TRAIN)!r}, 'SOLVER.MAX_EPOCHS', '0']\n"
+        f"try: runpy.run_path({str(TRAIN)!r}, run_name='__main__')\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    ended = place.command(sys.executable, "-c", code)
+    assert ended.code == 2, ended
+    assert ended.out == "False\n"
+    assert ended.err.startswith("error: SOLVER.MAX_EPOCHS must be")
+
+
+def test_settings_and_file_may_come_in_any_order(place):
+    said = place.refusal("train", "SEED", "1", "--config_file", "gone.yml", "SEED", "2", bare=True, code=2)
+    assert said.startswith("gone.yml must be a file")
+
+
+@pytest.mark.parametrize("script", [TRAIN, EVALUATE])
+def test_help_names_both_ways_to_give_settings(place, script):
+    ended = place.command(sys.executable, script, "--help")
+    assert (ended.code, ended.err) == (0, "")
+    assert "--config_file FILE" in ended.out
+    assert "KEY VALUE | KEY=VALUE" in ended.out
+
+
+# ---- a wrong world ----
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_processes_that_would_train_side_by_side_are_refused_with_code_1(place, name):
+    said = place.refusal("train", environment={name: "2"}, code=1)
+    assert said.startswith(f"{name} says that 2 processes were started, but RANK")
+
+
+def test_a_missing_gpu_is_said_once(place):
+    said = place.refusal("train", "MODEL.DEVICE", "cuda", num_ranks=2, environment={"CUDA_VISIBLE_DEVICES": ""}, code=1)
+    assert "torch finds no GPU" in said
+    assert "MODEL.DEVICE auto or cpu" in said
+
+
+def test_a_precision_that_the_device_lacks_is_said_once(place):
+    settings = ("MODEL.DEVICE", "auto", "SOLVER.PRECISION", "fp16")
+    said = place.refusal("train", *settings, num_ranks=2, environment={"CUDA_VISIBLE_DEVICES": ""}, code=2)
+    assert said.startswith("SOLVER.PRECISION fp16 needs a GPU")
+
+
+def test_output_dir_that_is_a_file_is_refused(place):
+    said = place.refusal("train", "OUTPUT_DIR", "tiny.yml", num_ranks=2, code=1)
+    assert said.startswith("OUTPUT_DIR=tiny.yml cannot be written to")
+    assert said.endswith("choose another OUTPUT_DIR")
+
+
+# ---- wrong data ----
+
+
+def test_without_any_argument_the_missing_data_set_is_named(place):
+    folder = place.folder / "empty"
+    folder.mkdir()
+    said = place.refusal("train", bare=True, folder=folder, num_ranks=2, code=2)
+    assert said == "DATASETS.ROOT_DIR must be a folder that can be read, got data; point it at your data sets"
+
+
+def test_too_few_people_are_answered_by_the_batch_sizes_that_would_do(place):
+    settings = ("SOLVER.IMS_PER_BATCH", 48, "OUTPUT_DIR", "few")
+    said = place.refusal("train", *settings, num_ranks=2, code=2)
+    assert said.startswith("SOLVER.IMS_PER_BATCH=48 with DATALOADER.NUM_INSTANCE=4 needs 12 training identities")
+    assert "has 8; lower SOLVER.IMS_PER_BATCH to 32 or less" in said
+    assert f"error: {said}" in (place.folder / "few" / "log.txt").read_text()
+
+
+@pytest.fixture
+def damaged(place):
+    """A data set of its own, one of whose images is cut off."""
+    place.train("OUTPUT_DIR", "whole", "DATASETS.ROOT_DIR", "damaged", "SOLVER.MAX_EPOCHS", 1)
+    image = min((place.folder / "damaged" / "synthetic" / "bounding_box_train").glob("*.jpg"))
+    image.write_bytes(image.read_bytes()[:100])
+    yield image
+    shutil.rmtree(place.folder / "damaged")
+
+
+def test_a_damaged_image_is_named(place, damaged):
+    said = place.refusal("train", "OUTPUT_DIR", "torn", "DATASETS.ROOT_DIR", "damaged", num_ranks=2, code=2)
+    assert str(damaged.relative_to(place.folder)) in said
+    assert "1 of" in said
+
+
+# ---- a loss that stops being finite ----
+
+
+@pytest.fixture(scope="module")
+def exploded(place):
+    settings = ("OUTPUT_DIR", "exploded", "SOLVER.BASE_LR", "1e30", "SOLVER.WARMUP_ITERS", 0, "WANDB.ENABLE", "yes")
+    said = place.refusal("train", *settings, "SOLVER.MAX_EPOCHS", 4, num_ranks=2, code=1)
+    return place.folder / "exploded", said
+
+
+def test_a_loss_that_stops_being_finite_is_named_with_step_and_terms(exploded):
+    _, said = exploded
+    assert said.startswith("the loss stopped being finite at iteration 2 (epoch 1): id nan, triplet nan, loss nan;")
+    assert "lower SOLVER.BASE_LR" in said
+
+
+def test_no_checkpoint_holds_what_is_not_finite(exploded):
+    folder, _ = exploded
+    assert list((folder / "checkpoints").iterdir()) == []
+
+
+def test_wandb_learns_that_the_run_failed(place, exploded):
+    folder, _ = exploded
+    exits = [record["exit"]["exit_code"] for record in place.wandb_records(folder) if record["type"] == "exit"]
+    assert exits == [1]
+
+
+def test_what_rank_0_says_is_not_cut_off_by_a_faster_rank(place):
+    said = place.refusal("train", "SEED", "x", num_ranks=2, before=first_rank_is_slow, code=2)
+    assert said.startswith("SEED must be a whole number")
+
+
+def test_under_torchrun_too_it_is_said_once(place):
+    words = ("torchrun", "--standalone", "--nproc_per_node=2", TRAIN, "--config_file", "tiny.yml")
+    ended = place.command(*words, "SOLVER.IMS_PER_BATCH", 24, "DATALOADER.NUM_INSTANCE", 8)
+    assert ended.code == 1
+    assert ended.out == ""
+    assert ended.err.startswith("error: SOLVER.IMS_PER_BATCH=24 / DATALOADER.NUM_INSTANCE=8 must be a multiple")
+    assert ended.err.count("error: ") == 1
+
+
+# ---- packages that do not fit ----
+
+
+def test_a_missing_package_is_named_with_the_remedy():
+    told = explain_import_error(ModuleNotFoundError("No module named 'ignite'", name="ignite"))
+    assert isinstance(told, WorldError)
+    assert str(told) == "the package ignite is not installed; install the project's packages with: uv sync"
+
+
+def test_a_torchvision_of_another_torch_is_named_once_with_both_versions(place):
+    said = place.refusal("train", num_ranks=2, before=torchvision_is_of_another_torch, code=1)
+    torch, torchvision = version("torch"), version("torchvision")
+    assert said.startswith(
+        f"torch {torch} and torchvision {torchvision} do not belong together (operator torchvision::nms"
+    )
+    assert said.endswith("uv sync --reinstall-package torch --reinstall-package torchvision")
+
+
+def test_an_error_that_has_nothing_to_do_with_it_is_left_as_it_is():
+    error = RuntimeError("something else")
+    assert explain_import_error(error) is error

@@ -1,0 +1,172 @@
+"""From plans to batches: the right images with the right labels and draws, whoever loads them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from reid.config import load_config
+from reid.data import augment
+from reid.data.benchmarks import Benchmark, Split
+from reid.data.loaders import StoredImages, build_test_data, build_train_data, open_benchmark
+from reid.data.samplers import EvaluationBatches, PlannedBatch, TrainBatches
+from reid.data.store import decode
+from reid.errors import DataError
+
+SIZE = (8, 8)
+
+
+def numbered(first: int, number: int) -> np.ndarray:
+    """Images [number, 2, 1, 3] that are filled with their numbers."""
+    return np.arange(first, first + number, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 1, 3), np.uint8)
+
+
+def planned(ids, epoch=1, positions=None):
+    ids = np.array(ids, dtype=np.int64)
+    return PlannedBatch(epoch, ids, ids if positions is None else np.array(positions, dtype=np.int64))
+
+
+# ---- one batch ----
+
+
+def test_images_are_gathered_across_stores_in_the_order_asked_for():
+    dataset = StoredImages([numbered(0, 3), numbered(3, 1), numbered(4, 5)], np.arange(9) * 10, None)
+    batch = dataset.__getitems__(planned([8, 0, 3, 2, 4, 0]))
+    assert torch.equal(batch.images[:, 0, 0, 0], torch.tensor([8, 0, 3, 2, 4, 0], dtype=torch.uint8))
+    assert torch.equal(batch.images, batch.images[:, :1, :1, :1].expand(6, 2, 1, 3))
+    assert batch.pids.tolist() == [80, 0, 30, 20, 40, 0]
+    assert batch.sample_ids.tolist() == [8, 0, 3, 2, 4, 0]
+    assert batch.drawn.shape == (6, 0)
+
+
+def test_what_is_drawn_depends_on_the_place_in_the_plan_and_not_on_the_image():
+    recipe = augment.Recipe(size=SIZE, flip_probability=0.5, padding=2, erasing_probability=0.5, seed=1)
+    dataset = StoredImages([numbered(0, 9)], np.arange(9), recipe)
+    one, other = (dataset.__getitems__(planned(ids, 3, [20, 21])) for ids in ([0, 1], [7, 7]))
+    assert torch.equal(one.drawn, other.drawn)
+    assert torch.equal(one.drawn, augment.draw(recipe, 3, np.array([20, 21])))
+    assert not torch.equal(one.drawn, dataset.__getitems__(planned([0, 1], 4, [20, 21])).drawn)
+
+
+# ---- the loaders of a benchmark ----
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("loaders")
+
+
+def settings(folder: Path, *overrides: str):
+    sizes = ["NUM_TRAIN_PIDS=8", "NUM_TEST_PIDS=4", "IMAGES_PER_PID=6"]
+    return load_config(
+        None,
+        [
+            *("DATASETS.NAMES=synthetic", f"DATASETS.ROOT_DIR={folder}/data", f"DATASETS.CACHE_DIR={folder}/cache"),
+            *(f"DATASETS.SYNTHETIC.{size}" for size in sizes),
+            *("INPUT.SIZE_TRAIN=(32,16)", "INPUT.SIZE_TEST=(16,8)", "INPUT.PADDING=2", "MODEL.DEVICE=cpu"),
+            *("SOLVER.IMS_PER_BATCH=16", "TEST.IMS_PER_BATCH=7", "DATALOADER.NUM_WORKERS=0"),
+            *overrides,
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def benchmark(folder) -> Benchmark:
+    return open_benchmark(settings(folder))
+
+
+def batches(loader) -> list[tuple[torch.Tensor, ...]]:
+    return [tuple(batch) for batch in loader]
+
+
+def equal(left, right) -> bool:
+    return len(left) == len(right) and all(
+        torch.equal(a, b) for one, other in zip(left, right, strict=True) for a, b in zip(one, other, strict=True)
+    )
+
+
+def test_loader_processes_change_nothing(folder, benchmark):
+    def loaded(num_workers: int):
+        cfg = settings(folder, f"DATALOADER.NUM_WORKERS={num_workers}")
+        train, test = build_train_data(cfg, benchmark), build_test_data(cfg, benchmark)
+        train.batches.set_position(epoch=2, step=0)
+        return batches(train.loader), batches(test.loader)
+
+    (train, test), (train_by_two, test_by_two) = loaded(0), loaded(2)
+    assert equal(train, train_by_two)
+    assert equal(test, test_by_two)
+    assert len(train) >= 2
+
+
+def test_an_epoch_resumed_behind_a_step_gives_the_rest_of_it(folder, benchmark):
+    data = build_train_data(settings(folder), benchmark)
+    data.batches.set_position(epoch=3, step=0)
+    whole = batches(data.loader)
+    data.batches.set_position(epoch=3, step=1)
+    assert equal(batches(data.loader), whole[1:])
+    data.batches.set_position(epoch=4, step=0)
+    assert not equal(batches(data.loader), whole)
+
+
+def test_two_ranks_together_load_what_one_loads(folder, benchmark):
+    data = build_train_data(settings(folder), benchmark)
+    dataset, plan = data.loader.dataset, data.batches._plan
+    parts = [TrainBatches(plan, rank=rank, num_ranks=2) for rank in (0, 1)]
+    for whole, *shares in zip(data.loader, *parts, strict=True):
+        loaded = [dataset.__getitems__(share) for share in shares]
+        assert equal([whole], [tuple(torch.cat(tensors) for tensors in zip(*loaded, strict=True))])
+
+
+def test_a_training_image_is_the_photograph_it_says(folder, benchmark):
+    batch = next(iter(build_train_data(settings(folder), benchmark).loader))
+    for image, pid, number in zip(batch.images, batch.pids, batch.sample_ids, strict=True):
+        pixels = np.frombuffer(decode(benchmark.train.paths[number], (32, 16)), np.uint8).reshape(32, 16, 3)
+        assert np.array_equal(image.numpy(), pixels)
+        assert pid == benchmark.train.pids[number]
+
+
+def test_every_test_image_comes_once_queries_first(folder, benchmark):
+    data = build_test_data(settings(folder), benchmark)
+    ids = torch.cat([batch.sample_ids for batch in data.loader])
+    pids = torch.cat([batch.pids for batch in data.loader])
+    assert ids.tolist() == list(range(len(benchmark.query) + len(benchmark.gallery)))
+    assert pids.tolist() == [*benchmark.query.pids, *benchmark.gallery.pids]
+    assert data.query.pids.tolist() == benchmark.query.pids.tolist()
+    assert data.gallery.camids.tolist() == benchmark.gallery.camids.tolist()
+    assert {batch.images.shape[1:] for batch in data.loader} == {(16, 8, 3)}
+
+
+def test_ranks_share_test_images_in_whole_batches():
+    parts = [EvaluationBatches(20, batch_size=7, rank=rank, num_ranks=2) for rank in (0, 1)]
+    ids = [batch.sample_ids.tolist() for part in parts for batch in part]
+    assert ids == [list(range(7)), list(range(7, 14)), list(range(14, 20))]
+
+
+# ---- refused ----
+
+
+def test_too_few_people_for_a_batch_are_answered_by_what_would_do(folder, benchmark):
+    with pytest.raises(
+        DataError, match=r"needs 10 training identities, but .* has 8; lower SOLVER.IMS_PER_BATCH to 32"
+    ):
+        build_train_data(settings(folder, "SOLVER.IMS_PER_BATCH=40"), benchmark)
+
+
+def test_too_few_images_for_a_batch_are_answered_by_the_setting(folder, benchmark):
+    cfg = settings(folder, "SOLVER.IMS_PER_BATCH=4000", "DATALOADER.SAMPLER=softmax")
+    with pytest.raises(DataError, match=r"SOLVER.IMS_PER_BATCH=4000 needs .*; lower SOLVER.IMS_PER_BATCH"):
+        build_train_data(cfg, benchmark)
+
+
+def test_an_image_that_changes_makes_a_new_store(folder, benchmark, tmp_path):
+    paths = tuple(tmp_path / path.name for path in benchmark.train.paths)
+    for old, new in zip(benchmark.train.paths, paths, strict=True):
+        new.write_bytes(old.read_bytes())
+    train = Split(paths, benchmark.train.pids, benchmark.train.camids)
+    moved = Benchmark("moved", tmp_path, train, benchmark.query, benchmark.gallery)
+    before = batches(build_train_data(settings(folder), moved).loader)
+    number = int(before[0][2][0])
+    paths[number].write_bytes(paths[number - 1].read_bytes())
+    after = batches(build_train_data(settings(folder), moved).loader)
+    assert not torch.equal(before[0][0][0], after[0][0][0])

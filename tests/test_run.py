@@ -1,0 +1,378 @@
+"""The program from its command line to the files that it leaves behind."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from program import REPOSITORY, TIMEOUT, TRAIN, Ended, Place
+
+from reid.config import as_plain_dict, load_config
+
+SCORES = ["mAP", "mINP", "rank-1", "rank-5", "rank-10"]
+TORCHRUN = ("torchrun", "--standalone", "--nproc_per_node=2")
+# As in a job with one task per node, in which torchrun makes the ranks.
+SLURM_JOB = {
+    "SLURM_JOB_ID": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NTASKS": "1",
+    "SLURM_JOB_NODELIST": "localhost",
+}
+
+
+def records(folder: Path, kind: str) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def newest(folder: Path) -> dict:
+    return torch.load(sorted(folder.glob("checkpoints/last_*.pt"))[-1], weights_only=True)
+
+
+def same(left: object, right: object) -> bool:
+    """Equal bit for bit, however nested."""
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right
+
+
+# ---- one training on two ranks, started in another folder than the repository ----
+
+
+@pytest.fixture(scope="module")
+def output_dir(place: Place) -> Path:
+    return place.folder / "Läufe" / "der erste"
+
+
+@pytest.fixture(scope="module")
+def first(place: Place, output_dir: Path) -> Ended:
+    settings = ("WANDB.ENABLE", "yes", "OUTPUT_DIR", output_dir.relative_to(place.folder))
+    return place.command(*TORCHRUN, TRAIN, "--config_file", "tiny.yml", *settings, environment=SLURM_JOB)
+
+
+def test_training_ends_well_without_complaints(first):
+    assert first.code == 0, first
+    assert first.err == ""
+    assert not re.search("warning|traceback|deprecat", first.out, re.IGNORECASE)
+
+
+def test_rank_0_alone_speaks(first):
+    lines = first.out.splitlines()
+    assert sum(line.startswith("training resnet18") for line in lines) == 1
+    assert sum(line.startswith("W&B: run") for line in lines) == 1
+    assert [line for line in lines if lines.count(line) > 1] == []
+
+
+def test_torchruns_ranks_are_not_mistaken_for_those_of_its_slurm_job(first, output_dir):
+    environment = json.loads((output_dir / "environment.json").read_text())
+    assert environment["world_size"] == 2
+    assert [rank["rank"] for rank in environment["ranks"]] == [0, 1]
+
+
+def test_environment_names_commit_versions_hosts_and_devices(first, output_dir):
+    environment = json.loads((output_dir / "environment.json").read_text())
+    head = subprocess.run(["git", "-C", REPOSITORY, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert environment["commit"].removesuffix("+") == head.stdout.strip()
+    assert environment["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert environment["versions"]["python"] == sys.version.split()[0]
+    assert {rank["host"] for rank in environment["ranks"]} == {socket.gethostname()}
+    assert all(rank["device"].startswith("CPU") for rank in environment["ranks"])
+
+
+def test_recorded_configuration_loads_to_the_same_settings(first, place, output_dir):
+    overrides = ["WANDB.ENABLE", "yes", "OUTPUT_DIR", str(output_dir.relative_to(place.folder))]
+    given = load_config(str(place.folder / "tiny.yml"), overrides)
+    assert load_config(str(output_dir / "config.yaml"), []) == given
+
+
+def test_metrics_hold_every_step_and_every_evaluation(first, output_dir):
+    train, val = records(output_dir, "train"), records(output_dir, "val")
+    assert [(record["epoch"], record["iteration"]) for record in train] == [(1, 1), (1, 2), (2, 3), (2, 4)]
+    assert [(record["epoch"], record["iteration"]) for record in val] == [(1, 2), (2, 4)]
+    for record in train:
+        assert {"loss", "id", "triplet", "acc", "lr", "images_per_second", "data_wait"} < record.keys()
+        assert record["loss"] == pytest.approx(record["id"] + record["triplet"])
+        assert 0 <= record["acc"] <= 1
+        assert 0 <= record["data_wait"] <= 1
+
+
+def test_result_is_the_last_evaluation_in_fractions(first, output_dir):
+    result = json.loads((output_dir / "result.json").read_text())
+    assert {"kind": "val", **result} == records(output_dir, "val")[-1]
+    assert all(0 < result[name] <= 1 for name in SCORES)
+    assert result["num_valid_queries"] == result["num_queries"] > 0
+
+
+def test_log_has_what_was_said(first, output_dir):
+    logged = (output_dir / "log.txt").read_text()
+    said = first.out.splitlines()
+    assert said[-1].startswith("best mAP")
+    assert all(f" {line}\n" in logged for line in said if line.startswith(("training", "epoch", "best", "W&B")))
+
+
+def test_checkpoints_are_the_last_two_and_the_best_and_nothing_else_is_left(first, output_dir):
+    best_epoch, best = max(enumerate(records(output_dir, "val"), 1), key=lambda item: item[1]["mAP"])
+    assert names(output_dir / "checkpoints") == [
+        f"best_{best_epoch:04d}_mAP_{best['mAP']:.4f}.pt",
+        "last_0001_00000002.pt",
+        "last_0002_00000004.pt",
+    ]
+    assert names(output_dir) == [
+        *("checkpoints", "config.yaml", "environment.json", "log.txt", "metrics.jsonl", "result.json"),
+        *("wandb", "wandb_run_id"),
+    ]
+
+
+def test_nothing_is_written_into_the_users_home(first, place):
+    assert names(place.folder / "home") == []
+
+
+# ---- what the same training has told W&B ----
+
+
+@pytest.fixture(scope="module")
+def wandb_records(first, place, output_dir) -> list[dict]:
+    return place.wandb_records(output_dir)
+
+
+def rows(wandb_records: list[dict], section: str) -> list[dict]:
+    history = [record["history"]["item"] for record in wandb_records if record["type"] == "history"]
+    return [row for row in history if any(name.startswith(f"{section}/") for name in row)]
+
+
+def test_one_wandb_run_for_all_ranks_under_the_id_on_disk(first, output_dir):
+    (file,) = output_dir.glob("**/run-*.wandb")
+    assert file.stem == f"run-{(output_dir / 'wandb_run_id').read_text().strip()}"
+
+
+def test_wandb_has_every_training_and_validation_row(wandb_records, output_dir):
+    for row, record in zip(rows(wandb_records, "train"), records(output_dir, "train"), strict=True):
+        assert {name: row[f"train/{name}"] for name in ("loss", "acc", "lr")} == pytest.approx(
+            {name: record[name] for name in ("loss", "acc", "lr")}
+        )
+        assert (row["epoch"], row["iteration"]) == (record["epoch"], record["iteration"])
+    best = 0.0
+    for row, record in zip(rows(wandb_records, "val"), records(output_dir, "val"), strict=True):
+        best = max(best, record["mAP"])
+        assert (row["val/mAP"], row["val/mAP_best"]) == pytest.approx((record["mAP"], best))
+        assert [row[f"val/cmc_rank_{k}"] for k in (1, 5, 10)] == pytest.approx(
+            [record[f"rank-{k}"] for k in (1, 5, 10)]
+        )
+        assert (row["epoch"], row["iteration"]) == (record["epoch"], record["iteration"])
+
+
+def test_wandb_drops_no_row(wandb_records, output_dir):
+    (log,) = output_dir.glob("wandb/offline-run-*/logs/debug-internal.log")
+    assert "ignoring partial history" not in log.read_text()
+
+
+def test_wandb_draws_training_over_iterations_and_validation_over_epochs(wandb_records):
+    metrics = [record["metric"] for record in wandb_records if record["type"] == "metric"]
+    axes = {metric["glob_name"]: metric["step_metric"] for metric in metrics if "glob_name" in metric}
+    assert axes == {"train/*": "iteration", "val/*": "epoch"}
+
+
+def test_wandb_knows_all_settings_the_number_of_ranks_and_the_end(wandb_records, output_dir):
+    (run,) = [record["run"] for record in wandb_records if record["type"] == "run"]
+    config = run["config"]["update"]
+    settings = json.loads(json.dumps(as_plain_dict(load_config(str(output_dir / "config.yaml"), []))))
+    assert {name: config[name] for name in settings} == settings
+    assert config["world_size"] == 2
+    assert wandb_records[-1]["exit"]["exit_code"] == 0
+
+
+# ---- its evaluation ----
+
+
+@pytest.fixture(scope="module")
+def best(first, output_dir) -> tuple[Path, float]:
+    """The best checkpoint, and the mAP that training reported for it."""
+    (file,) = output_dir.glob("checkpoints/best_*.pt")
+    return file, max(record["mAP"] for record in records(output_dir, "val"))
+
+
+def test_evaluation_of_the_best_checkpoint_repeats_what_training_reported(place, best):
+    file, reported = best
+    ended = place.run("evaluate", "TEST.WEIGHT", file, "OUTPUT_DIR", "evaluated", num_ranks=2)
+    assert [rank.code for rank in ended] == [0, 0]
+    assert [rank.out.count(f"{100 * reported:.1f} %") for rank in ended] == [1, 0]
+    result = json.loads((place.folder / "evaluated" / "result.json").read_text())
+    assert result["mAP"] == pytest.approx(reported, abs=1e-9)
+    assert result["weight"] == str(file)
+    assert result["epoch"] == int(file.name.split("_")[1])
+
+
+def test_evaluation_on_one_process_equals_that_on_two(place, best):
+    file, reported = best
+    (ended,) = place.run("evaluate", "TEST.WEIGHT", file, "OUTPUT_DIR", "evaluated_by_one")
+    assert (ended.code, ended.err) == (0, "")
+    result = json.loads((place.folder / "evaluated_by_one" / "result.json").read_text())
+    assert result["mAP"] == pytest.approx(reported, abs=1e-6)
+
+
+# ---- the same command again ----
+
+
+@pytest.fixture(scope="module")
+def again(place, first, output_dir) -> tuple[Path, Ended]:
+    folder = place.folder / "again"
+    shutil.copytree(output_dir, folder, symlinks=True)
+    return folder, place.train("OUTPUT_DIR", "again", "WANDB.ENABLE", "yes", num_ranks=2)
+
+
+def test_a_finished_training_started_again_says_so_and_changes_nothing(again, output_dir):
+    folder, ended = again
+    assert "all 2 epochs are done; raise SOLVER.MAX_EPOCHS to go on" in ended.out
+    before = [file for file in output_dir.rglob("*") if file.is_file() and file.name != "log.txt"]
+    assert {file.relative_to(output_dir): file.read_bytes() for file in before} == {
+        file.relative_to(folder): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file() and file.name != "log.txt"
+    }
+
+
+@pytest.fixture(scope="module")
+def longer(place, again) -> tuple[Path, Ended]:
+    folder, _ = again
+    settings = ("SOLVER.MAX_EPOCHS", 3, "WANDB.ENABLE", "yes")
+    return folder, place.train("OUTPUT_DIR", "again", *settings, num_ranks=2)
+
+
+def test_with_more_epochs_it_goes_on_where_it_ended(longer, output_dir):
+    folder, ended = longer
+    assert "after epoch 2" in ended.out
+    steps = [record["iteration"] for record in records(folder, "train")]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert [record["epoch"] for record in records(folder, "val")] == [1, 2, 3]
+    assert (folder / "log.txt").read_text().startswith((output_dir / "log.txt").read_text())
+    assert load_config(str(folder / "config.yaml"), []).SOLVER.MAX_EPOCHS == 3
+    assert [name for name in names(folder / "checkpoints") if name.startswith("last")] == [
+        "last_0002_00000004.pt",
+        "last_0003_00000006.pt",
+    ]
+
+
+def test_it_goes_on_in_the_same_wandb_run(longer, output_dir):
+    folder, ended = longer
+    run_id = (output_dir / "wandb_run_id").read_text().strip()
+    assert f"W&B: continuing run {run_id}" in ended.out
+    assert [file.stem for file in folder.glob("**/run-*.wandb")] == [f"run-{run_id}"] * 2
+
+
+# ---- interrupted is the same as uninterrupted ----
+
+
+@pytest.fixture(scope="module")
+def straight(place) -> dict:
+    place.train("OUTPUT_DIR", "straight", "SOLVER.MAX_EPOCHS", 3)
+    return newest(place.folder / "straight")
+
+
+def test_three_epochs_in_two_trainings_equal_three_in_one_bit_for_bit(place, straight):
+    place.train("OUTPUT_DIR", "in_two", "SOLVER.MAX_EPOCHS", 1)
+    place.train("OUTPUT_DIR", "in_two", "SOLVER.MAX_EPOCHS", 3)
+    in_two = newest(place.folder / "in_two")
+    assert in_two["iteration"] == straight["iteration"] == 6
+    assert same(in_two["model"], straight["model"])
+    assert same(in_two["optimizer"], straight["optimizer"])
+
+
+@pytest.mark.parametrize("words", ["epoch 1/3 step 1/2", "epoch 3/3 step 1/2"])
+def test_killed_within_an_epoch_it_ends_as_if_nothing_had_happened(place, straight, words):
+    output_dir = f"killed_in_{words.split('/')[0]}"
+    settings = ("OUTPUT_DIR", output_dir, "SOLVER.MAX_EPOCHS", 3)
+    ranks = place.start("train", *settings)
+    ranks.wait_for(words)
+    ranks.kill()
+    place.train(*settings)
+    assert same(newest(place.folder / output_dir)["model"], straight["model"])
+    steps = [record["iteration"] for record in records(place.folder / output_dir, "train")]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_going_on_needs_no_pretrained_weights(place, straight):
+    shutil.copytree(place.folder / "straight", place.folder / "without_weights")
+    settings = ("SOLVER.MAX_EPOCHS", 4, "MODEL.PRETRAIN_CHOICE", "imagenet", "MODEL.PRETRAIN_PATH", "gone.pth")
+    place.train("OUTPUT_DIR", "without_weights", *settings)
+
+
+def test_a_checkpoint_of_other_settings_is_refused_with_both_values(place, straight):
+    said = place.refusal("train", "OUTPUT_DIR", "straight", "SOLVER.MARGIN", 0.5, num_ranks=2, code=1)
+    assert said.startswith("straight/checkpoints/last_0003_00000006.pt is of another run: ")
+    assert "SOLVER.MARGIN was 0.3 and is now 0.5; give the same settings" in said
+
+
+# ---- started in other ways ----
+
+
+def test_ctrl_c_ends_at_once_without_a_traceback_and_the_next_start_goes_on(place, first):
+    settings = [
+        "OUTPUT_DIR",
+        "ctrl_c",
+        "WANDB.ENABLE",
+        "yes",
+        "SOLVER.MAX_EPOCHS",
+        "1000",
+        "DATALOADER.NUM_WORKERS",
+        "2",
+    ]
+    with subprocess.Popen(
+        [sys.executable, str(TRAIN), "--config_file", "tiny.yml", *settings],
+        cwd=place.folder,
+        env=place.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a process group of its own, all of which a terminal's Ctrl-C reaches
+    ) as process:
+        out = ""
+        while "epoch 2/1000 step 1/2" not in out:
+            line = process.stdout.readline()
+            assert line, process.stderr.read()
+            out += line
+        os.killpg(process.pid, signal.SIGINT)
+        rest, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 130
+    assert err == ""
+    assert rest.endswith("interrupted\n")
+    exits = [record["exit"] for record in place.wandb_records(place.folder / "ctrl_c") if record["type"] == "exit"]
+    assert [end["exit_code"] for end in exits] == [1]
+    ended = place.train("OUTPUT_DIR", "ctrl_c", "SOLVER.MAX_EPOCHS", 2)
+    assert "after epoch 1" in ended.out
+
+
+def test_ctrl_c_on_two_ranks_leaves_no_traceback(place):
+    ranks = place.start("train", "OUTPUT_DIR", "ctrl_c_2", "SOLVER.MAX_EPOCHS", 1000, num_ranks=2)
+    ranks.wait_for("epoch 1/1000 step 2/2")
+    ranks.signal(signal.SIGINT)
+    ended = ranks.ended()
+    assert [rank.code for rank in ended] == [130, 130]
+    assert [rank.err for rank in ended] == ["", ""]
+
+
+@pytest.mark.parametrize(("num_ranks", "flag"), [(2, "--multi_gpu"), pytest.param(1, "--cpu", marks=pytest.mark.slow)])
+def test_under_accelerates_launcher(place, num_ranks, flag):
+    output_dir = f"accelerate_{num_ranks}"
+    flags = ["--num_processes", num_ranks, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launcher = ("accelerate", "launch", flag, *flags, "--num_cpu_threads_per_process", 1)
+    settings = ("--config_file", "tiny.yml", "OUTPUT_DIR", output_dir, "SOLVER.MAX_EPOCHS", 1)
+    ended = place.command(*launcher, TRAIN, *settings)
+    assert (ended.code, ended.err) == (0, "")
+    environment = json.loads((place.folder / output_dir / "environment.json").read_text())
+    assert environment["world_size"] == num_ranks

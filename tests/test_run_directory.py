@@ -1,0 +1,90 @@
+"""The files of a run: whole or as they were, one training at a time."""
+
+import json
+import logging
+import resource
+
+import pytest
+import torch
+from program import Place
+
+from reid.config import load_config
+from reid.errors import WorldError
+from reid.run_directory import RunDirectory, write_atomically
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run's folder, whose log is closed at the end."""
+    logger = logging.getLogger("reid")
+    before = logger.handlers[:]
+    yield RunDirectory(tmp_path / "a" / "run")
+    for handler in set(logger.handlers) - set(before):
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def test_the_folder_is_made_with_its_parents(folder):
+    assert folder.checkpoints.is_dir()
+    assert (folder.path / "log.txt").is_file()
+
+
+def test_what_is_logged_is_appended_to_the_log_with_its_time(folder):
+    logging.getLogger("reid.somewhere").error("häppened")
+    assert folder.path.joinpath("log.txt").read_text(encoding="utf-8").endswith(" häppened\n")
+    assert folder.path.joinpath("log.txt").read_text()[:2] == "20"
+
+
+def test_records_behind_the_checkpoint_and_a_torn_one_are_dropped(folder):
+    for iteration in range(1, 6):
+        folder.append_metrics({"kind": "train", "iteration": iteration})
+    with (folder.path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "itera')
+    folder.drop_metrics_after(3)
+    folder.append_metrics({"kind": "train", "iteration": 4})
+    lines = (folder.path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_a_run_without_records_has_none_to_drop(folder):
+    folder.drop_metrics_after(0)
+    assert not (folder.path / "metrics.jsonl").exists()
+
+
+def test_the_settings_are_written_as_they_can_be_loaded(folder):
+    cfg = load_config(
+        None, ["SOLVER.BASE_LR=1e-3", "SOLVER.MARGIN=None", f"OUTPUT_DIR={folder.path}", "WANDB.NAME=ä: b"]
+    )
+    folder.describe(cfg, torch.device("cpu"))
+    assert load_config(str(folder.path / "config.yaml"), []) == cfg
+
+
+def test_a_write_that_fails_leaves_the_old_text_and_no_other_file(tmp_path):
+    file = tmp_path / "result.json"
+    write_atomically(file, "old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        with pytest.raises(WorldError, match=f"{file} cannot be written: File too large; free some space"):
+            write_atomically(file, "new" * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("result.json", "old")]
+
+
+def test_a_training_clears_away_what_a_killed_one_was_writing(folder):
+    unfinished = [folder.path / ".result.json.123.tmp", folder.checkpoints / ".last_0001_00000002.pt.123.tmp"]
+    for file in unfinished:
+        file.touch()
+    folder.claim()
+    assert not any(file.exists() for file in unfinished)
+    assert (folder.path / "log.txt").exists()
+
+
+def test_a_second_training_in_the_same_folder_is_refused(place: Place):
+    ranks = place.start("train", "OUTPUT_DIR", "busy", "SOLVER.MAX_EPOCHS", 1000)
+    ranks.wait_for("epoch 1/1000 step 1/2")
+    said = place.refusal("train", "OUTPUT_DIR", "busy", num_ranks=2, code=1)
+    assert said.startswith("OUTPUT_DIR=busy is in use by another training; wait for its end")
+    ranks.kill()
+    place.train("OUTPUT_DIR", "busy", "SOLVER.MAX_EPOCHS", 1)

@@ -1,0 +1,153 @@
+"""Weights & Biases as a user meets it: whatever becomes of it, training goes on, and one line says what happened."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from program import Ended, Ranks
+
+from reid.config import SETTINGS
+
+KEY = "0123456789abcdef" * 3
+NO_SERVER = {"WANDB_MODE": None, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+
+
+def lines(ended: Ended) -> list[str]:
+    return [line for line in ended.out.splitlines() if line.startswith("W&B")]
+
+
+def recorded(place, output_dir: str, kind: str) -> list[dict]:
+    return [record[kind] for record in place.wandb_records(place.folder / output_dir) if record["type"] == kind]
+
+
+# ---- without a key ----
+
+
+@pytest.fixture(scope="module")
+def without_key(place) -> Ended:
+    names = ["WANDB.NAME", "a name", "WANDB.TAGS", "[one,two]", "WANDB.GROUP", "a group", "WANDB.NOTES", "some notes"]
+    settings = ["OUTPUT_DIR", "no key", "WANDB.ENABLE", "yes", "SOLVER.MAX_EPOCHS", 1, *names]
+    return place.train(*settings, environment={"WANDB_MODE": None})
+
+
+def test_without_a_key_the_run_is_recorded_offline_and_can_be_sent_later(place, without_key):
+    begun, ended = lines(without_key)
+    assert begun == "W&B: run a name (offline, as no W&B key was found; set WANDB_API_KEY or run: wandb login)"
+    (folder,) = (place.folder / "no key" / "wandb").glob("offline-run-*")
+    assert ended == f"W&B: recorded offline; send it with: wandb sync '{folder.relative_to(place.folder)}'"
+    assert without_key.err == ""
+    assert recorded(place, "no key", "exit")[0]["exit_code"] == 0
+
+
+def test_the_run_has_the_names_that_were_given(place, without_key):
+    (run,) = recorded(place, "no key", "run")
+    given = {name: run[name] for name in ("display_name", "tags", "run_group", "notes", "job_type", "project")}
+    assert given == {
+        "display_name": "a name",
+        "tags": ["one", "two"],
+        "run_group": "a group",
+        "notes": "some notes",
+        "job_type": SETTINGS["WANDB.JOB_TYPE"][0],
+        "project": SETTINGS["WANDB.PROJECT"][0],
+    }
+
+
+def test_the_checkpoint_knows_the_run_where_its_file_is_lost(place, without_key):
+    file = place.folder / "no key" / "wandb_run_id"
+    before = file.read_text()
+    file.unlink()
+    ended = place.train("OUTPUT_DIR", "no key", "WANDB.ENABLE", "yes", "SOLVER.MAX_EPOCHS", 2)
+    assert lines(ended)[0].startswith("W&B: continuing run ")
+    assert file.read_text() == before
+
+
+# ---- with a key, and no server ----
+
+
+@pytest.fixture(scope="module")
+def without_server(place) -> tuple[Ended, float]:
+    start = time.monotonic()
+    settings = ("OUTPUT_DIR", "no server", "WANDB.ENABLE", "yes", "WANDB.INIT_TIMEOUT", 1, "SOLVER.MAX_EPOCHS", 1)
+    return place.train(*settings, environment=NO_SERVER), time.monotonic() - start
+
+
+def test_without_a_server_the_run_is_recorded_offline_after_bounded_seconds(place, without_server):
+    ended, seconds = without_server
+    begun, _ = lines(ended)
+    assert begun.startswith("W&B: run ")
+    assert "(offline, as W&B did not answer (CommError: " in begun
+    assert ended.err == ""
+    assert seconds < 60
+    assert len(recorded(place, "no server", "history")) == 3
+
+
+def test_the_key_is_written_nowhere(place, without_server):
+    files = [file for folder in ("no server", "home", "wandb") for file in (place.folder / folder).rglob("*")]
+    assert not [file for file in files if file.is_file() and KEY.encode() in file.read_bytes()]
+
+
+def test_a_key_that_is_none_is_named_and_training_goes_on(place):
+    settings = ("OUTPUT_DIR", "bad key", "WANDB.ENABLE", "yes", "SOLVER.MAX_EPOCHS", 1)
+    ended = place.train(*settings, environment={"WANDB_MODE": None, "WANDB_API_KEY": "short"})
+    assert "(offline, as W&B refuses the key (WANDB_API_KEY invalid: " in lines(ended)[0]
+    assert ended.err == ""
+
+
+# ---- not wanted ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment", "said"),
+    [
+        (["WANDB.ENABLE", "no"], {}, []),
+        (["WANDB.ENABLE", "yes", "WANDB.MODE", "disabled"], {}, ["W&B: disabled, as WANDB.MODE is disabled"]),
+        (
+            ["WANDB.ENABLE", "yes"],
+            {"WANDB_MODE": "disabled"},
+            ["W&B: disabled, as the environment's WANDB_MODE is disabled"],
+        ),
+    ],
+)
+def test_where_it_is_not_wanted_nothing_is_recorded(place, tmp_path, settings, environment, said):
+    ended = place.train("OUTPUT_DIR", tmp_path / "run", "SOLVER.MAX_EPOCHS", 1, *settings, environment=environment)
+    assert lines(ended) == said
+    assert not (tmp_path / "run" / "wandb").exists()
+
+
+def test_settings_that_wandb_refuses_are_said_once_before_training(place):
+    settings = ("OUTPUT_DIR", "refused", "WANDB.ENABLE", "yes")
+    said = place.refusal("train", *settings, environment={"WANDB_MODE": "ofline"}, num_ranks=2, code=2)
+    assert said.startswith("W&B refuses its settings in the environment or in its settings files: ")
+    assert "'ofline'" in said
+    assert said.endswith("correct them, or use WANDB.ENABLE no")
+
+
+# ---- lost on the way ----
+
+
+def wandb_process_of(ranks: Ranks) -> int:
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words, parent = (
+                (folder / "cmdline").read_text(),
+                (folder / "stat").read_text().rpartition(")")[2].split()[1],
+            )
+        except OSError:
+            continue  # it has ended
+        if "wandb-core" in words and int(parent) == ranks.pid():
+            return int(folder.name)
+    raise AssertionError("no process of W&B")
+
+
+def test_training_outlives_wandbs_own_process(place):
+    ranks = place.start("train", "OUTPUT_DIR", "lost", "WANDB.ENABLE", "yes", "SOLVER.MAX_EPOCHS", 3)
+    ranks.wait_for("epoch 1/3 step 1/2")
+    os.kill(wandb_process_of(ranks), signal.SIGKILL)
+    (ended,) = ranks.ended()
+    assert ended.code == 0, ended
+    assert [line for line in lines(ended) if "gives up" in line] == [
+        "W&B: gives up, and training goes on (ConnectionResetError: Connection lost)"
+    ]
+    assert "epoch 3: mAP" in ended.out

@@ -1,0 +1,60 @@
+"""What a launcher's variables mean, and when they are refused."""
+
+import pytest
+
+from reid.errors import WorldError
+from reid.world import World, read_world
+
+TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
+# One task of each node of a job of two nodes, as `srun torchrun` leaves it to torchrun's processes.
+SLURM = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+
+
+def test_a_single_process_needs_no_launcher():
+    assert read_world({"HOME": "/root"}) == World(rank=0, local_rank=0, num_ranks=1, has_group=False)
+
+
+def test_torchruns_ranks_are_read():
+    assert read_world(TORCHRUN) == World(rank=3, local_rank=1, num_ranks=4, has_group=True)
+
+
+def test_torchrun_with_one_process_still_has_a_group():
+    single = TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    assert read_world(single) == World(rank=0, local_rank=0, num_ranks=1, has_group=True)
+
+
+def test_torchrun_counts_and_not_the_slurm_step_around_it():
+    assert read_world(TORCHRUN | SLURM) == World(rank=3, local_rank=1, num_ranks=4, has_group=True)
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_many_processes_that_cannot_find_each_other_are_refused(name):
+    with pytest.raises(WorldError) as refused:
+        read_world({name: "2"})
+    words = str(refused.value)
+    assert words.startswith(f"{name} says that 2 processes were started")
+    assert "RANK, LOCAL_RANK" in words
+    assert "torchrun --nproc_per_node=N" in words
+    assert f"unset {name}" in words
+
+
+@pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_half_of_torchruns_variables_are_refused_by_the_name_of_the_other_half(missing):
+    with pytest.raises(WorldError, match=f"but {missing} is not set"):
+        read_world({name: value for name, value in TORCHRUN.items() if name != missing})
+
+
+def test_the_batch_script_of_a_job_with_many_tasks_is_a_single_process():
+    assert read_world({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) == World()
+
+
+@pytest.mark.parametrize("value", ["two", "-1", "1.0"])
+def test_a_number_that_is_none_is_refused(value):
+    with pytest.raises(WorldError, match="WORLD_SIZE must be a whole number, got"):
+        read_world(TORCHRUN | {"WORLD_SIZE": value})
+
+
+@pytest.mark.parametrize("ranks", [{"RANK": "4"}, {"LOCAL_RANK": "4"}, {"WORLD_SIZE": "0"}])
+def test_ranks_outside_the_world_are_refused(ranks):
+    with pytest.raises(WorldError, match="below WORLD_SIZE"):
+        read_world(TORCHRUN | ranks)
