@@ -104,5 +104,7 @@ def center_step(feat: Tensor, pids: Tensor, centers: Tensor, learning_rate: floa
         centers: [C, D].
         learning_rate: of the centers.
     """
-    step = (feat - centers[pids]).mul_(2 * learning_rate / len(pids))  # [B, D], computed before any center moves
-    centers.index_add_(0, pids, step)
+    steps = (feat - centers[pids]).mul_(2 * learning_rate / len(pids))  # [B, D]
+    # Summed by a product, not by index_add_, whose order (and so rounding) is left open on GPUs: replicas stay equal.
+    same = (pids[:, None] == pids[None, :]).to(steps.dtype)  # [B, B]
+    centers[pids] += same @ steps

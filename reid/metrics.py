@@ -77,8 +77,9 @@ def retrieval_scores(
     """
     if distance not in ("cosine", "euclidean"):
         raise ValueError(f"distance must be cosine or euclidean, got {distance!r}")
-    query, gallery = Labels.of(q_pids, q_camids), Labels.of(g_pids, g_camids)
     given = torch.as_tensor(q_embedding), torch.as_tensor(g_embedding)
+    device = given[1].device
+    query, gallery = Labels.of(q_pids, q_camids).to(device), Labels.of(g_pids, g_camids).to(device)
     dtype = torch.promote_types(given[0].dtype, given[1].dtype)
     q, g = (prepare_embeddings(embedding.to(dtype), distance) for embedding in given)
     if (len(q), len(g)) != (len(query.pids), len(gallery.pids)) or q.shape[1] != g.shape[1]:
@@ -103,7 +104,8 @@ def scores_from_distmat(
     distances = torch.as_tensor(distmat)
     if not distances.is_floating_point():
         distances = distances.double()
-    query, gallery = Labels.of(q_pids, q_camids), Labels.of(g_pids, g_camids)
+    device = distances.device
+    query, gallery = Labels.of(q_pids, q_camids).to(device), Labels.of(g_pids, g_camids).to(device)
     if distances.shape != (len(query.pids), len(gallery.pids)):
         raise ValueError(
             f"distmat must be [Q, G] = {[len(query.pids), len(gallery.pids)]}, got {list(distances.shape)}"

@@ -147,6 +147,13 @@ def test_equal_features_have_a_finite_gradient(margin, dtype):
         assert gradient.isfinite().all()
 
 
+def test_where_positives_are_equal_rounding_never_makes_a_negative_one_of_them():
+    feat = (3 + features(16, num_features=64)).repeat_interleave(4, 0)
+    positive, negative, _ = batch_hard_distances(feat, torch.arange(16).repeat_interleave(4))
+    torch.testing.assert_close(positive, torch.full((64,), 1e-6, dtype=torch.float64))
+    assert (negative > 1).all()
+
+
 @MARGINS
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
 def test_a_broken_feature_never_gives_a_finite_loss(margin, broken):

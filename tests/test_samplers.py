@@ -198,6 +198,12 @@ def test_the_first_identity_batches_are_pinned():
     assert plan(2)[:2].tolist() == [[10, 10, 15, 13], [3, 5, 14, 12]], PINNED
 
 
+def test_the_batches_of_a_long_epoch_are_pinned():
+    """Random numbers are drawn for 1,024 batches at a time."""
+    batches = IdentityPlan(np.repeat(np.arange(3), 600), num_pids=1, num_instances=1, seed=0)(1)
+    assert batches[[1023, 1024, 1025, 1799], 0].tolist() == [1412, 737, 1415, 1585], PINNED
+
+
 def test_the_first_shuffled_batches_are_pinned():
     assert ShufflePlan(10, batch_size=4, seed=0)(1).tolist() == [[3, 0, 8, 1], [5, 7, 9, 6]], PINNED
 
