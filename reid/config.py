@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from functools import reduce
 from itertools import chain
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +192,11 @@ def as_plain_dict(cfg: CfgNode) -> dict[str, Any]:
         else value
         for name, value in cfg.items()
     }
+
+
+def by_full_key(cfg: CfgNode) -> dict[str, Any]:
+    """The settings without nesting: SOLVER.BASE_LR -> its value."""
+    return {key: reduce(getitem, key.split("."), cfg) for key in SETTINGS}
 
 
 # ---- which losses ----

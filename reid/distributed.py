@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import platform
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -154,6 +155,28 @@ def shared(error: Exception) -> Exception:
     """The error, marked as one that every rank raises, so that only rank 0 tells it."""
     error.is_shared = True  # type: ignore[attr-defined]
     return error
+
+
+def agree(facts: Mapping[str, object]) -> None:
+    """Refuses to go on where the ranks do not know the same facts.
+
+    Args:
+        facts: name -> value, with the same meaning on every rank.
+
+    Raises:
+        WorldError: on every rank; names the first rank that differs from rank 0, its host, and the differences.
+    """
+    first, *others = gather_objects((platform.node(), dict(facts)))
+    for other, (host, theirs) in enumerate(others, start=1):
+        names = sorted(name for name in first[1].keys() | theirs.keys() if first[1].get(name) != theirs.get(name))
+        if names:
+            differences = "; ".join(f"{name} is {theirs.get(name)!r}, not {first[1].get(name)!r}" for name in names)
+            raise shared(
+                WorldError(
+                    f"rank {other} on {host} does not agree with rank 0 on {first[0]}: {differences}; start all ranks "
+                    "with the same command, code, packages and data"
+                )
+            )
 
 
 def once_per_node(work: Callable[[], object]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from reid import distributed, weights
+from reid.config import by_full_key
 from reid.criterion import Criterion
 from reid.data.benchmarks import fingerprint
 from reid.data.loaders import TrainData, build_test_data, build_train_data, open_benchmark
@@ -22,7 +23,7 @@ from reid.handlers.records import Progress
 from reid.handlers.tracking import Tracker
 from reid.model import ReIDModel, build_model
 from reid.optim import build_optimizer
-from reid.run_directory import RunDirectory
+from reid.run_directory import RunDirectory, commit
 from reid.sync_batchnorm import synchronise_batchnorm
 
 if TYPE_CHECKING:
@@ -34,23 +35,19 @@ logger = logging.getLogger("reid.run")
 
 def train(cfg: CfgNode, accelerator: Accelerator) -> None:
     """Trains from the newest checkpoint in OUTPUT_DIR, or from the start, to SOLVER.MAX_EPOCHS."""
+    distributed.agree(_facts(cfg))
     folder = RunDirectory(Path(cfg.OUTPUT_DIR))
     folder.claim()
     benchmark = open_benchmark(cfg)
+    dataset = fingerprint(benchmark)
+    distributed.agree({"the fingerprint of the images": dataset})
     train_data, test_data = build_train_data(cfg, benchmark), build_test_data(cfg, benchmark)
 
-    torch.manual_seed(cfg.SEED)
-    model = build_model(cfg, train_data.num_pids)
-    if not distributed.on_main(lambda: checkpoints_in(folder.checkpoints, "last")):  # else all weights come from there
-        weights.initialise(model, cfg)
-    place(model, cfg, accelerator)
-    if cfg.SOLVER.SYNC_BN:
-        synchronise_batchnorm(model)
+    model = _new_model(cfg, accelerator, train_data.num_pids, folder)
     wrapped, optimizer = distributed.wrap(accelerator, model, build_optimizer(cfg.SOLVER, model))
 
     trainer = build_trainer(wrapped, Criterion(cfg), optimizer, accelerator, Preparation(cfg, accelerator.device))
     evaluator = Evaluator(model, accelerator, test_data, cfg)
-    dataset = fingerprint(benchmark)
     progress = Progress()
     checkpoints = Checkpoints(folder.checkpoints, model, optimizer, progress, cfg, dataset)
     tracker = Tracker(cfg, folder.path, {"world_size": distributed.num_ranks(), "dataset": dataset})
@@ -102,12 +99,30 @@ def evaluate(cfg: CfgNode, accelerator: Accelerator) -> None:
     logger.info("%s: %s", cfg.TEST.WEIGHT, console.describe_scores(scores))
 
 
+def _new_model(cfg: CfgNode, accelerator: Accelerator, num_pids: int, folder: RunDirectory) -> ReIDModel:
+    torch.manual_seed(cfg.SEED)
+    model = build_model(cfg, num_pids)
+    if not distributed.on_main(lambda: checkpoints_in(folder.checkpoints, "last")):  # else all weights come from there
+        weights.initialise(model, cfg)
+    place(model, cfg, accelerator)
+    if cfg.SOLVER.SYNC_BN:
+        synchronise_batchnorm(model)
+    return model
+
+
 def place(model: ReIDModel, cfg: CfgNode, accelerator: Accelerator) -> None:
     """Moves the model to its device, in the number type and memory format that it computes in."""
     dtype = torch.float64 if cfg.SOLVER.PRECISION == "fp64" else torch.float32
     model.to(device=accelerator.device, dtype=dtype)
     if accelerator.device.type == "cuda":  # faster there; on a CPU its BatchNorm is less exact, and no faster
         model.to(memory_format=torch.channels_last)
+
+
+def _facts(cfg: CfgNode) -> dict[str, object]:
+    """What must be the same on all ranks; each node may have data and caches in folders of its own."""
+    own_folders = ("DATASETS.ROOT_DIR", "DATASETS.CACHE_DIR")
+    settings = {key: value for key, value in by_full_key(cfg).items() if key not in own_folders}
+    return settings | {"torch": torch.__version__, "the commit of reid": commit()}
 
 
 def _announce(cfg: CfgNode, accelerator: Accelerator, model: ReIDModel, train_data: TrainData) -> None:

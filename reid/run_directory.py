@@ -87,7 +87,7 @@ class RunDirectory:
         ranks = distributed.gather_objects(own)
         if distributed.is_main():
             environment = {
-                "commit": _commit(),
+                "commit": commit(),
                 "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
                 "world_size": distributed.num_ranks(),
                 "ranks": ranks,
@@ -145,7 +145,7 @@ def _device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of the source tree that this package runs from, with "+" where changed; else "unknown"."""
     command = [
         "git",

@@ -26,6 +26,7 @@ from reid.data import augment
 from reid.data.loaders import Batch, StoredImages, TestData
 from reid.data.samplers import EvaluationBatches, IdentityPlan, ShufflePlan, TrainBatches
 from reid.engine import Preparation, build_trainer
+from reid.errors import DataError, WorldError
 from reid.evaluation import Evaluator
 from reid.handlers import guards, schedule
 from reid.metrics import Labels
@@ -197,7 +198,6 @@ def gathered_rows() -> dict[str, Any]:
 
 def shared_errors() -> dict[str, str]:
     """What each rank hears of an error on one of them."""
-    from reid.errors import DataError
 
     def fail_on_last() -> None:
         if distributed.rank() == distributed.num_ranks() - 1:
@@ -208,6 +208,17 @@ def shared_errors() -> dict[str, str]:
     except DataError as error:
         return {"together": str(error)}
     return {"together": "nothing"}
+
+
+def disagreement() -> str:
+    """What a rank hears when the last one has other settings."""
+    rate = 0.1 if distributed.rank() == distributed.num_ranks() - 1 else 0.2
+    distributed.agree({"SEED": 0})
+    try:
+        distributed.agree({"SOLVER.BASE_LR": rate, "SEED": 0})
+    except WorldError as error:
+        return str(error)
+    return "nothing"
 
 
 def without_gather(work: Callable[[], Any]) -> Any:
@@ -225,9 +236,11 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     with distributed.session(world, load_config(None, BASE)) as accelerator:
         outcome: dict[str, Any] = {"rows": gathered_rows(), "errors": distributed.gather_objects(shared_errors())}
+        outcome["disagreement"] = disagreement()
         outcome["evaluation"] = {n: evaluated(accelerator, n) for n in (7, 30, 61)}
         if world.num_ranks != 3:  # does not divide the batch
-            outcome["trajectories"] = {name: trajectory(accelerator, name) for name in TRAJECTORIES}
+            if world.num_ranks <= 2:  # a ResNet-18 in float64 is much for small machines
+                outcome["trajectories"] = {name: trajectory(accelerator, name) for name in TRAJECTORIES}
             BACKBONES["resnet18"] = TinyTrunk
             equal, unequal = [4] * 20, [2 + 3 * i % 11 for i in range(20)]
             outcome["equal"] = {name: variant(accelerator, options, equal) for name, options in VARIANTS.items()}
