@@ -184,6 +184,8 @@ def _build_loader(cfg: CfgNode, dataset: StoredImages, batches: TrainBatches | E
         dataset,
         batch_sampler=batches,  # type: ignore[arg-type]  # yields PlannedBatch for a list of ids
         num_workers=cfg.DATALOADER.NUM_WORKERS,
+        # Python 3.14 would start them from a server instead, which imports torch anew and is sent the stores' pixels.
+        multiprocessing_context="fork" if cfg.DATALOADER.NUM_WORKERS else None,
         collate_fn=_as_it_is,  # type: ignore[arg-type]
         pin_memory=torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu",
         worker_init_fn=_ignore_signals,
