@@ -49,7 +49,7 @@ def train(cfg: CfgNode, accelerator: Accelerator) -> None:
     trainer = build_trainer(wrapped, Criterion(cfg), optimizer, accelerator, Preparation(cfg, accelerator.device))
     evaluator = Evaluator(model, accelerator, test_data, cfg)
     progress = Progress()
-    checkpoints = Checkpoints(folder.checkpoints, model, optimizer, progress, cfg, dataset)
+    checkpoints = Checkpoints(folder.checkpoints, model, optimizer, progress, cfg, dataset, accelerator.scaler)
     tracker = Tracker(cfg, folder.path, {"world_size": distributed.num_ranks(), "dataset": dataset})
     meter = TrainMeter(log_period=cfg.SOLVER.LOG_PERIOD, batch_size=cfg.SOLVER.IMS_PER_BATCH, optimizer=optimizer)
 

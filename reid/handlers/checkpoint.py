@@ -58,6 +58,7 @@ class Checkpoints:
         progress: kept up to date and saved along.
         cfg: the whole configuration.
         dataset: fingerprint of the benchmark.
+        scaler: of the loss under fp16; None otherwise.
     """
 
     def __init__(
@@ -68,9 +69,10 @@ class Checkpoints:
         progress: Progress,
         cfg: CfgNode,
         dataset: str,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self._folder, self._model, self._optimizer = folder, model, optimizer
-        self._progress, self._cfg, self._dataset = progress, cfg, dataset
+        self._progress, self._cfg, self._dataset, self._scaler = progress, cfg, dataset, scaler
 
     def attach(self, trainer: Engine) -> None:
         """Saves after every SOLVER.CHECKPOINT_PERIOD epochs and after the last; attach it behind the evaluation."""
@@ -93,6 +95,7 @@ class Checkpoints:
                     "epoch": epoch,
                     "epoch_length": trainer.state.epoch_length,
                     "optimizer": self._optimizer.state_dict(),
+                    "scaler": None if self._scaler is None else self._scaler.state_dict(),
                     "progress": asdict(self._progress),
                 },
                 num_kept=_NUM_LAST,
@@ -123,6 +126,8 @@ class Checkpoints:
             return False
         distributed.together(lambda: load_state(self._model, content["model"], f"the checkpoint in {self._folder}"))
         self._optimizer.load_state_dict(content["optimizer"])
+        if self._scaler is not None:
+            self._scaler.load_state_dict(content["scaler"])
         vars(self._progress).update(content["progress"])
         trainer.load_state_dict(
             {
