@@ -5,6 +5,8 @@ import os
 # Before torch is imported: small tensors gain nothing from threads, which wait for each other on busy machines.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import settings
 from program import Place
@@ -14,6 +16,9 @@ settings.load_profile("reid")
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """Where the tests start the program; what they make there has names of their own."""
-    return Place(tmp_path_factory.mktemp("place"))
+    folder = tmp_path_factory.mktemp("place")
+    yield Place(folder)
+    for file in folder.rglob("*.pt"):  # hundreds of megabytes; pytest keeps the folders of three runs
+        file.unlink()
