@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import warnings
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ logger = logging.getLogger("reid.weights")
 
 
 def read_file(path: Path, setting: str) -> dict[str, Any]:
-    """What torch.save wrote, if it is tensors and plain values only.
+    """What torch.save wrote, if it is tensors and plain values only, and whole to the last bit.
 
     Args:
         path: of the file.
@@ -35,6 +36,11 @@ def read_file(path: Path, setting: str) -> dict[str, Any]:
     if not path.is_file():
         raise WorldError(f"{setting} must name a file with weights, but there is none at {path}; correct the path")
     try:
+        if zipfile.is_zipfile(path):  # with a CRC-32 of every tensor, which torch.load does not look at
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+            if broken is not None:
+                raise zipfile.BadZipFile(f"the checksum of {broken} is wrong")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles that it then refuses
             content = torch.load(path, map_location="cpu", weights_only=True)
