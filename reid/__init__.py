@@ -9,7 +9,9 @@ assembly builds, gathers and wires.
     config.py                   the yacs tree: names, defaults, units, checks
     checks.py                   from a file's or command line's words to plain values
     launcher.py                 from the command line to a running story
+    preemption.py               signals that ask a run to stop
     distributed.py              everything that knows there is more than one process
+    wrapping.py                 precision and wrapping, by accelerate
     sync_batchnorm.py           BatchNorm over the global batch
     run.py                      the stories: train, evaluate
     engine.py                   what happens to one batch
@@ -19,8 +21,11 @@ assembly builds, gathers and wires.
     handlers/guards.py          the first batch is what was planned
     handlers/console.py         lines, progress bar, metrics.jsonl, result.json
     handlers/checkpoint.py      last_*.pt and best_*.pt; resume
+    handlers/interruption.py    saving by the clock and because of a signal, at an agreed step
+    handlers/watchdog.py        the end of a run in which a rank hangs
     handlers/tracking.py        Weights & Biases
     run_directory.py            the files of a run
+    checkpoint_files.py         files that are whole or absent, written in the background
 
     the parts
     data/benchmarks.py          folder -> train, query, gallery

@@ -109,13 +109,16 @@ SETTINGS: dict[str, tuple[Any, Check]] = {
     # linear: rises to BASE_LR; constant: stays at WARMUP_FACTOR until warm-up ends
     "SOLVER.WARMUP_METHOD": ("linear", one_of("linear", "constant")),
     "SOLVER.CHECKPOINT_PERIOD": (1, integer(1)),  # epochs between checkpoints
+    # minutes between checkpoints within an epoch; besides those by the epoch; 0: none
+    "SOLVER.CHECKPOINT_EVERY_MINUTES": (10.0, real(minimum=0)),
     "SOLVER.LOG_PERIOD": (20, integer(1)),  # iterations between log lines
     "SOLVER.EVAL_PERIOD": (40, integer(1)),  # epochs between evaluations; the last epoch is always evaluated
     "SOLVER.IMS_PER_BATCH": (64, integer(1)),  # images in the GLOBAL batch, P x K over all ranks
     "SOLVER.PRECISION": ("fp32", one_of("fp32", "fp64", "bf16", "fp16")),  # what the model computes in
     # BatchNorm statistics over the global batch; without it, several ranks train another model than one
     "SOLVER.SYNC_BN": (True, flag),
-    "SOLVER.TIMEOUT_MINUTES": (30.0, real(above=0)),  # minutes that a collective waits for a missing rank
+    # minutes without a step (or a batch of an evaluation) after which all ranks end, and which one hangs is said
+    "SOLVER.TIMEOUT_MINUTES": (30.0, real(above=0)),
     # ---- TEST ----
     "TEST.IMS_PER_BATCH": (128, integer(1)),  # images in an evaluation batch
     "TEST.RE_RANKING": (False, flag),  # k-reciprocal re-ranking

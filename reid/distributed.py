@@ -1,4 +1,4 @@
-"""Everything that knows there is more than one process: group, device, collectives, SyncBN on the CPU, accelerate."""
+"""Everything that knows there is more than one process: group, device, collectives, agreement."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import ignite.distributed as idist
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import Tensor, nn
 
-from reid.errors import USER_ERRORS, SettingsError, WorldError
+from reid.errors import USER_ERRORS, WorldError
+from reid.preemption import Preempted
 from reid.world import World
+from reid.wrapping import build_accelerator
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from yacs.config import CfgNode
 
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
 
 
 @contextmanager
@@ -42,13 +44,15 @@ def session(world: World, cfg: CfgNode) -> Iterator[Accelerator]:
     on_gpu = _on_gpu(world, cfg.MODEL.DEVICE)
     if world.has_group:
         _hide_slurm()
-        idist.initialize("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=cfg.SOLVER.TIMEOUT_MINUTES))
+        # A minute more than the watchdog waits, which can say who is missing and where.
+        timeout = timedelta(minutes=cfg.SOLVER.TIMEOUT_MINUTES + 1)
+        idist.initialize("nccl" if on_gpu else "gloo", timeout=timeout)
     try:
         _check_same_world("Ignite", idist.get_world_size(), idist.get_rank(), world)
-        accelerator = together(lambda: _build_accelerator(on_gpu=on_gpu, precision=cfg.SOLVER.PRECISION))
+        accelerator = together(lambda: build_accelerator(cfg, on_gpu=on_gpu, num_ranks=world.num_ranks))
         _check_same_world("accelerate", accelerator.num_processes, accelerator.process_index, world)
         yield accelerator
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, Preempted) as error:
         if world.num_ranks > 1 and getattr(error, "is_shared", False):
             # torchrun ends all processes with the first that ends, and rank 0 may still be closing its W&B run.
             idist.barrier()
@@ -56,32 +60,6 @@ def session(world: World, cfg: CfgNode) -> Iterator[Accelerator]:
     finally:
         if world.has_group:
             idist.finalize()
-
-
-def _build_accelerator(*, on_gpu: bool, precision: str) -> Accelerator:
-    if precision == "fp16" and not on_gpu:
-        raise SettingsError("SOLVER.PRECISION fp16 needs a GPU, and this run is on a CPU; use fp32 or bf16")
-    # Without it accelerate sets the number of threads itself, with a warning; torch has set them already.
-    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
-    return Accelerator(
-        cpu=not on_gpu,
-        mixed_precision="no" if precision in ("fp32", "fp64") else precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
-        step_scheduler_with_optimizer=False,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
-
-
-def wrap(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Model and optimiser as training uses them; accelerate would shard a loader again and step a schedule W times."""
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    if isinstance(wrapped, nn.parallel.DistributedDataParallel):
-        # BatchNorm statistics are equal on all ranks (SyncBN), or broadcast before an evaluation; centers are equal.
-        # Set here, as the name of the argument depends on torch's version.
-        wrapped.broadcast_buffers = False
-    return wrapped, optimizer
 
 
 def _on_gpu(world: World, device: str) -> bool:
@@ -151,7 +129,7 @@ def together(work: Callable[[], T]) -> T:
     return cast("T", result)
 
 
-def shared(error: Exception) -> Exception:
+def shared(error: E) -> E:
     """The error, marked as one that every rank raises, so that only rank 0 tells it."""
     error.is_shared = True  # type: ignore[attr-defined]
     return error
@@ -206,6 +184,69 @@ def gather_objects(own: T) -> list[T]:
 def sum_over_ranks(values: Tensor) -> Tensor:
     """The element-wise sum of every rank's tensor."""
     return cast("Tensor", idist.all_reduce(values.clone()))
+
+
+def on_any_rank(*, own: bool) -> bool:
+    """Whether it is so on at least one rank; called by all."""
+    return any(gather_objects(own))
+
+
+class Consensus:
+    """The largest number that any rank named at the step before: the same on all ranks, and waited for by none.
+
+    Every call begins a small all-reduce, in a group of its own on the CPU, and ends the one that the call before began,
+    which has run beside the step.
+    """
+
+    def __init__(self) -> None:
+        self._group: Any = dist.new_group(backend="gloo") if num_ranks() > 1 else None
+        self._begun: tuple[dist.Work, Tensor] | None = None
+
+    def exchange(self, own: int) -> int:
+        """Called by all ranks at every step; 0 at the first, without others the number itself."""
+        if self._group is None:
+            return own
+        agreed = 0
+        if self._begun is not None:
+            work, value = self._begun
+            work.wait()
+            agreed = int(value)
+        value = torch.tensor(own)
+        begun = dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._begun = (begun, value)
+        return agreed
+
+
+class Noticeboard:
+    """Short texts of all ranks, which can be put up and read while a collective hangs.
+
+    Args:
+        topic: keeps the texts of different uses apart.
+        patience: seconds to wait for the process that keeps them.
+    """
+
+    def __init__(self, topic: str, patience: float) -> None:
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=timedelta(seconds=patience),
+        )
+        self._store = dist.PrefixStore(f"reid/{topic}/{attempt}", store)  # type: ignore[attr-defined]
+
+    def put_up(self, text: str) -> None:
+        self._store.set(str(rank()), text)
+
+    def read(self) -> dict[int, str]:
+        """The texts by rank, of those that have put one up."""
+        present = [other for other in range(num_ranks()) if self._store.check([str(other)])]
+        return {other: self._store.get(str(other)).decode() for other in present}
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a collective has failed because another rank is gone or silent."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 def global_batch(feat: Tensor, pids: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,5 +22,9 @@ class WorldError(RuntimeError):
     """The world around the run does not fit: a missing rank, a checkpoint of another model, a full disk."""
 
 
+class UnsavedError(WorldError):
+    """Training is over, but not all of its outcome could be written."""
+
+
 # What the command line prints as one sentence; anything else is our own fault and keeps its traceback.
 USER_ERRORS = (SettingsError, DataError, WorldError, FloatingPointError)

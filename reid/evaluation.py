@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -23,6 +24,7 @@ from reid.metrics import (
     summarise,
 )
 from reid.model import ReIDModel
+from reid.preemption import Preempted
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,10 +41,22 @@ class Evaluator:
         accelerator: whose precision is used.
         data: query and gallery.
         cfg: the whole configuration; TEST, INPUT and SOLVER.PRECISION are read.
+        beat: called after every batch, as a sign of life.
+        is_stopped: asked after every batch whether there is no time left for this.
     """
 
-    def __init__(self, model: ReIDModel, accelerator: Accelerator, data: TestData, cfg: CfgNode) -> None:
+    def __init__(
+        self,
+        model: ReIDModel,
+        accelerator: Accelerator,
+        data: TestData,
+        cfg: CfgNode,
+        *,
+        beat: Callable[[], None] = lambda: None,
+        is_stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._model, self._data = model, data
+        self._beat, self._is_stopped = beat, is_stopped
         self._distance: Distance = "cosine" if cfg.TEST.FEAT_NORM else "euclidean"
         self._num_features = model.num_features
         self._embedder = build_embedder(model, accelerator, Preparation(cfg, accelerator.device))
@@ -55,6 +69,7 @@ class Evaluator:
         Raises:
             DataError: no query has a match.
             FloatingPointError: an embedding is not finite.
+            Preempted: stopped on some rank, and hence on all.
         """
         distributed.broadcast_buffers(self._model)
         embedding = self._embed()
@@ -77,6 +92,8 @@ class Evaluator:
         if len(self._data.loader):
             self._embedder.run(self._data.loader)
         self._model.train(was_training)
+        if distributed.on_any_rank(own=self._is_stopped()):
+            raise distributed.shared(Preempted())
         weight = next(self._model.parameters())
         # A rank without a batch takes part with no rows.
         embedding = torch.cat(
@@ -89,6 +106,9 @@ class Evaluator:
 
     def _collect(self, engine: Engine) -> None:
         self._collected.append(engine.state.output)  # type: ignore[arg-type]
+        self._beat()
+        if self._is_stopped():
+            engine.terminate()
 
 
 def score_queries(

@@ -9,17 +9,19 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from reid.config import check_ranks, load_config
-from reid.errors import USER_ERRORS, SettingsError, WorldError
+from reid.errors import USER_ERRORS, SettingsError, UnsavedError, WorldError
+from reid.preemption import MARKER, Preempted, Signals, write_marker
 from reid.world import World, read_world
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
 
 # Exit codes of a process; torchrun prints them, and itself ends with 1 whenever one is not 0.
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+FAILED, BAD_INPUT, UNSAVED, PREEMPTED = 1, 2, 74, 85
 
 # Seconds that a process with nothing to say waits for the one that says it: torchrun ends all with the first that ends.
 _PATIENCE = 10.0
@@ -42,14 +44,18 @@ def main(story: Literal["train", "evaluate"], description: str) -> int:
     parser.add_argument("--config_file", "--config-file", default=None, metavar="FILE", help="YAML file with settings")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE | KEY=VALUE", help="settings over those of the file")
     _set_up_console()
+    signals = Signals(under_launcher="TORCHELASTIC_RUN_ID" in os.environ)
+    signals.install()
     try:
-        return _answer(story, parser)
-    except KeyboardInterrupt:
-        logger.info("interrupted")
-        return INTERRUPTED
+        return _answer(story, parser, signals)
+    except Preempted:  # before there was anything to save
+        logger.info("stopped by a signal")
+        return PREEMPTED
+    finally:
+        signals.ignore()
 
 
-def _answer(story: Literal["train", "evaluate"], parser: _Parser) -> int:
+def _answer(story: Literal["train", "evaluate"], parser: _Parser, signals: Signals) -> int:
     try:
         world = read_world(os.environ)
         if world.rank != 0:
@@ -59,15 +65,21 @@ def _answer(story: Literal["train", "evaluate"], parser: _Parser) -> int:
         check_ranks(cfg, world.num_ranks)
         run = _prepare(story)
     except USER_ERRORS as error:  # the same on all processes of a node, so the first one speaks
+        signals.release()
         return _report(error, speaks=os.environ.get("LOCAL_RANK", "0") == "0")
     try:
-        run(cfg, world)
+        run(cfg, world, signals)
+    except Preempted:
+        if story == "train" and not (Path(cfg.OUTPUT_DIR) / MARKER).exists():
+            write_marker(Path(cfg.OUTPUT_DIR), "stopped before there was anything to save")
+        return PREEMPTED
     except USER_ERRORS as error:
+        signals.release()
         return _report(error, speaks=world.rank == 0 or not getattr(error, "is_shared", False))
     return 0
 
 
-def _prepare(story: Literal["train", "evaluate"]) -> Callable[[CfgNode, World], None]:
+def _prepare(story: Literal["train", "evaluate"]) -> Callable[[CfgNode, World, Signals], None]:
     """Imports torch and what rests on it only now: a wrong setting must not cost the seconds that this takes."""
     try:
         from reid import distributed, run
@@ -75,9 +87,17 @@ def _prepare(story: Literal["train", "evaluate"]) -> Callable[[CfgNode, World], 
         raise explain_import_error(error) from error
     stories = {"train": run.train, "evaluate": run.evaluate}
 
-    def run_story(cfg: CfgNode, world: World) -> None:
-        with distributed.session(world, cfg) as accelerator:
-            stories[story](cfg, accelerator)
+    def run_story(cfg: CfgNode, world: World, signals: Signals) -> None:
+        try:
+            with distributed.session(world, cfg) as accelerator:
+                stories[story](cfg, accelerator, signals)
+        except RuntimeError as error:
+            if world.num_ranks == 1 or not distributed.is_lost_rank(error):
+                raise
+            raise WorldError(
+                f"rank {world.rank} has lost another rank: {str(error).splitlines()[0]}; see what that one said; "
+                "the same command goes on from the last checkpoint"
+            ) from error
 
     return run_story
 
@@ -118,4 +138,6 @@ def _report(error: Exception, *, speaks: bool) -> int:
         logger.error("error: %s", error)
     else:
         time.sleep(_PATIENCE)
+    if isinstance(error, UnsavedError):
+        return UNSAVED
     return BAD_INPUT if isinstance(error, ValueError) else FAILED

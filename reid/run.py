@@ -9,90 +9,141 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from reid import distributed, weights
+from reid.checkpoint_files import checkpoints_in
 from reid.config import by_full_key
 from reid.criterion import Criterion
-from reid.data.benchmarks import fingerprint
+from reid.data.benchmarks import Benchmark, fingerprint
 from reid.data.loaders import TrainData, build_test_data, build_train_data, open_benchmark
 from reid.engine import Preparation, build_trainer
 from reid.errors import SettingsError
 from reid.evaluation import Evaluator
-from reid.handlers import console, guards, schedule
-from reid.handlers.checkpoint import Checkpoints, checkpoints_in
+from reid.handlers import console, guards, interruption, schedule
+from reid.handlers.checkpoint import Checkpoints
 from reid.handlers.meters import TrainMeter
 from reid.handlers.records import Progress
 from reid.handlers.tracking import Tracker
+from reid.handlers.watchdog import Watchdog
 from reid.model import ReIDModel, build_model
 from reid.optim import build_optimizer
+from reid.preemption import Preempted, Signals
 from reid.run_directory import RunDirectory, commit
 from reid.sync_batchnorm import synchronise_batchnorm
+from reid.wrapping import wrap
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from ignite.engine import Engine
     from yacs.config import CfgNode
 
 logger = logging.getLogger("reid.run")
 
 
-def train(cfg: CfgNode, accelerator: Accelerator) -> None:
-    """Trains from the newest checkpoint in OUTPUT_DIR, or from the start, to SOLVER.MAX_EPOCHS."""
+def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
+    """Trains from the newest checkpoint in OUTPUT_DIR, or from the start, to SOLVER.MAX_EPOCHS.
+
+    Raises:
+        Preempted: on all ranks, when a signal came; all is saved.
+    """
     distributed.agree(_facts(cfg))
     folder = RunDirectory(Path(cfg.OUTPUT_DIR))
     folder.claim()
-    benchmark = open_benchmark(cfg)
-    dataset = fingerprint(benchmark)
-    distributed.agree({"the fingerprint of the images": dataset})
+    benchmark, dataset = _open_data(cfg)
     train_data, test_data = build_train_data(cfg, benchmark), build_test_data(cfg, benchmark)
 
     model = _new_model(cfg, accelerator, train_data.num_pids, folder)
-    wrapped, optimizer = distributed.wrap(accelerator, model, build_optimizer(cfg.SOLVER, model))
+    wrapped, optimizer = wrap(accelerator, model, build_optimizer(cfg.SOLVER, model))
 
     trainer = build_trainer(wrapped, Criterion(cfg), optimizer, accelerator, Preparation(cfg, accelerator.device))
-    evaluator = Evaluator(model, accelerator, test_data, cfg)
-    progress = Progress()
-    checkpoints = Checkpoints(folder.checkpoints, model, optimizer, progress, cfg, dataset, accelerator.scaler)
-    tracker = Tracker(cfg, folder.path, {"world_size": distributed.num_ranks(), "dataset": dataset})
+    watchdog, progress = Watchdog(cfg.SOLVER.TIMEOUT_MINUTES), Progress()
+    evaluator = Evaluator(model, accelerator, test_data, cfg, beat=watchdog.beat, is_stopped=signals.were_received)
+    evaluations = schedule.Evaluations(evaluator.run, progress, cfg.SOLVER)
     meter = TrainMeter(log_period=cfg.SOLVER.LOG_PERIOD, batch_size=cfg.SOLVER.IMS_PER_BATCH, optimizer=optimizer)
+    checkpoints = Checkpoints(
+        folder.checkpoints, model, optimizer, progress, cfg, dataset, meter=meter, scaler=accelerator.scaler
+    )
+    tracker = Tracker(cfg, folder.path, {"world_size": distributed.num_ranks(), "dataset": dataset})
 
     # Each line is one effect. Where two share an event, the upper one acts first: evaluate, keep the best, write it
     # down, save.
+    watchdog.attach(trainer)
     schedule.set_learning_rate_by_epoch(trainer, optimizer, cfg.SOLVER)
     schedule.place_sampler(trainer, train_data.batches)
     schedule.train_mode_by_epoch(trainer, wrapped)
     guards.check_first_batch(trainer, cfg)
     meter.attach(trainer)
-    schedule.evaluate_every(trainer, evaluator.run, progress, cfg.SOLVER.EVAL_PERIOD)
+    evaluations.attach(trainer)
     checkpoints.attach(trainer)
     console.attach(trainer, folder, progress)
     tracker.attach(trainer, progress)
+    interruption.save_and_stop_when_asked(trainer, checkpoints, signals)
 
     checkpoints.resume(trainer)
-    folder.drop_metrics_after(trainer.state.iteration)
-    if trainer.state.iteration >= cfg.SOLVER.MAX_EPOCHS * len(train_data.loader):
+    folder.go_on_from(trainer.state.iteration, progress.last["iteration"] if progress.last else 0)
+    num_steps = cfg.SOLVER.MAX_EPOCHS * len(train_data.loader)
+    if trainer.state.iteration >= num_steps and not evaluations.is_missing(trainer):
         logger.info("all %d epochs are done; raise SOLVER.MAX_EPOCHS to go on", cfg.SOLVER.MAX_EPOCHS)
         return
     folder.describe(cfg, accelerator.device)
     _announce(cfg, accelerator, model, train_data)
-    with tracker.running(progress):
-        trainer.run(train_data.loader, max_epochs=cfg.SOLVER.MAX_EPOCHS, epoch_length=len(train_data.loader))
+    with tracker.running(progress), watchdog.watching(), signals.deferred():
+        _run(trainer, train_data, num_steps, evaluations, checkpoints, folder)
     assert progress.best is not None  # the last epoch is evaluated
     best = progress.best
     logger.info("best mAP %.1f %% after epoch %d; all is in %s", 100 * best["mAP"], best["epoch"], folder.path)
 
 
-def evaluate(cfg: CfgNode, accelerator: Accelerator) -> None:
+def _run(
+    trainer: Engine,
+    train_data: TrainData,
+    num_steps: int,
+    evaluations: schedule.Evaluations,
+    checkpoints: Checkpoints,
+    folder: RunDirectory,
+) -> None:
+    """From where the run stands to its end or to a signal, until all is on the disk."""
+    try:
+        if evaluations.is_missing(trainer):
+            evaluations.run(trainer)
+            checkpoints.save(trainer)
+        if trainer.state.iteration < num_steps:  # Ignite would start a finished run anew
+            epoch_length = len(train_data.loader)
+            trainer.run(train_data.loader, max_epochs=num_steps // epoch_length, epoch_length=epoch_length)
+    except Preempted:
+        checkpoints.save(trainer)
+        checkpoints.finish()
+        folder.finish()
+        folder.leave_marker(f"saved after iteration {trainer.state.iteration}")
+        raise
+    checkpoints.finish()
+    folder.finish()
+
+
+def _open_data(cfg: CfgNode) -> tuple[Benchmark, str]:
+    """The benchmark, the same on all ranks, and its fingerprint."""
+    benchmark = open_benchmark(cfg)
+    dataset = fingerprint(benchmark)
+    distributed.agree({"the fingerprint of the images": dataset})
+    return benchmark, dataset
+
+
+def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     """Evaluates the checkpoint TEST.WEIGHT and writes result.json."""
+    del signals  # there is nothing to save: the first one ends it
+    distributed.agree(_facts(cfg))
     if not cfg.TEST.WEIGHT:
         found = checkpoints_in(Path(cfg.OUTPUT_DIR) / "checkpoints", "best")
         remedy = f"the best of this run is {found[-1]}" if found else "add TEST.WEIGHT FILE to the command"
         raise distributed.shared(SettingsError(f"TEST.WEIGHT must name the checkpoint to evaluate, got ''; {remedy}"))
     content = distributed.together(lambda: weights.read_file(Path(cfg.TEST.WEIGHT), "TEST.WEIGHT"))
     folder = RunDirectory(Path(cfg.OUTPUT_DIR))
-    test_data = build_test_data(cfg, open_benchmark(cfg))
+    test_data = build_test_data(cfg, _open_data(cfg)[0])
     classifier = weights.state_dict_of(content).get("classifier.weight")
     model = build_model(cfg, num_pids=1 if classifier is None else len(classifier))
     weights.load_for_evaluation(model, content, f"TEST.WEIGHT={cfg.TEST.WEIGHT}")
     place(model, cfg, accelerator)
-    scores = Evaluator(model, accelerator, test_data, cfg).run().summary()
+    watchdog = Watchdog(cfg.SOLVER.TIMEOUT_MINUTES)
+    with watchdog.watching():
+        scores = Evaluator(model, accelerator, test_data, cfg, beat=watchdog.beat).run().summary()
     result: dict[str, Any] = {"epoch": content.get("epoch"), **scores, "weight": cfg.TEST.WEIGHT}
     if distributed.is_main():
         folder.write_result(result)

@@ -19,10 +19,13 @@ import torch
 
 from reid import distributed
 from reid.config import dump
-from reid.errors import WorldError
+from reid.errors import UnsavedError, WorldError
+from reid.preemption import MARKER, write_marker
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
+
+logger = logging.getLogger("reid.run")
 
 _PACKAGES = ("torch", "torchvision", "pytorch-ignite", "accelerate", "wandb", "numpy", "pillow")
 
@@ -41,6 +44,8 @@ class RunDirectory:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self._metrics = path / "metrics.jsonl"
+        self._unwritten: list[str] = []  # records that found the disk full
+        self._unwritten_result: str | None = None
         distributed.together(self._create)
 
     def _create(self) -> None:
@@ -53,7 +58,7 @@ class RunDirectory:
             raise WorldError(
                 f"OUTPUT_DIR={self.path} cannot be written to: {error}; choose another OUTPUT_DIR"
             ) from error
-        self._log = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
+        self._log = _Log(self.path / "log.txt", encoding="utf-8")
         self._log.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logging.getLogger("reid").addHandler(self._log)
 
@@ -96,19 +101,77 @@ class RunDirectory:
             write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        with _disk_errors(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """One more line of metrics.jsonl; where the disk is full, training goes on and the line is kept for later."""
+        self._unwritten.append(json.dumps(record) + "\n")
+        try:
+            self._append_unwritten()
+        except OSError as error:
+            if len(self._unwritten) == 1:
+                words = _cannot_write(self._metrics, error)
+                logger.warning("warning: %s; training goes on, and its lines are kept for later", words)
 
-    def drop_metrics_after(self, iteration: int) -> None:
-        """Takes out the records of steps behind the checkpoint that training goes on from: they will come again."""
-        if not distributed.is_main() or not self._metrics.exists():
+    def _append_unwritten(self) -> None:
+        lines = "".join(self._unwritten).encode()
+        with self._metrics.open("ab", buffering=0) as file:
+            whole = file.tell()
+            if file.write(lines) < len(lines):
+                file.truncate(whole)  # no half line
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._unwritten.clear()
+
+    def go_on_from(self, iteration: int, last_validation: int) -> None:
+        """Takes out the records that come again, and the marker of a preemption; called by all ranks.
+
+        Args:
+            iteration: of the checkpoint that training goes on from.
+            last_validation: iteration of the last validation that the checkpoint knows of; 0: none.
+        """
+        if not distributed.is_main():
+            return
+        (self.path / MARKER).unlink(missing_ok=True)
+        if not self._metrics.exists():
             return
         lines = self._metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
+        last = {"train": iteration, "val": last_validation}
+        records = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+        kept = [line for line, record in records if record["iteration"] <= last[record["kind"]]]
         write_atomically(self._metrics, "".join(kept))
 
     def write_result(self, result: dict[str, Any]) -> None:
-        write_atomically(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+        """result.json; where the disk is full, training goes on and `finish` tries again."""
+        self._unwritten_result = json.dumps(result, indent=2) + "\n"
+        try:
+            self._write_result()
+        except WorldError as error:
+            logger.warning("warning: %s; training goes on", error)
+
+    def _write_result(self) -> None:
+        if self._unwritten_result is not None:
+            write_atomically(self.path / "result.json", self._unwritten_result)
+            self._unwritten_result = None
+
+    def finish(self) -> None:
+        """Writes what found the disk full; called by all ranks.
+
+        Raises:
+            UnsavedError: it still is.
+        """
+
+        def write() -> None:
+            try:
+                self._write_result()
+                with _disk_errors(self._metrics):
+                    self._append_unwritten()
+            except WorldError as error:
+                raise UnsavedError(str(error)) from error
+
+        distributed.together(write)
+
+    def leave_marker(self, words: str) -> None:
+        """Says that the run was stopped by a signal and is to be started again; called by all ranks."""
+        if distributed.is_main():
+            write_marker(self.path, words)
+        logger.info("stopped by a signal: %s; start the same command again to go on", words)
 
 
 def write_atomically(file: Path, text: str) -> None:
@@ -134,9 +197,18 @@ def _disk_errors(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise WorldError(
-            f"{file} cannot be written: {error.strerror or error}; free some space and start again"
-        ) from error
+        raise WorldError(f"{_cannot_write(file, error)}; free some space and start again") from error
+
+
+def _cannot_write(file: Path, error: OSError) -> str:
+    return f"{file} cannot be written: {error.strerror or error}"
+
+
+class _Log(logging.FileHandler):
+    """log.txt, of which a full disk takes lines away and nothing else."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
 
 
 def _device_name(device: torch.device) -> str:

@@ -35,6 +35,7 @@ from reid.optim import build_optimizer
 from reid.run import place
 from reid.sync_batchnorm import synchronise_batchnorm
 from reid.world import read_world
+from reid.wrapping import wrap
 
 GOLDEN = Path(__file__).parent / "golden"
 BASE = [
@@ -92,7 +93,7 @@ def trained(
     place(model, cfg, accelerator)
     if cfg.SOLVER.SYNC_BN:
         synchronise_batchnorm(model)
-    wrapped, optimizer = distributed.wrap(accelerator, model, build_optimizer(cfg.SOLVER, model))
+    wrapped, optimizer = wrap(accelerator, model, build_optimizer(cfg.SOLVER, model))
     trainer = build_trainer(wrapped, Criterion(cfg), optimizer, accelerator, prepare(cfg, accelerator.device))
     schedule.set_learning_rate_by_epoch(trainer, optimizer, cfg.SOLVER)
     schedule.train_mode_by_epoch(trainer, wrapped)

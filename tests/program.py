@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+
 REPOSITORY = Path(__file__).parent.parent
 TRAIN, EVALUATE = REPOSITORY / "launch" / "train.py", REPOSITORY / "launch" / "evaluate.py"
 TIMEOUT = 120  # seconds; nothing here takes a third of it
@@ -166,12 +168,14 @@ class Ranks:
         assert number is not None
         return number
 
-    def wait_for(self, words: str, *, rank: int = 0) -> None:
+    def wait_for(self, words: str, *, rank: int = 0, or_end: bool = False) -> None:
         """Until a rank has said this on stdout."""
         deadline = time.monotonic() + TIMEOUT
         file = self._files(rank)[0]
         while words not in file.read_text():
             assert time.monotonic() < deadline, f"rank {rank} did not say {words!r}"
+            if or_end and not self.processes[rank].is_alive():
+                return
             assert self.processes[rank].is_alive(), f"rank {rank} ended before it said {words!r}"
             time.sleep(0.01)
 
@@ -261,3 +265,32 @@ def torchvision_is_of_another_torch() -> None:
 
     del sys.modules["reid.run"], reid.run
     sys.meta_path.insert(0, _NoTorchvision())  # type: ignore[arg-type]
+
+
+# ---- what a run leaves behind ----
+
+
+def records(folder: Path, kind: str, *, speeds: bool = True) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    found = [record for record in map(json.loads, lines) if record["kind"] == kind]
+    left_out = () if speeds else ("images_per_second", "data_wait")
+    return [{name: value for name, value in record.items() if name not in left_out} for record in found]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def newest(folder: Path) -> dict:
+    return torch.load(sorted(folder.glob("checkpoints/last_*.pt"))[-1], weights_only=True)
+
+
+def same(left: object, right: object) -> bool:
+    """Equal bit for bit, however nested."""
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right

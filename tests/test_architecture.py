@@ -19,7 +19,7 @@ MODULES = {name: ast.parse(file.read_text()) for name, file in FILES.items() if 
 OWNERS = {
     "torch.distributed": {"distributed.py"},
     "ignite.distributed": {"distributed.py"},
-    "accelerate": {"distributed.py"},
+    "accelerate": {"wrapping.py"},
     "wandb": {"handlers/tracking.py"},
     "yacs": {"config.py"},
 }
@@ -37,7 +37,7 @@ MATHEMATICS = {
     "data/synthetic.py",
 }
 # Answer before torch is imported.
-LIGHT = {"errors.py", "world.py", "checks.py", "config.py", "launcher.py"}
+LIGHT = {"errors.py", "world.py", "checks.py", "config.py", "launcher.py", "preemption.py"}
 
 
 def imports(name: str, *, only_at_run_time: bool = True) -> set[str]:

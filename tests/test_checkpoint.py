@@ -2,18 +2,24 @@
 
 import io
 import os
+import re
 import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from ignite.engine import Engine, Events
 from torch import nn
 
+from reid.checkpoint_files import checkpoints_in, save_atomically
 from reid.config import load_config
-from reid.errors import WorldError
-from reid.handlers.checkpoint import Checkpoints, _differences, checkpoints_in, save_atomically
+from reid.errors import UnsavedError, WorldError
+from reid.handlers.checkpoint import Checkpoints, _differences
 from reid.handlers.records import Progress, Records
+from reid.weights import read_file
 
 DATASET = "a fingerprint"
 
@@ -45,7 +51,10 @@ class Training:
         self.model.weight.data += 1
 
     def run(self):
-        self.engine.run([0, 1], max_epochs=self.cfg.SOLVER.MAX_EPOCHS)
+        try:
+            self.engine.run([0, 1], max_epochs=self.cfg.SOLVER.MAX_EPOCHS)
+        finally:
+            self.checkpoints.finish()
 
 
 def names(folder):
@@ -146,17 +155,70 @@ def test_another_format_is_refused(tmp_path):
     assert "was written in another format; choose another OUTPUT_DIR" in refused(tmp_path)
 
 
-def test_a_damaged_checkpoint_is_refused_with_the_way_out(tmp_path):
+# ---- damaged ones ----
+
+
+def cut_off(content: bytes) -> bytes:
+    return content[:-100]
+
+
+def emptied(content: bytes) -> bytes:
+    return b""
+
+
+def flip(content: bytes, bit: int) -> bytes:
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def flip_in_a_tensor(content: bytes) -> bytes:
+    return flip(content, 8 * content.index(np.full(4, 6.0, np.float32).tobytes()))  # the weights after six steps
+
+
+@pytest.mark.parametrize("damage", [cut_off, emptied, flip_in_a_tensor])
+def test_a_damaged_one_makes_room_for_the_one_before_with_a_warning_that_names_both(tmp_path, caplog, damage):
     Training(tmp_path).run()
     file = tmp_path / "last_0003_00000006.pt"
-    file.write_bytes(file.read_bytes()[:100])
-    words = refused(tmp_path)
-    assert str(file) in words
-    assert words.endswith("or remove it, to go on from the one before or from the start")
-    file.unlink()
+    file.write_bytes(damage(file.read_bytes()))
     training = Training(tmp_path)
     assert training.checkpoints.resume(training.engine)
-    assert training.engine.state.epoch == 2
+    assert training.engine.state.iteration == 4
+    assert torch.equal(training.model.weight, torch.full((2, 2), 4.0))
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith(f"warning: {file} is damaged (")
+    assert warning.endswith(f"going on from the one before, {tmp_path}/last_0002_00000004.pt")
+    training.run()
+    assert names(tmp_path) == [
+        *("last_0002_00000004.pt", "last_0003_00000006.pt", "last_0003_00000006.pt.damaged"),
+    ]
+
+
+@given(data=st.data())
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_flipped_bit_is_ever_taken_for_training(tmp_path, data):
+    """Those that are let through lie where nothing is stored."""
+    for leftover in tmp_path.iterdir():
+        leftover.unlink()
+    Training(tmp_path, "SOLVER.CHECKPOINT_PERIOD=9").run()
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    before = read_file(file, "OUTPUT_DIR")
+    file.write_bytes(flip(whole, data.draw(st.integers(0, 8 * len(whole) - 1))))
+    try:
+        after = read_file(file, "OUTPUT_DIR")
+    except WorldError:
+        return
+    assert str(after) == str(before)
+
+
+def test_where_all_are_damaged_it_does_not_silently_start_anew(tmp_path):
+    Training(tmp_path).run()
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"nothing")
+    words = refused(tmp_path)
+    assert words.startswith(f"one of {tmp_path}/last_*.pt must be whole, but none is: {tmp_path}/last_0003_00000006.pt")
+    assert words.endswith("remove them to start anew, or choose another OUTPUT_DIR")
 
 
 # ---- never half written, never broken ----
@@ -171,22 +233,58 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, value):
     assert names(tmp_path) == ["last_0001_00000002.pt"]
 
 
+class FullDisk:
+    """No file may grow beyond 1 kB: the same calls fail as on a full disk, with "File too large"."""
+
+    def __init__(self):
+        self._before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(self):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, self._before[1]))
+
+    def free(self):
+        resource.setrlimit(resource.RLIMIT_FSIZE, self._before)
+
+
 @pytest.fixture
-def full_disk():
-    """No file may grow beyond 4 kB: the same calls fail as on a full disk, with "File too large"."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+def disk():
+    disk = FullDisk()
+    yield disk
+    disk.free()
 
 
-def test_a_full_disk_leaves_the_file_that_was_there_and_nothing_else(tmp_path, full_disk):
+def test_a_full_disk_leaves_the_file_that_was_there_and_nothing_else(tmp_path, disk):
     file = tmp_path / "last_0001_00000002.pt"
     file.write_bytes(b"whole")
+    disk.fill()
     with pytest.raises(WorldError, match=rf"the checkpoint {file} cannot be written: File too large; free some space"):
         save_atomically(file, {"model": torch.zeros(10_000)})
     assert file.read_bytes() == b"whole"
     assert names(tmp_path) == [file.name]
+
+
+def test_a_full_disk_costs_a_warning_and_training_goes_on(tmp_path, disk, caplog):
+    training = Training(tmp_path, scores=[0.1, 0.2, 0.3])
+    training.engine.add_event_handler(Events.EPOCH_STARTED(once=2), disk.fill)
+    training.engine.add_event_handler(Events.EPOCH_STARTED(once=3), training.checkpoints._wait)
+    training.engine.add_event_handler(Events.EPOCH_STARTED(once=3), disk.free)
+    training.run()
+    assert names(tmp_path) == ["best_0003_mAP_0.3000.pt", "last_0001_00000002.pt", "last_0003_00000006.pt"]
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [re.search("(best|last)_0002", words)[1] for words in warnings] == ["best", "last"]
+    assert all(f"the newest good one is {tmp_path}/last_0001_00000002.pt" in words for words in warnings)
+
+
+def test_a_disk_that_is_still_full_at_the_end_is_an_error_of_its_own(tmp_path, disk):
+    training = Training(tmp_path, scores=[0.1, 0.2, 0.3])
+    training.engine.add_event_handler(Events.EPOCH_STARTED(once=3), training.checkpoints._wait)
+    training.engine.add_event_handler(Events.EPOCH_STARTED(once=3), disk.fill)
+    with pytest.raises(UnsavedError) as error:
+        training.run()
+    assert "best_0003_mAP_0.3000.pt cannot be written" in str(error.value)
+    assert "last_0003_00000006.pt cannot be written" in str(error.value)
+    assert str(error.value).endswith(f"then start again, to go on from {tmp_path}/last_0002_00000004.pt")
+    assert names(tmp_path) == ["best_0002_mAP_0.2000.pt", "last_0001_00000002.pt", "last_0002_00000004.pt"]
 
 
 def test_ctrl_c_while_it_is_written_stays_what_it_is(tmp_path, monkeypatch):

@@ -1,10 +1,8 @@
 """The program from its command line to the files that it leaves behind."""
 
 import json
-import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from program import REPOSITORY, TIMEOUT, TRAIN, Ended, Place
+from program import REPOSITORY, TRAIN, Ended, Place, names, records
 
 from reid.config import as_plain_dict, load_config
 
@@ -26,30 +24,6 @@ SLURM_JOB = {
     "SLURM_NTASKS": "1",
     "SLURM_JOB_NODELIST": "localhost",
 }
-
-
-def records(folder: Path, kind: str) -> list[dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(file.name for file in folder.iterdir())
-
-
-def newest(folder: Path) -> dict:
-    return torch.load(sorted(folder.glob("checkpoints/last_*.pt"))[-1], weights_only=True)
-
-
-def same(left: object, right: object) -> bool:
-    """Equal bit for bit, however nested."""
-    if isinstance(left, torch.Tensor):
-        return torch.equal(left, right)
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
-    if isinstance(left, list):
-        return len(left) == len(right) and all(map(same, left, right))
-    return left == right
 
 
 # ---- one training on two ranks, started in another folder than the repository ----
@@ -256,7 +230,7 @@ def longer(place, again) -> tuple[Path, Ended]:
 
 def test_with_more_epochs_it_goes_on_where_it_ended(longer, output_dir):
     folder, ended = longer
-    assert "after epoch 2" in ended.out
+    assert "epoch 2, step 2 of 2 is done" in ended.out
     steps = [record["iteration"] for record in records(folder, "train")]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert [record["epoch"] for record in records(folder, "val")] == [1, 2, 3]
@@ -275,98 +249,7 @@ def test_it_goes_on_in_the_same_wandb_run(longer, output_dir):
     assert [file.stem for file in folder.glob("**/run-*.wandb")] == [f"run-{run_id}"] * 2
 
 
-# ---- interrupted is the same as uninterrupted ----
-
-
-ADAM = ("SOLVER.OPTIMIZER_NAME", "Adam")  # whose state matters from the second step on
-
-
-@pytest.fixture(scope="module")
-def straight(place) -> dict:
-    place.train("OUTPUT_DIR", "straight", "SOLVER.MAX_EPOCHS", 3, *ADAM)
-    return newest(place.folder / "straight")
-
-
-def test_three_epochs_in_two_trainings_equal_three_in_one_bit_for_bit(place, straight):
-    place.train("OUTPUT_DIR", "in_two", "SOLVER.MAX_EPOCHS", 1, *ADAM)
-    place.train("OUTPUT_DIR", "in_two", "SOLVER.MAX_EPOCHS", 3, *ADAM)
-    in_two = newest(place.folder / "in_two")
-    assert in_two["iteration"] == straight["iteration"] == 6
-    assert same(in_two["model"], straight["model"])
-    assert same(in_two["optimizer"], straight["optimizer"])
-
-
-@pytest.mark.parametrize("words", ["epoch 1/3 step 1/2", "epoch 3/3 step 1/2"])
-def test_killed_within_an_epoch_it_ends_as_if_nothing_had_happened(place, straight, words):
-    output_dir = f"killed_in_{words.split('/')[0]}"
-    settings = ("OUTPUT_DIR", output_dir, "SOLVER.MAX_EPOCHS", 3, *ADAM)
-    ranks = place.start("train", *settings)
-    ranks.wait_for(words)
-    ranks.kill()
-    place.train(*settings)
-    assert same(newest(place.folder / output_dir)["model"], straight["model"])
-    steps = [record["iteration"] for record in records(place.folder / output_dir, "train")]
-    assert steps == [1, 2, 3, 4, 5, 6]
-
-
-def test_going_on_needs_no_pretrained_weights(place, straight):
-    shutil.copytree(place.folder / "straight", place.folder / "without_weights")
-    settings = ("SOLVER.MAX_EPOCHS", 4, "MODEL.PRETRAIN_CHOICE", "imagenet", "MODEL.PRETRAIN_PATH", "gone.pth")
-    place.train("OUTPUT_DIR", "without_weights", *settings, *ADAM)
-
-
-def test_a_checkpoint_of_other_settings_is_refused_with_both_values(place, straight):
-    said = place.refusal("train", "OUTPUT_DIR", "straight", *ADAM, "SOLVER.MARGIN", 0.5, num_ranks=2, code=1)
-    assert said.startswith("straight/checkpoints/last_0003_00000006.pt is of another run: ")
-    assert "SOLVER.MARGIN was 0.3 and is now 0.5; give the same settings" in said
-
-
 # ---- started in other ways ----
-
-
-def test_ctrl_c_ends_at_once_without_a_traceback_and_the_next_start_goes_on(place, first):
-    settings = [
-        "OUTPUT_DIR",
-        "ctrl_c",
-        "WANDB.ENABLE",
-        "yes",
-        "SOLVER.MAX_EPOCHS",
-        "1000",
-        "DATALOADER.NUM_WORKERS",
-        "2",
-    ]
-    with subprocess.Popen(
-        [sys.executable, str(TRAIN), "--config_file", "tiny.yml", *settings],
-        cwd=place.folder,
-        env=place.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # a process group of its own, all of which a terminal's Ctrl-C reaches
-    ) as process:
-        out = ""
-        while "epoch 2/1000 step 1/2" not in out:
-            line = process.stdout.readline()
-            assert line, process.stderr.read()
-            out += line
-        os.killpg(process.pid, signal.SIGINT)
-        rest, err = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 130
-    assert err == ""
-    assert rest.endswith("interrupted\n")
-    exits = [record["exit"] for record in place.wandb_records(place.folder / "ctrl_c") if record["type"] == "exit"]
-    assert [end["exit_code"] for end in exits] == [1]
-    ended = place.train("OUTPUT_DIR", "ctrl_c", "SOLVER.MAX_EPOCHS", 2)
-    assert "after epoch 1" in ended.out
-
-
-def test_ctrl_c_on_two_ranks_leaves_no_traceback(place):
-    ranks = place.start("train", "OUTPUT_DIR", "ctrl_c_2", "SOLVER.MAX_EPOCHS", 1000, num_ranks=2)
-    ranks.wait_for("epoch 1/1000 step 2/2")
-    ranks.signal(signal.SIGINT)
-    ended = ranks.ended()
-    assert [rank.code for rank in ended] == [130, 130]
-    assert [rank.err for rank in ended] == ["", ""]
 
 
 @pytest.mark.parametrize(("num_ranks", "flag"), [(2, "--multi_gpu"), pytest.param(1, "--cpu", marks=pytest.mark.slow)])

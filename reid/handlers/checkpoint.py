@@ -1,9 +1,9 @@
-"""last_*.pt to go on from and best_*.pt to use: when they are written, how they are found, when one is refused."""
+"""last_*.pt to go on from and best_*.pt to use: what is in them, when they are written, when one is refused."""
 
 from __future__ import annotations
 
 import logging
-import os
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,10 @@ from ignite.engine import Engine, Events
 from torch import Tensor
 
 from reid import distributed
+from reid.checkpoint_files import BackgroundWriter, checkpoints_in, host_copy, save_atomically
 from reid.config import dump
-from reid.errors import WorldError
+from reid.errors import UnsavedError, WorldError
+from reid.handlers.meters import TrainMeter
 from reid.handlers.records import Progress, Records
 from reid.model import ReIDModel
 from reid.weights import load_state, read_file
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("reid.checkpoint")
 
-_FORMAT = 1
+_FORMAT = 2
 _NUM_LAST = 2  # a file is deleted only when this many newer ones are whole
 # Settings that a resumed run may change (beginnings of keys): they decide neither what is learnt nor how.
 _FREE = (
@@ -37,6 +39,7 @@ _FREE = (
     "DATALOADER.NUM_WORKERS",
     "SOLVER.MAX_EPOCHS",
     "SOLVER.CHECKPOINT_PERIOD",
+    "SOLVER.CHECKPOINT_EVERY_MINUTES",
     "SOLVER.LOG_PERIOD",
     "SOLVER.EVAL_PERIOD",
     "SOLVER.TIMEOUT_MINUTES",
@@ -51,6 +54,9 @@ class Checkpoints:
     The state is the same on every rank and for every number of ranks, so that any number may go on from it. What is not
     in it is a function of (seed, epoch, step): the plan, the augmentation, the learning rate.
 
+    Training stands still only while the state is copied into host memory; a thread writes it. A write that fails costs
+    a warning, as the file before it stays; only at the end it is an error.
+
     Args:
         folder: of the files.
         model: not wrapped.
@@ -58,6 +64,7 @@ class Checkpoints:
         progress: kept up to date and saved along.
         cfg: the whole configuration.
         dataset: fingerprint of the benchmark.
+        meter: whose open window is saved along; None without one.
         scaler: of the loss under fp16; None otherwise.
     """
 
@@ -69,57 +76,104 @@ class Checkpoints:
         progress: Progress,
         cfg: CfgNode,
         dataset: str,
+        meter: TrainMeter | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self._folder, self._model, self._optimizer = folder, model, optimizer
-        self._progress, self._cfg, self._dataset, self._scaler = progress, cfg, dataset, scaler
+        self._progress, self._cfg, self._dataset = progress, cfg, dataset
+        self._meter, self._scaler = meter, scaler
+        self._writer = BackgroundWriter()
+        self._began = time.monotonic()
+        self._lost: dict[str, WorldError] = {}  # last or best -> why its newest file is not on the disk
 
     def attach(self, trainer: Engine) -> None:
         """Saves after every SOLVER.CHECKPOINT_PERIOD epochs and after the last; attach it behind the evaluation."""
         trainer.add_event_handler(Records.VALIDATION, self._save_best)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._save_periodically)
 
+    def is_due(self) -> bool:
+        """Whether rank 0 wants one by the clock; it wants it once, and not while the one before is still written."""
+        minutes = self._cfg.SOLVER.CHECKPOINT_EVERY_MINUTES
+        if not minutes or not distributed.is_main() or self._writer.is_busy:
+            return False
+        if time.monotonic() - self._began < 60 * minutes:
+            return False
+        self._began = time.monotonic()
+        return True
+
+    def save(self, trainer: Engine) -> None:
+        """Begins to write last_*.pt of the step that has ended; called by all ranks."""
+        state = trainer.state
+        epoch = _epoch_of(state.iteration, state.epoch_length or 1)
+        self._write(
+            f"last_{epoch:04d}_{state.iteration:08d}.pt",
+            {
+                "iteration": state.iteration,
+                "epoch": epoch,
+                "epoch_length": state.epoch_length,
+                "optimizer": self._optimizer.state_dict(),
+                "scaler": None if self._scaler is None else self._scaler.state_dict(),
+                "progress": asdict(self._progress),
+                "meter": None if self._meter is None else self._meter.state_dict(),
+            },
+            num_kept=_NUM_LAST,
+        )
+
+    def finish(self) -> None:
+        """Waits until all is on the disk; called by all ranks.
+
+        Raises:
+            UnsavedError: the newest last_*.pt or best_*.pt is not.
+        """
+
+        def wait() -> None:
+            self._wait()
+            if self._lost:
+                raise UnsavedError(
+                    f"{'; '.join(map(str, self._lost.values()))}; then start again, to go on from {self._newest()}"
+                )
+
+        distributed.together(wait)
+
     def _save_best(self, trainer: Engine) -> None:
         best = self._progress.best
         if best is not None and self._progress.last_is_best:
-            name = f"best_{trainer.state.epoch:04d}_mAP_{best['mAP']:.4f}.pt"
-            self._write(name, {"epoch": trainer.state.epoch, "validation": best}, num_kept=1)
+            name = f"best_{best['epoch']:04d}_mAP_{best['mAP']:.4f}.pt"
+            self._write(name, {"epoch": best["epoch"], "validation": best}, num_kept=1)
 
     def _save_periodically(self, trainer: Engine) -> None:
         epoch = trainer.state.epoch
         if epoch % self._cfg.SOLVER.CHECKPOINT_PERIOD == 0 or epoch == trainer.state.max_epochs:
-            self._write(
-                f"last_{epoch:04d}_{trainer.state.iteration:08d}.pt",
-                {
-                    "iteration": trainer.state.iteration,
-                    "epoch": epoch,
-                    "epoch_length": trainer.state.epoch_length,
-                    "optimizer": self._optimizer.state_dict(),
-                    "scaler": None if self._scaler is None else self._scaler.state_dict(),
-                    "progress": asdict(self._progress),
-                },
-                num_kept=_NUM_LAST,
-            )
+            self.save(trainer)
 
     def _write(self, name: str, content: dict[str, Any], *, num_kept: int) -> None:
         weights = self._model.state_dict()
         content |= {"format": _FORMAT, "model": weights, "config": dump(self._cfg), "dataset": self._dataset}
+        distributed.together(lambda: _check_finite(weights))  # after its last step, of which no loss tells
+        if distributed.is_main():
+            self._wait()
+            self._began = time.monotonic()
+            copied = host_copy(content)
+            self._writer.start(name.split("_")[0], lambda: _write_and_rotate(self._folder / name, copied, num_kept))
 
-        def write() -> None:
-            _check_finite(weights)  # after its last step, of which no loss tells
-            if not distributed.is_main():
-                return
-            save_atomically(self._folder / name, content)
-            for old in checkpoints_in(self._folder, name.split("_")[0])[:-num_kept]:
-                old.unlink(missing_ok=True)
+    def _wait(self) -> None:
+        """For the write before this one; a failure is told at once and forgotten with the next success."""
+        kind, error = self._writer.wait()
+        self._lost.pop(kind, None)
+        if error is not None:
+            self._lost[kind] = error
+            logger.warning("warning: %s; training goes on, and the newest good one is %s", error, self._newest())
 
-        distributed.together(write)
+    def _newest(self) -> str:
+        files = checkpoints_in(self._folder, "last")
+        return str(files[-1]) if files else "none"
 
     def resume(self, trainer: Engine) -> bool:
-        """Goes on from the newest last_*.pt, if there is one; called by all ranks behind accelerate's `prepare`.
+        """Goes on from the newest good last_*.pt, if there is one; called by all ranks behind accelerate's `prepare`.
 
         Raises:
-            WorldError: the checkpoint is damaged, or of another configuration, benchmark or model.
+            WorldError: every checkpoint is damaged, or the newest good one is of another configuration, benchmark or
+                model.
         """
         content = distributed.on_main(self._read_newest)
         if content is None:
@@ -128,6 +182,8 @@ class Checkpoints:
         self._optimizer.load_state_dict(content["optimizer"])
         if self._scaler is not None:
             self._scaler.load_state_dict(content["scaler"])
+        if self._meter is not None:
+            self._meter.load_state_dict(content["meter"])
         vars(self._progress).update(content["progress"])
         trainer.load_state_dict(
             {
@@ -139,36 +195,56 @@ class Checkpoints:
         return True
 
     def _read_newest(self) -> dict[str, Any] | None:
-        files = checkpoints_in(self._folder, "last")
-        if not files:
-            return None
-        try:
-            content = read_file(files[-1], "OUTPUT_DIR")
-        except WorldError as error:
-            raise WorldError(f"{error}; or remove it, to go on from the one before or from the start") from error
+        damaged: list[tuple[Path, str]] = []
+        for file in reversed(checkpoints_in(self._folder, "last")):
+            try:
+                content = read_file(file, "OUTPUT_DIR")
+            except WorldError as error:
+                damaged.append((file, str(error.__cause__ or error).partition(". ")[0]))
+                continue
+            self._check_fits(file, content)
+            for broken, reason in damaged:
+                aside = broken.rename(f"{broken}.damaged")  # so that it is not counted among the good
+                logger.warning(
+                    "warning: %s is damaged (%s) and now called %s; going on from the one before, %s",
+                    *(broken, reason, aside.name, file),
+                )
+            step = (content["iteration"] - 1) % content["epoch_length"] + 1
+            logger.info(
+                "going on from %s: epoch %d, step %d of %d is done",
+                *(file, content["epoch"], step, content["epoch_length"]),
+            )
+            return content
+        if damaged:
+            raise WorldError(
+                f"one of {self._folder}/last_*.pt must be whole, but none is: {damaged[0][0]} is damaged "
+                f"({damaged[0][1]}); remove them to start anew, or choose another OUTPUT_DIR"
+            )
+        return None
+
+    def _check_fits(self, file: Path, content: dict[str, Any]) -> None:
         if content.get("format") != _FORMAT:
-            raise WorldError(f"{files[-1]} was written in another format; choose another OUTPUT_DIR")
+            raise WorldError(f"{file} was written in another format; choose another OUTPUT_DIR")
         differences = _differences(yaml.safe_load(content["config"]), yaml.safe_load(dump(self._cfg)))
         if content["dataset"] != self._dataset:
             differences.append("the images of the benchmark are not the same")
         if differences:
             raise WorldError(
-                f"{files[-1]} is of another run: {'; '.join(differences)}; give the same settings and data to go on, "
+                f"{file} is of another run: {'; '.join(differences)}; give the same settings and data to go on, "
                 "or another OUTPUT_DIR to start anew"
             )
-        logger.info("going on from %s, after epoch %d", files[-1], content["epoch"])
-        return content
 
 
-def checkpoints_in(folder: Path, kind: str) -> list[Path]:
-    """The checkpoints that are called last or best, the oldest first."""
-    return sorted(folder.glob(f"{kind}_*.pt"), key=_age)
+def _epoch_of(iteration: int, epoch_length: int) -> int:
+    """The epoch that a step belongs to, both from 1."""
+    return -(-iteration // epoch_length)
 
 
-def _age(file: Path) -> tuple[int, str]:
-    """Orders checkpoints by epoch, whatever number of digits it has, then by name."""
-    number = file.stem.split("_")[1]
-    return (int(number) if number.isdecimal() else -1, file.name)
+def _write_and_rotate(file: Path, content: dict[str, Any], num_kept: int) -> None:
+    save_atomically(file, content)
+    others = [other for other in checkpoints_in(file.parent, file.name.split("_")[0]) if other != file]
+    for old in others[: len(others) - (num_kept - 1)]:
+        old.unlink(missing_ok=True)
 
 
 def _differences(saved: dict[str, Any], own: dict[str, Any], prefix: str = "") -> list[str]:
@@ -184,34 +260,10 @@ def _differences(saved: dict[str, Any], own: dict[str, Any], prefix: str = "") -
 
 
 def _check_finite(weights: dict[str, Tensor]) -> None:
-    broken = [name for name, value in weights.items() if not value.isfinite().all()]
+    are_finite = torch.stack([value.isfinite().all() for value in weights.values()]).tolist()  # waits for the device
+    broken = [name for name, is_finite in zip(weights, are_finite, strict=True) if not is_finite]
     if broken:
         raise FloatingPointError(
             f"{len(broken)} of {len(weights)} entries of the model stopped being finite ({broken[0]} first); no "
             "checkpoint holds them; lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, or use SOLVER.PRECISION fp32"
         )
-
-
-def save_atomically(file: Path, content: dict[str, Any]) -> None:
-    """The whole file under that name, or what stood there before.
-
-    Raises:
-        WorldError: the disk is full or not writable.
-    """
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            torch.save(content, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    except (OSError, RuntimeError) as error:
-        # Whatever stops torch.save while it writes, Ctrl-C too, comes out as a RuntimeError about positions.
-        reason = error if isinstance(error, OSError) else error.__context__ or error
-        if not isinstance(reason, OSError):
-            raise reason from None
-        raise WorldError(
-            f"the checkpoint {file} cannot be written: {reason.strerror}; free some space and start again"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
@@ -28,7 +29,7 @@ class TrainMeter:
     def __init__(self, *, log_period: int, batch_size: int, optimizer: torch.optim.Optimizer) -> None:
         self._log_period, self._batch_size, self._optimizer = log_period, batch_size, optimizer
         self._names: list[str] = []
-        self._num_steps = 0
+        self._num_steps = self._num_timed = 0
         self._sums = self._first_bad = torch.zeros(0)
         self._window_start = self._wait_start = self._waited = 0.0
 
@@ -39,8 +40,27 @@ class TrainMeter:
         trainer.add_event_handler(Events.GET_BATCH_COMPLETED, self._stop_waiting)
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self._update)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The open window, for a checkpoint within it; called by all ranks, the same on all."""
+        of_ranks = distributed.gather_objects((self._sums.tolist(), self._first_bad.tolist()))
+        return {"names": list(self._names), "num_steps": self._num_steps, "of_ranks": [list(own) for own in of_ranks]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on with the window; with another number of ranks, rank 0 takes over what all had."""
+        self._names, self._num_steps = state["names"], state["num_steps"]
+        parts = [torch.tensor(sums, dtype=torch.float64) for sums, _ in state["of_ranks"]]
+        bad = [first_bad for _, first_bad in state["of_ranks"]]
+        if len(parts) == distributed.num_ranks():
+            self._sums, first_bad = parts[distributed.rank()], bad[distributed.rank()]
+        else:
+            total = torch.stack(parts).sum(0)
+            self._sums = total if distributed.is_main() else torch.zeros_like(total)
+            first_bad = min((values for values in bad if values and values[0] > 0), default=[0.0] * len(bad[0]))
+        self._first_bad = torch.tensor(first_bad, dtype=torch.float64)
+
     def _start_window(self) -> None:
-        self._window_start, self._waited, self._num_steps = time.perf_counter(), 0.0, 0
+        """The clock's; the sums are of the steps since the last record, be they of a process that has ended."""
+        self._window_start, self._waited, self._num_timed = time.perf_counter(), 0.0, 0
 
     def _start_waiting(self) -> None:
         self._wait_start = time.perf_counter()
@@ -57,7 +77,9 @@ class TrainMeter:
             # The iteration of the first step of the window that is not finite on this rank (or 0), and its values.
             self._first_bad = values.new_zeros(1 + len(values))
         self._num_steps += 1
-        self._sums += values
+        self._num_timed += 1
+        self._sums = self._sums.to(values.device) + values
+        self._first_bad = self._first_bad.to(values.device)
         is_first_bad = ~values.isfinite().all() & (self._first_bad[0] == 0)
         here = torch.cat([self._first_bad.new_full((1,), trainer.state.iteration), values])
         self._first_bad = torch.where(is_first_bad, here, self._first_bad)
@@ -65,6 +87,7 @@ class TrainMeter:
         step = (trainer.state.iteration - 1) % trainer.state.epoch_length + 1
         if step % self._log_period == 0 or step == trainer.state.epoch_length:
             self._publish(trainer)
+            self._num_steps = 0
             self._start_window()
 
     def _publish(self, trainer: Engine) -> None:
@@ -74,7 +97,7 @@ class TrainMeter:
             self._stop(trainer)
         trainer.state.metrics = dict(zip(self._names, means, strict=True)) | {
             "lr": self._optimizer.param_groups[0]["lr"],  # that of the weights
-            "images_per_second": self._num_steps * self._batch_size / seconds,
+            "images_per_second": self._num_timed * self._batch_size / seconds,
             "data_wait": self._waited / seconds,
         }
         trainer.fire_event(Records.TRAIN)

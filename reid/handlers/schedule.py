@@ -38,13 +38,35 @@ def train_mode_by_epoch(trainer: Engine, model: torch.nn.Module) -> None:
         model.train()
 
 
-def evaluate_every(
-    trainer: Engine, evaluate: Callable[[], RetrievalScores], progress: Progress, num_epochs: int
-) -> None:
-    """Evaluates after every `num_epochs` epochs and after the last."""
+class Evaluations:
+    """Evaluates after every SOLVER.EVAL_PERIOD epochs and after the last.
 
-    @trainer.on(Events.EPOCH_COMPLETED)
-    def run(engine: Engine) -> None:
-        if engine.state.epoch % num_epochs == 0 or engine.state.epoch == engine.state.max_epochs:
-            progress.add_validation(engine.state.epoch, engine.state.iteration, evaluate().summary())
-            engine.fire_event(Records.VALIDATION)
+    Args:
+        evaluate: called by all ranks.
+        progress: told of every outcome.
+        solver: the SOLVER section.
+    """
+
+    def __init__(self, evaluate: Callable[[], RetrievalScores], progress: Progress, solver: CfgNode) -> None:
+        self._evaluate, self._progress, self._solver = evaluate, progress, solver
+
+    def attach(self, trainer: Engine) -> None:
+        @trainer.on(Events.EPOCH_COMPLETED)
+        def run_if_due(engine: Engine) -> None:
+            if self._is_due(engine):
+                self.run(engine)
+
+    def run(self, trainer: Engine) -> None:
+        self._progress.add_validation(trainer.state.epoch, trainer.state.iteration, self._evaluate().summary())
+        trainer.fire_event(Records.VALIDATION)
+
+    def is_missing(self, trainer: Engine) -> bool:
+        """Whether the run was stopped behind the last step of an epoch, before the evaluation that is due there."""
+        state, last = trainer.state, self._progress.last
+        if not state.iteration or not state.epoch_length or state.iteration % state.epoch_length:
+            return False
+        return self._is_due(trainer) and (last is None or last["iteration"] != state.iteration)
+
+    def _is_due(self, trainer: Engine) -> bool:
+        epoch = trainer.state.epoch
+        return bool(epoch % self._solver.EVAL_PERIOD == 0 or epoch == self._solver.MAX_EPOCHS)

@@ -17,6 +17,7 @@ from reid import distributed
 from reid.config import as_plain_dict
 from reid.errors import SettingsError
 from reid.handlers.records import Progress, Records
+from reid.preemption import Preempted
 from reid.run_directory import write_atomically
 
 if TYPE_CHECKING:
@@ -50,6 +51,10 @@ class Tracker:
         distributed.together(lambda: self._start(progress))
         try:
             yield
+        except Preempted:
+            self._attempt(lambda run: run.mark_preempting())
+            self._finish(exit_code=1)
+            raise
         except BaseException:
             self._finish(exit_code=1)
             raise

@@ -1,0 +1,102 @@
+"""Checkpoint files: whole or absent, verified when read, written while training goes on."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reid.errors import WorldError
+
+
+def checkpoints_in(folder: Path, kind: str) -> list[Path]:
+    """The checkpoints that are called last or best, the oldest first."""
+    return sorted(folder.glob(f"{kind}_*.pt"), key=_age)
+
+
+def _age(file: Path) -> tuple[int, str]:
+    """Orders checkpoints by epoch, whatever number of digits it has, then by name."""
+    number = file.stem.split("_")[1]
+    return (int(number) if number.isdecimal() else -1, file.name)
+
+
+def host_copy(content: Any) -> Any:
+    """The same values with every tensor copied into host memory, where training cannot change it any more."""
+    if isinstance(content, Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, dict):
+        return {key: host_copy(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return type(content)(map(host_copy, content))
+    return content
+
+
+def save_atomically(file: Path, content: dict[str, Any]) -> None:
+    """The whole file under that name, or what stood there before.
+
+    torch.save writes a zip archive with a CRC-32 of every tensor, which `weights.read_file` checks.
+
+    Raises:
+        WorldError: the disk is full or not writable.
+    """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            torch.save(content, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+        _sync_folder(file.parent)
+    except (OSError, RuntimeError) as error:
+        # Whatever stops torch.save while it writes, Ctrl-C too, comes out as a RuntimeError about positions.
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        if not isinstance(reason, OSError):
+            raise reason from None
+        raise WorldError(f"the checkpoint {file} cannot be written: {reason.strerror}; free some space") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """So that a power failure does not take the new name away again."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that does not sync folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+class BackgroundWriter:
+    """One write at a time, in a thread, while training goes on."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._begun: tuple[str, Future[None]] | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        return self._begun is not None and not self._begun[1].done()
+
+    def start(self, name: str, work: Callable[[], None]) -> None:
+        """Begins the work; `wait` must have ended what was begun before."""
+        assert self._begun is None
+        self._begun = name, self._executor.submit(work)
+
+    def wait(self) -> tuple[str, WorldError | None]:
+        """Waits for the work that was begun, if any; returns its name and what went wrong with it."""
+        if self._begun is None:
+            return "", None
+        (name, future), self._begun = self._begun, None
+        error = future.exception()
+        if error is not None and not isinstance(error, WorldError):
+            raise error
+        return name, error

@@ -1,0 +1,513 @@
+"""Interrupted is the same as uninterrupted, whatever interrupts it, wherever, on however many ranks it goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from program import TIMEOUT, TRAIN, Place, names, newest, records, same
+
+ADAM = ("SOLVER.OPTIMIZER_NAME", "Adam")  # whose state matters from the second step on
+OFTEN = ("SOLVER.CHECKPOINT_EVERY_MINUTES", 1e-9, "SOLVER.LOG_PERIOD", 2)  # whenever the one before is written
+PREEMPTED = 85
+
+
+@pytest.fixture(scope="module")
+def straight(place):
+    """A function: settings -> the folder of the undisturbed run."""
+    done: dict[tuple, Path] = {}
+
+    def run(*settings: object, num_ranks: int = 1) -> Path:
+        key = (num_ranks, *settings)
+        if key not in done:
+            done[key] = place.folder / f"straight_{len(done)}"
+            place.train("OUTPUT_DIR", done[key].name, *settings, num_ranks=num_ranks)
+        return done[key]
+
+    return run
+
+
+def assert_same_outcome(folder: Path, expected: Path) -> None:
+    """Weights, optimiser, records and files, bit for bit; but for the speeds, which are of this day."""
+    ours, theirs = newest(folder), newest(expected)
+    assert ours["iteration"] == theirs["iteration"]
+    assert same(ours["model"], theirs["model"])
+    assert same(ours["optimizer"], theirs["optimizer"])
+    for kind in ("train", "val"):
+        assert records(folder, kind, speeds=False) == records(expected, kind, speeds=False)
+    assert (folder / "result.json").read_text() == (expected / "result.json").read_text()
+    assert [name for name in names(folder) if name != "wandb"] == names(expected)
+    assert [name for name in names(folder / "checkpoints") if name.startswith("best")] == [
+        name for name in names(expected / "checkpoints") if name.startswith("best")
+    ]
+    assert not [name for name in names(folder / "checkpoints") if "tmp" in name]
+
+
+def largest_difference(folder: Path, expected: Path) -> float:
+    """Of all weights and the optimiser's state, relative to each entry's largest value."""
+    pairs = []
+    for part in ("model", "optimizer"):
+        pairs += _pairs(newest(folder)[part], newest(expected)[part])
+    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-9)) for a, b in pairs)
+
+
+def _pairs(left: object, right: object) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    if isinstance(left, torch.Tensor):
+        return [(left.double(), right.double())] if left.numel() else []
+    if isinstance(left, dict):
+        assert left.keys() == right.keys()
+        return [pair for key in left for pair in _pairs(left[key], right[key])]
+    return [pair for a, b in zip(left, right, strict=True) for pair in _pairs(a, b)] if isinstance(left, list) else []
+
+
+# ---- stopped between two epochs ----
+
+
+def test_three_epochs_in_two_trainings_equal_three_in_one_bit_for_bit(place, straight):
+    place.train("OUTPUT_DIR", "in_two", "SOLVER.MAX_EPOCHS", 1, *ADAM)
+    place.train("OUTPUT_DIR", "in_two", "SOLVER.MAX_EPOCHS", 3, *ADAM)
+    assert_same_outcome(place.folder / "in_two", straight("SOLVER.MAX_EPOCHS", 3, *ADAM))
+
+
+# ---- killed ----
+
+
+@pytest.mark.parametrize("words", ["epoch 1/3 step 1/2", "epoch 3/3 step 1/2"])
+def test_killed_within_an_epoch_it_ends_as_if_nothing_had_happened(place, straight, words):
+    output_dir = f"killed_in_{words.split('/')[0]}"
+    settings = ("SOLVER.MAX_EPOCHS", 3, *ADAM)
+    ranks = place.start("train", "OUTPUT_DIR", output_dir, *settings)
+    ranks.wait_for(words)
+    ranks.kill()
+    place.train("OUTPUT_DIR", output_dir, *settings)
+    assert_same_outcome(place.folder / output_dir, straight(*settings))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_it_goes_on_within_an_epoch_from_a_checkpoint_by_the_clock(place, straight, num_workers):
+    """Batches of 8 make 5 steps of an epoch; the window of a record is cut in two as well."""
+    settings = ("SOLVER.IMS_PER_BATCH", 8, "SOLVER.MAX_EPOCHS", 2, *ADAM, "SOLVER.LOG_PERIOD", 3)
+    expected = straight(*settings)
+    folder = place.folder / f"by_the_clock_{num_workers}"
+    interrupted = ("OUTPUT_DIR", folder.name, *settings, "SOLVER.CHECKPOINT_EVERY_MINUTES", 1e-9)
+    ranks = place.start("train", *interrupted, "DATALOADER.NUM_WORKERS", num_workers, before=slow_steps)
+    wait_for_file(folder / "checkpoints", "last_0002_*[6789].pt")
+    ranks.kill()
+    ended = place.train("OUTPUT_DIR", folder.name, *settings, "DATALOADER.NUM_WORKERS", num_workers)
+    assert "going on from" in ended.out
+    assert "epoch 2, step" in ended.out
+    assert_same_outcome(folder, expected)
+
+
+def slow_steps() -> None:
+    """To be done before the program starts: a step takes a tenth of a second longer."""
+    from reid.criterion import Criterion
+
+    original = Criterion.__call__
+
+    def slow(*arguments):
+        time.sleep(0.1)
+        return original(*arguments)
+
+    Criterion.__call__ = slow  # type: ignore[method-assign]
+
+
+def wait_for_file(folder: Path, pattern: str) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not list(folder.glob(pattern)):
+        assert time.monotonic() < deadline, f"no {pattern} in {folder}"
+        time.sleep(0.005)
+
+
+def disturb(place: Place, output_dir: str, settings: tuple, num_kills: int, seed: int) -> None:
+    """Starts a training on two ranks again and again, and kills one or both of them at random moments."""
+    dice = random.Random(seed)
+    for _ in range(num_kills):
+        ranks = place.start("train", "OUTPUT_DIR", output_dir, *settings, num_ranks=2)
+        if dice.random() < 0.2:
+            time.sleep(dice.uniform(0, 2))
+        else:
+            ranks.wait_for("training resnet18", or_end=True)
+            time.sleep(dice.uniform(0, 1.5))
+        victims = dice.choice([(0,), (1,), (0, 1)])
+        for victim in victims:
+            if ranks.processes[victim].is_alive():
+                os.kill(ranks.pid(victim), signal.SIGKILL)
+        for rank, ended in enumerate(ranks.ended()):
+            assert "Traceback" not in ended.err, (rank, ended)
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+def test_killed_at_many_random_moments_it_ends_as_if_nothing_had_happened(place, straight, seed):
+    settings = ("SOLVER.MAX_EPOCHS", 8, *ADAM, "SOLVER.IMS_PER_BATCH", 8, *OFTEN)
+    output_dir = f"killed_often_{seed}"
+    shared_memory = names(Path("/dev/shm"))
+    disturb(place, output_dir, settings, num_kills=24 if seed else 8, seed=seed)
+    place.train("OUTPUT_DIR", output_dir, *settings, num_ranks=2)
+    assert_same_outcome(place.folder / output_dir, straight(*settings, num_ranks=2))
+    assert names(Path("/dev/shm")) == shared_memory
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_torchrun_starts_a_killed_rank_again_by_itself(place, straight, victim):
+    """As the README says to start it; the first attempt's rank kills itself at its fifth step."""
+    settings = ("SOLVER.MAX_EPOCHS", 4, *ADAM, *OFTEN)
+    output_dir = f"restarted_{victim}"
+    script = place.folder / "suicidal.py"
+    script.write_text(SUICIDAL)
+    launcher = ("torchrun", "--standalone", "--nproc_per_node=2", "--max-restarts=3")
+    ended = place.command(
+        *(*launcher, script, "--config_file", "tiny.yml", "OUTPUT_DIR", output_dir, *settings),
+        environment={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "VICTIM": str(victim)},
+    )
+    assert ended.code == 0, ended
+    assert ended.out.count("training resnet18") == 2
+    assert_same_outcome(place.folder / output_dir, straight(*settings, num_ranks=2))
+
+
+SUICIDAL = """
+import os, signal, sys
+from reid.criterion import Criterion
+from reid.launcher import main
+
+original, calls = Criterion.__call__, []
+def fatal(*arguments):
+    calls.append(1)
+    is_victim = os.environ["RANK"] == os.environ["VICTIM"] and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if is_victim and len(calls) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments)
+Criterion.__call__ = fatal
+sys.exit(main("train", "A test."))
+"""
+
+
+def test_a_rank_that_loses_another_says_so_without_a_traceback(place):
+    ranks = place.start("train", "OUTPUT_DIR", "lost", "SOLVER.MAX_EPOCHS", 1000, num_ranks=2)
+    ranks.wait_for("epoch 2/")
+    os.kill(ranks.pid(1), signal.SIGKILL)
+    survivor, victim = ranks.ended()
+    assert victim.code == -signal.SIGKILL
+    assert survivor.code in (1, -signal.SIGTERM)
+    assert "Traceback" not in survivor.err
+
+
+# ---- on another number of ranks ----
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (4, 2), (2, 4)])
+def test_it_goes_on_with_another_number_of_ranks(place, straight, before, after):
+    settings = ("SOLVER.MAX_EPOCHS", 3, *ADAM, "SOLVER.PRECISION", "fp64", "SOLVER.IMS_PER_BATCH", 32)
+    settings += ("DATALOADER.NUM_INSTANCE", 4, "SOLVER.LOG_PERIOD", 100)
+    folder = place.folder / f"from_{before}_to_{after}"
+    ranks = place.start("train", "OUTPUT_DIR", folder.name, *settings, num_ranks=before, before=slow_steps)
+    ranks.wait_for("epoch 1/3")
+    ranks.signal(signal.SIGTERM)
+    assert [rank.code for rank in ranks.ended()] == [PREEMPTED] * before
+    place.train("OUTPUT_DIR", folder.name, *settings, num_ranks=after)
+    expected = straight(*settings)
+    assert largest_difference(folder, expected) < 1e-9
+    for ours, theirs in zip(records(folder, "train"), records(expected, "train"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-9)
+
+
+# ---- asked to stop ----
+
+
+@pytest.mark.parametrize(
+    ("number", "num_ranks", "targets"),
+    [
+        (signal.SIGTERM, 1, [0]),
+        (signal.SIGINT, 1, [0]),
+        (signal.SIGTERM, 2, [0, 1]),
+        (signal.SIGINT, 2, [1]),
+        (signal.SIGUSR1, 2, [0]),
+    ],
+)
+def test_a_signal_saves_at_one_step_on_all_ranks(place, straight, number, num_ranks, targets):
+    settings = ("SOLVER.MAX_EPOCHS", 8, *ADAM, "SOLVER.IMS_PER_BATCH", 8)
+    folder = place.folder / f"signal_{number}_{num_ranks}_{targets[0]}"
+    arguments = ("OUTPUT_DIR", folder.name, *settings, "WANDB.ENABLE", "yes")
+    ranks = place.start("train", *arguments, "DATALOADER.NUM_WORKERS", 1, num_ranks=num_ranks, before=slow_steps)
+    ranks.wait_for("epoch 2/8 step 2/")
+    for target in targets:
+        os.kill(ranks.pid(target), number)
+    ended = ranks.ended()
+    assert [rank.code for rank in ended] == [PREEMPTED] * num_ranks, ended
+    assert [rank.err for rank in ended] == [""] * num_ranks
+    iteration = newest(folder)["iteration"]
+    assert f"stopped by a signal: saved after iteration {iteration}; start the same command again" in ended[0].out
+    marker = (folder / "PREEMPTED").read_text()
+    assert marker == f"preempted: resume me\nsaved after iteration {iteration}\n"
+    assert records(folder, "train")[-1]["iteration"] <= iteration <= records(folder, "train")[-1]["iteration"] + 1
+    wandb = place.wandb_records(folder)
+    assert [record["type"] for record in wandb if record["type"] in ("preempting", "exit")] == ["preempting", "exit"]
+    place.train("OUTPUT_DIR", folder.name, *settings, num_ranks=num_ranks)
+    (folder / "wandb_run_id").unlink()
+    assert_same_outcome(folder, straight(*settings, num_ranks=num_ranks))
+
+
+def test_a_signal_in_an_evaluation_breaks_it_off_and_it_is_made_up_for(place, straight):
+    settings = ("SOLVER.MAX_EPOCHS", 3, *ADAM)
+    folder = place.folder / "signal_in_evaluation"
+    for _ in range(2):  # the second one before the last evaluation
+        ranks = place.start(
+            "train", "OUTPUT_DIR", folder.name, *settings, num_ranks=2, before=slow_evaluation_of_rank_1
+        )
+        ranks.wait_for("step 2/2")
+        ranks.signal(signal.SIGTERM)
+        assert [rank.code for rank in ranks.ended()] == [PREEMPTED] * 2
+    assert len(records(folder, "val")) < 3
+    place.train("OUTPUT_DIR", folder.name, *settings, num_ranks=2)
+    assert_same_outcome(folder, straight(*settings, num_ranks=2))
+
+
+def slow_evaluation_of_rank_1() -> None:
+    """To be done before the program starts: a batch of an evaluation takes half a second on rank 1."""
+    from reid.evaluation import Evaluator
+
+    original = Evaluator._collect
+
+    def slow(*arguments):
+        if os.environ.get("RANK") == "1":
+            time.sleep(0.5)
+        return original(*arguments)
+
+    Evaluator._collect = slow  # type: ignore[method-assign]
+
+
+def test_the_last_evaluation_is_made_up_for_where_there_is_nothing_else_to_do(place, straight):
+    settings = ("SOLVER.MAX_EPOCHS", 1, *ADAM)
+    folder = place.folder / "only_evaluation"
+    ranks = place.start("train", "OUTPUT_DIR", folder.name, *settings, num_ranks=2, before=slow_evaluation_of_rank_1)
+    ranks.wait_for("step 2/2")
+    ranks.signal(signal.SIGTERM)
+    assert [rank.code for rank in ranks.ended()] == [PREEMPTED] * 2
+    assert records(folder, "val") == []
+    place.train("OUTPUT_DIR", folder.name, *settings, num_ranks=2)
+    assert_same_outcome(folder, straight(*settings, num_ranks=2))
+    assert "all 1 epochs are done" in place.train("OUTPUT_DIR", folder.name, *settings, num_ranks=2).out
+
+
+def test_a_second_signal_stops_at_once(place):
+    settings = ("OUTPUT_DIR", "twice", "SOLVER.MAX_EPOCHS", 1000)
+    ranks = place.start("train", *settings, before=hanging_step)
+    ranks.wait_for("training resnet18")
+    time.sleep(0.5)
+    ranks.signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert ranks.processes[0].is_alive()
+    ranks.signal(signal.SIGINT)
+    (ended,) = ranks.ended()
+    assert (ended.code, ended.err) == (-signal.SIGINT, "")
+    assert newest(place.folder / "twice")["iteration"] == 2  # of the epoch's end
+    assert "PREEMPTED" not in names(place.folder / "twice")
+
+
+def hanging_step() -> None:
+    """To be done before the program starts: rank 1, or the only one, never ends its third step."""
+    from reid.criterion import Criterion
+
+    original, calls = Criterion.__call__, []
+
+    def hang(*arguments):
+        calls.append(1)
+        while len(calls) == 3 and os.environ.get("RANK", "1") == "1":
+            time.sleep(0.1)
+        return original(*arguments)
+
+    Criterion.__call__ = hang  # type: ignore[method-assign]
+
+
+def test_a_signal_before_there_is_anything_to_save_leaves_the_marker_too(place):
+    ranks = place.start("train", "OUTPUT_DIR", "early", before=slow_start)
+    ranks.wait_for("synthetic")
+    ranks.signal(signal.SIGTERM)
+    (ended,) = ranks.ended()
+    assert (ended.code, ended.err) == (PREEMPTED, "")
+    assert (place.folder / "early" / "PREEMPTED").read_text().startswith("preempted: resume me\n")
+    place.train("OUTPUT_DIR", "early", "SOLVER.MAX_EPOCHS", 1)
+    assert "PREEMPTED" not in names(place.folder / "early")
+
+
+def slow_start() -> None:
+    """To be done before the program starts: building the model takes ten seconds."""
+    import reid.run
+
+    original = reid.run.build_model
+
+    def slow(*arguments, **options):
+        time.sleep(10)
+        return original(*arguments, **options)
+
+    reid.run.build_model = slow
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_torchrun_reaches_the_ranks_but_not_their_loaders(place, number):
+    """With the options of the README."""
+    options = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout=60")
+    folder = place.folder / f"torchrun_{number}"
+    settings = ("OUTPUT_DIR", folder.name, "SOLVER.MAX_EPOCHS", 1000, "DATALOADER.NUM_WORKERS", 1)
+    launcher = ("torchrun", "--standalone", "--nproc_per_node=2", *options, TRAIN, "--config_file", "tiny.yml")
+    with subprocess.Popen(
+        [*map(str, launcher), *map(str, settings)],
+        cwd=place.folder,
+        env=place.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while "epoch 2/1000" not in (line := process.stdout.readline()):
+            assert line, process.stderr.read()
+        process.send_signal(number)
+        rest, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 1  # whatever its ranks return
+    assert "stopped by a signal: saved after iteration" in rest
+    assert "DataLoader worker" not in err
+    assert (folder / "PREEMPTED").exists()
+    assert "going on from" in place.train("OUTPUT_DIR", folder.name, "SOLVER.MAX_EPOCHS", 3, num_ranks=2).out
+
+
+# ---- the disk is full ----
+
+
+def small_files_only() -> None:
+    """To be done before the program starts: no file may grow beyond 1 MB, as on a disk that is nearly full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
+
+
+def test_a_disk_full_from_start_to_end_costs_the_checkpoints_and_the_exit_code(place):
+    ended = place.run("train", "OUTPUT_DIR", "full", num_ranks=2, before=small_files_only)
+    assert ended[0].code == 74, ended
+    assert ended[1].err == ""
+    assert ended[0].out.count("warning: the checkpoint full/checkpoints/") >= 3
+    assert ended[0].err.startswith("error: the checkpoint full/checkpoints/")
+    assert len(records(place.folder / "full", "train")) == 4
+    assert names(place.folder / "full" / "checkpoints") == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small file system")
+def test_on_a_disk_without_a_byte_left_training_goes_on_and_makes_up_for_it(place, straight):
+    """The disk fills up behind the first checkpoint, and is free again before the end."""
+    settings = ("SOLVER.MAX_EPOCHS", 6)
+    folder = place.folder / "no_byte"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300m", "tmpfs", str(folder)], check=True)
+    try:
+        ranks = place.start("train", "OUTPUT_DIR", "no_byte", *settings, num_ranks=2, before=slow_steps)
+        ranks.wait_for("epoch 1: mAP")
+        wait_for_file(folder / "checkpoints", "last_0001*.pt")
+        filler = folder / "filler"
+        fill_up(filler)
+        ranks.wait_for("epoch 4/6 step 1")
+        filler.unlink()
+        ended = ranks.ended()
+        assert [rank.code for rank in ended] == [0, 0], ended
+        assert "cannot be written: No space left on device" in ended[0].out
+        assert [rank.err for rank in ended] == ["", ""]
+        expected = straight(*settings, num_ranks=2)
+        assert same(newest(folder)["model"], newest(expected)["model"])
+        assert records(folder, "train", speeds=False) == records(expected, "train", speeds=False)
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill_up(file: Path) -> None:
+    """Until the file system has no byte left."""
+    with file.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
+        while stream.write(bytes(4096)):
+            pass
+
+
+# ---- a rank hangs ----
+
+
+def test_a_rank_that_hangs_is_named_with_its_stack_and_all_end(place):
+    start = time.monotonic()
+    ranks = place.start("train", "OUTPUT_DIR", "hang", "SOLVER.TIMEOUT_MINUTES", 0.1, num_ranks=2, before=hanging_step)
+    first, second = ranks.ended()
+    assert time.monotonic() - start < 60
+    assert first.code == 1
+    assert second.code in (1, -signal.SIGTERM)
+    said = first.err + second.err
+    assert said.count("error: rank 1 on ") == 1
+    assert "made no step within SOLVER.TIMEOUT_MINUTES=0.1 minutes" in said
+    assert "in hang\n" in said  # the function of the stack
+    assert "rank 0 on" not in said
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_rank_is_named_too(place, stopped):
+    settings = ("OUTPUT_DIR", f"stopped_{stopped}", "SOLVER.TIMEOUT_MINUTES", 0.1, "SOLVER.MAX_EPOCHS", 1000)
+    ranks = place.start("train", *settings, num_ranks=2)
+    ranks.wait_for("epoch 2/")
+    os.kill(ranks.pid(stopped), signal.SIGSTOP)
+    try:
+        other = ranks.processes[1 - stopped]
+        other.join(60)
+        assert other.exitcode == 1
+    finally:
+        os.kill(ranks.pid(stopped), signal.SIGKILL)
+    said = ranks.ended()[1 - stopped].err
+    assert f"error: rank {stopped} did not answer within SOLVER.TIMEOUT_MINUTES=0.1 minutes" in said
+
+
+# ---- what may and may not change between two starts ----
+
+
+def test_going_on_needs_no_pretrained_weights(place, straight):
+    settings = ("SOLVER.MAX_EPOCHS", 3, *ADAM)
+    shutil.copytree(straight(*settings), place.folder / "without_weights")
+    longer = ("SOLVER.MAX_EPOCHS", 4, "MODEL.PRETRAIN_CHOICE", "imagenet", "MODEL.PRETRAIN_PATH", "gone.pth")
+    place.train("OUTPUT_DIR", "without_weights", *longer, *ADAM)
+
+
+def test_a_checkpoint_of_other_settings_is_refused_with_both_values(place, straight):
+    settings = ("SOLVER.MAX_EPOCHS", 3, *ADAM)
+    folder = straight(*settings).name
+    said = place.refusal("train", "OUTPUT_DIR", folder, *settings, "SOLVER.MARGIN", 0.5, num_ranks=2, code=1)
+    assert said.startswith(f"{folder}/checkpoints/last_0003_00000006.pt is of another run: ")
+    assert "SOLVER.MARGIN was 0.3 and is now 0.5; give the same settings" in said
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_loaders_and_wandb_too(place):
+    settings = (
+        "OUTPUT_DIR",
+        "ctrl_c",
+        "WANDB.ENABLE",
+        "yes",
+        "SOLVER.MAX_EPOCHS",
+        "1000",
+        "DATALOADER.NUM_WORKERS",
+        "2",
+    )
+    with subprocess.Popen(
+        [sys.executable, str(TRAIN), "--config_file", "tiny.yml", *settings],
+        cwd=place.folder,
+        env=place.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a process group of its own, all of which a terminal's Ctrl-C reaches
+    ) as process:
+        while "epoch 2/1000 step 1/2" not in (line := process.stdout.readline()):
+            assert line, process.stderr.read()
+        os.killpg(process.pid, signal.SIGINT)
+        rest, err = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, err) == (PREEMPTED, "")
+    assert "stopped by a signal: saved after iteration" in rest
+    types = [record["type"] for record in place.wandb_records(place.folder / "ctrl_c")]
+    assert "preempting" in types
+    assert types[-1] == "exit"
+    assert "going on from" in place.train("OUTPUT_DIR", "ctrl_c", "SOLVER.MAX_EPOCHS", 2).out
