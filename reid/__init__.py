@@ -7,6 +7,7 @@ assembly builds, gathers and wires.
     errors.py                   errors written for the user
     world.py                    what the launcher told this process about ranks
     config.py                   the yacs tree: names, defaults, units, checks
+    combinations.py             which losses the settings choose, and which settings do not fit
     checks.py                   from a file's or command line's words to plain values
     launcher.py                 from the command line to a running story
     preemption.py               signals that ask a run to stop

@@ -21,7 +21,6 @@ from reid.checks import (
     flag,
     increasing,
     integer,
-    multiples_around,
     nearest,
     one_of,
     optional,
@@ -32,6 +31,7 @@ from reid.checks import (
     shown,
     text,
 )
+from reid.combinations import check_combinations
 from reid.errors import SettingsError, UnknownKeyError
 
 _OPTIMIZERS = one_of("Adam", "AdamW", "SGD", "NAdam", "RAdam", "RMSprop", "Adagrad")
@@ -118,7 +118,7 @@ SETTINGS: dict[str, tuple[Any, Check]] = {
     # BatchNorm statistics over the global batch; without it, several ranks train another model than one
     "SOLVER.SYNC_BN": (True, flag),
     # minutes without a step (or a batch of an evaluation) after which all ranks end, and which one hangs is said
-    "SOLVER.TIMEOUT_MINUTES": (30.0, real(above=0)),
+    "SOLVER.TIMEOUT_MINUTES": (30.0, real(minimum=0.01, maximum=10080)),
     # ---- TEST ----
     "TEST.IMS_PER_BATCH": (128, integer(1)),  # images in an evaluation batch
     "TEST.RE_RANKING": (False, flag),  # k-reciprocal re-ranking
@@ -138,8 +138,8 @@ SETTINGS: dict[str, tuple[Any, Check]] = {
     "WANDB.GROUP": ("", text()),  # runs that W&B shows together
     "WANDB.JOB_TYPE": ("train", text()),  # the kind of run within its group
     "WANDB.NOTES": ("", text()),  # free text
-    "WANDB.INIT_TIMEOUT": (20.0, real(above=0)),  # seconds to wait for W&B's answer at the start
-    "WANDB.FINISH_TIMEOUT": (60.0, real(above=0)),  # seconds to wait for the last upload
+    "WANDB.INIT_TIMEOUT": (20.0, real(minimum=0.1, maximum=3600)),  # seconds to wait for W&B's answer at the start
+    "WANDB.FINISH_TIMEOUT": (60.0, real(minimum=0.1, maximum=3600)),  # seconds to wait for the last upload
 }
 _SECTIONS = {key[:dot] for key in SETTINGS for dot, letter in enumerate(key) if letter == "."}
 
@@ -154,8 +154,6 @@ _NO_EFFECT = {
     "SOLVER.RANGE_BETA": _UNREAD,
     "SOLVER.RANGE_LOSS_WEIGHT": _UNREAD,
 }
-
-_LABEL_SMOOTHING = 0.1  # fixed in reid-strong-baseline too
 
 log = logging.getLogger("reid.config")
 
@@ -172,9 +170,7 @@ def load_config(config_file: str | None, overrides: list[str]) -> CfgNode:
             values[given.key] = _checked(given)
     values["OUTPUT_DIR"] = values["OUTPUT_DIR"] or f"runs/{Path(config_file).stem if config_file else 'default'}"
     cfg = _tree(values)
-    _check_losses(cfg)
-    _check_batch(cfg)
-    _check_combinations(cfg)
+    check_combinations(cfg)
     for key, where in unused.items():
         log.warning("%s has no effect (%s): %s", key, where, _NO_EFFECT[key])
     return cfg
@@ -200,30 +196,6 @@ def as_plain_dict(cfg: CfgNode) -> dict[str, Any]:
 def by_full_key(cfg: CfgNode) -> dict[str, Any]:
     """The settings without nesting: SOLVER.BASE_LR -> its value."""
     return {key: reduce(getitem, key.split("."), cfg) for key in SETTINGS}
-
-
-# ---- which losses ----
-# As reid-strong-baseline composes them: without a center loss DATALOADER.SAMPLER chooses, with one METRIC_LOSS_TYPE.
-
-
-def use_identity_loss(cfg: CfgNode) -> bool:
-    return use_center_loss(cfg) or cfg.DATALOADER.SAMPLER != "triplet"
-
-
-def use_triplet_loss(cfg: CfgNode) -> bool:
-    if use_center_loss(cfg):
-        return bool(cfg.MODEL.METRIC_LOSS_TYPE == "triplet_center")
-    return bool(cfg.DATALOADER.SAMPLER != "softmax")
-
-
-def use_center_loss(cfg: CfgNode) -> bool:
-    return bool(cfg.MODEL.IF_WITH_CENTER)
-
-
-def label_smoothing(cfg: CfgNode) -> float:
-    """Epsilon of the identity loss; 0 without smoothing, as where the published code leaves it out."""
-    left_out = cfg.DATALOADER.SAMPLER == "softmax" and not use_center_loss(cfg) and not cfg.MODEL.SMOOTH_SOFTMAX
-    return _LABEL_SMOOTHING if cfg.MODEL.IF_LABELSMOOTH and use_identity_loss(cfg) and not left_out else 0.0
 
 
 # ---- checks of one setting ----
@@ -259,77 +231,3 @@ def _tree(values: dict[str, Any]) -> CfgNode:
     cfg = CfgNode(nested)
     cfg.freeze()
     return cfg
-
-
-# ---- checks of settings that must fit together ----
-
-
-def _check_losses(cfg: CfgNode) -> None:
-    metric_loss = cfg.MODEL.METRIC_LOSS_TYPE
-    if use_center_loss(cfg) and metric_loss == "triplet":
-        raise SettingsError(
-            "MODEL.METRIC_LOSS_TYPE must be center or triplet_center when MODEL.IF_WITH_CENTER is yes, got triplet; "
-            "use triplet_center, or MODEL.IF_WITH_CENTER no"
-        )
-    # SAMPLER softmax has no metric loss without a center loss, so there the type does not matter, as published.
-    if not use_center_loss(cfg) and use_triplet_loss(cfg) and metric_loss != "triplet":
-        raise SettingsError(
-            f"MODEL.METRIC_LOSS_TYPE must be triplet when MODEL.IF_WITH_CENTER is no, got {metric_loss}; "
-            "use triplet, or MODEL.IF_WITH_CENTER yes"
-        )
-
-
-def _check_batch(cfg: CfgNode) -> None:
-    if cfg.DATALOADER.SAMPLER == "softmax":  # draws images, not identities
-        return
-    batch, k = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE
-    if use_triplet_loss(cfg) and k < 2:
-        raise SettingsError(
-            f"DATALOADER.NUM_INSTANCE must be at least 2 when there is a triplet loss, got {k}; use 4, as published"
-        )
-    least = 2 * k if use_triplet_loss(cfg) else k
-    if batch % k:
-        raise SettingsError(
-            f"SOLVER.IMS_PER_BATCH must be a multiple of DATALOADER.NUM_INSTANCE={k}, got {batch}; "
-            f"use {multiples_around(batch, k, least)}"
-        )
-    if batch < least:
-        raise SettingsError(
-            f"SOLVER.IMS_PER_BATCH must hold at least 2 identities of DATALOADER.NUM_INSTANCE={k} images when there is "
-            f"a triplet loss, got {batch}; use {least} or more"
-        )
-
-
-def _check_combinations(cfg: CfgNode) -> None:
-    if cfg.MODEL.PRETRAIN_CHOICE == "self" and not cfg.MODEL.PRETRAIN_PATH:
-        raise SettingsError(
-            "MODEL.PRETRAIN_PATH must name a checkpoint when MODEL.PRETRAIN_CHOICE is self, got ''; "
-            "set it, or use MODEL.PRETRAIN_CHOICE imagenet"
-        )
-    if cfg.SOLVER.PRECISION == "fp16" and cfg.MODEL.DEVICE == "cpu":
-        raise SettingsError(
-            "SOLVER.PRECISION must be fp32, fp64 or bf16 when MODEL.DEVICE is cpu, got fp16; "
-            "use fp32, or MODEL.DEVICE cuda"
-        )
-    if cfg.TEST.RE_RANKING:
-        raise SettingsError("TEST.RE_RANKING yes is not available yet; use no")
-
-
-def check_ranks(cfg: CfgNode, num_ranks: int) -> None:
-    """Refuses a number of ranks that cannot share every global batch evenly.
-
-    Raises:
-        SettingsError: naming the batch sizes and the numbers of ranks that would do.
-    """
-    batch, k = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE
-    if cfg.DATALOADER.SAMPLER == "softmax":
-        size, shares, each = "", batch, 1
-    else:  # a rank gets whole identities
-        size, shares, each = f" / DATALOADER.NUM_INSTANCE={k}", batch // k, k
-    if shares % num_ranks:
-        fitting = ", ".join(str(ranks) for ranks in range(1, shares + 1) if shares % ranks == 0)
-        batches = multiples_around(batch, each * num_ranks, each * num_ranks)
-        raise SettingsError(
-            f"SOLVER.IMS_PER_BATCH={batch}{size} must be a multiple of the number of ranks, got {shares} on "
-            f"{num_ranks} ranks; use SOLVER.IMS_PER_BATCH {batches}, or one of {fitting} ranks"
-        )

@@ -12,7 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
-from reid.config import check_ranks, load_config
+from reid.combinations import check_ranks
+from reid.config import load_config
 from reid.errors import USER_ERRORS, SettingsError, UnsavedError, WorldError
 from reid.preemption import MARKER, Preempted, Signals, write_marker
 from reid.world import World, read_world

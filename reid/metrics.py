@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
@@ -77,7 +78,7 @@ def retrieval_scores(
     """
     if distance not in ("cosine", "euclidean"):
         raise ValueError(f"distance must be cosine or euclidean, got {distance!r}")
-    given = torch.as_tensor(q_embedding), torch.as_tensor(g_embedding)
+    given = _as_tensor(q_embedding), _as_tensor(g_embedding)
     device = given[1].device
     query, gallery = Labels.of(q_pids, q_camids).to(device), Labels.of(g_pids, g_camids).to(device)
     dtype = torch.promote_types(given[0].dtype, given[1].dtype)
@@ -101,7 +102,7 @@ def scores_from_distmat(
     max_rank: int = 50,
 ) -> RetrievalScores:
     """The same from a distance matrix [Q, G], where smaller is closer; see `retrieval_scores`."""
-    distances = torch.as_tensor(distmat)
+    distances = _as_tensor(distmat)
     if not distances.is_floating_point():
         distances = distances.double()
     device = distances.device
@@ -116,6 +117,11 @@ def scores_from_distmat(
     return summarise(concatenate(parts), max_rank=max_rank)
 
 
+def _as_tensor(values: ArrayLike | Tensor) -> Tensor:
+    """The values; copied where torch cannot share them, as views with a negative stride."""
+    return values if isinstance(values, Tensor) else torch.as_tensor(np.ascontiguousarray(values))
+
+
 @dataclass(frozen=True)
 class Labels:
     """Identity and camera of N images."""
@@ -125,7 +131,7 @@ class Labels:
 
     @classmethod
     def of(cls, pids: ArrayLike | Tensor, camids: ArrayLike | Tensor) -> Labels:
-        labels = cls(torch.as_tensor(pids), torch.as_tensor(camids))
+        labels = cls(_as_tensor(pids), _as_tensor(camids))
         if labels.pids.dim() != 1 or labels.pids.shape != labels.camids.shape:
             raise ValueError(
                 "pids and camids must be of one length and dimension, got shapes "
@@ -262,6 +268,8 @@ def summarise(scores: QueryScores, *, max_rank: int = 50) -> RetrievalScores:
     Raises:
         ValueError: no query is valid.
     """
+    if max_rank < 1:
+        raise ValueError(f"max_rank must be at least 1, got {max_rank}")
     is_valid = scores.first_match >= 0
     num_valid = int(is_valid.sum())
     if num_valid == 0:

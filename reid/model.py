@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reid.backbones import BACKBONES
-from reid.config import use_center_loss, use_identity_loss
+from reid.combinations import use_center_loss, use_identity_loss
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode

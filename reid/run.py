@@ -13,7 +13,7 @@ from reid.checkpoint_files import checkpoints_in
 from reid.config import by_full_key
 from reid.criterion import Criterion
 from reid.data.benchmarks import Benchmark, fingerprint
-from reid.data.loaders import TrainData, build_test_data, build_train_data, open_benchmark
+from reid.data.loaders import TrainData, build_stores, build_test_data, build_train_data, open_benchmark
 from reid.engine import Preparation, build_trainer
 from reid.errors import SettingsError
 from reid.evaluation import Evaluator
@@ -48,6 +48,7 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     folder = RunDirectory(Path(cfg.OUTPUT_DIR))
     folder.claim()
     benchmark, dataset = _open_data(cfg)
+    build_stores(cfg, benchmark)
     train_data, test_data = build_train_data(cfg, benchmark), build_test_data(cfg, benchmark)
 
     model = _new_model(cfg, accelerator, train_data.num_pids, folder)
@@ -134,17 +135,24 @@ def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
         found = checkpoints_in(Path(cfg.OUTPUT_DIR) / "checkpoints", "best")
         remedy = f"the best of this run is {found[-1]}" if found else "add TEST.WEIGHT FILE to the command"
         raise distributed.shared(SettingsError(f"TEST.WEIGHT must name the checkpoint to evaluate, got ''; {remedy}"))
+    source = f"TEST.WEIGHT={cfg.TEST.WEIGHT}"
     content = distributed.together(lambda: weights.read_file(Path(cfg.TEST.WEIGHT), "TEST.WEIGHT"))
+    distributed.together(lambda: weights.check_settings(content, cfg, source))
+    distributed.agree({"the contents of TEST.WEIGHT": weights.checksum(content)})
     folder = RunDirectory(Path(cfg.OUTPUT_DIR))
     test_data = build_test_data(cfg, _open_data(cfg)[0])
-    classifier = weights.state_dict_of(content).get("classifier.weight")
-    model = build_model(cfg, num_pids=1 if classifier is None else len(classifier))
-    weights.load_for_evaluation(model, content, f"TEST.WEIGHT={cfg.TEST.WEIGHT}")
+    model = build_model(cfg, num_pids=weights.num_pids_of(content))
+    weights.load_for_evaluation(model, content, source)
     place(model, cfg, accelerator)
     watchdog = Watchdog(cfg.SOLVER.TIMEOUT_MINUTES)
     with watchdog.watching():
         scores = Evaluator(model, accelerator, test_data, cfg, beat=watchdog.beat).run().summary()
-    result: dict[str, Any] = {"epoch": content.get("epoch"), **scores, "weight": cfg.TEST.WEIGHT}
+    epoch = content.get("epoch")
+    result: dict[str, Any] = {
+        "epoch": epoch if isinstance(epoch, int) else None,  # a file of others may have anything there
+        **scores,
+        "weight": cfg.TEST.WEIGHT,
+    }
     if distributed.is_main():
         folder.write_result(result)
     logger.info("%s: %s", cfg.TEST.WEIGHT, console.describe_scores(scores))

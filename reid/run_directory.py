@@ -126,16 +126,21 @@ class RunDirectory:
             iteration: of the checkpoint that training goes on from.
             last_validation: iteration of the last validation that the checkpoint knows of; 0: none.
         """
-        if not distributed.is_main():
-            return
-        (self.path / MARKER).unlink(missing_ok=True)
-        if not self._metrics.exists():
-            return
-        lines = self._metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         last = {"train": iteration, "val": last_validation}
-        records = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
-        kept = [line for line, record in records if record["iteration"] <= last[record["kind"]]]
-        write_atomically(self._metrics, "".join(kept))
+
+        def tidy() -> None:
+            if not distributed.is_main():
+                return
+            (self.path / MARKER).unlink(missing_ok=True)
+            if self._metrics.exists():
+                lines = self._metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+                places = [_place(line) for line in lines]
+                if None in places[:-1]:  # the last line may have been cut off with the process
+                    logger.warning("warning: %s had lines that are no records; they are left out", self._metrics)
+                kept = [line for line, place in zip(lines, places, strict=True) if place and place[1] <= last[place[0]]]
+                write_atomically(self._metrics, "".join(kept))
+
+        distributed.together(tidy)
 
     def write_result(self, result: dict[str, Any]) -> None:
         """result.json; where the disk is full, training goes on and `finish` tries again."""
@@ -172,6 +177,16 @@ class RunDirectory:
         if distributed.is_main():
             write_marker(self.path, words)
         logger.info("stopped by a signal: %s; start the same command again to go on", words)
+
+
+def _place(line: str) -> tuple[str, int] | None:
+    """Kind and iteration of a record; None for a line that is none."""
+    try:
+        record = json.loads(line)
+        place = str(record["kind"]), int(record["iteration"])
+    except (ValueError, KeyError, TypeError):
+        return None
+    return place if line.endswith("\n") and place[0] in ("train", "val") else None
 
 
 def write_atomically(file: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import pickle
 import warnings
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from reid import distributed
 from reid.backbones import IMAGENET_WEIGHTS
+from reid.config import as_plain_dict
 from reid.errors import WorldError
 from reid.model import ReIDModel
 
@@ -89,8 +92,8 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: str, *, opti
     if wrong:
         raise WorldError(
             f"{source} does not fit this model: of {len(wanted)} entries {len(missing)} are missing and "
-            f"{len(mismatched)} have another shape, and {len(unexpected)} are too many ({_some(wrong)}); set "
-            "MODEL.NAME and MODEL.NECK to the file's"
+            f"{len(mismatched)} have another shape, and {len(unexpected)} are too many ({_some(wrong)}); "
+            f"{_remedy(wrong, state, wanted)}"
         )
     fitting = {name: value for name, value in state.items() if name in wanted and name not in mismatched}
     module.load_state_dict(fitting, strict=False)
@@ -103,6 +106,19 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: str, *, opti
         f"; kept as they were: {_some(kept)}" if kept else "",
         f"; not used: {_some(unexpected)}" if unexpected else "",
     )
+
+
+def _remedy(wrong: list[str], state: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
+    if all(name.startswith("classifier.") for name in wrong) and "classifier.weight" in wrong:
+        shapes = [tuple(part["classifier.weight"].shape) for part in (state, wanted) if "classifier.weight" in part]
+        return (
+            f"its classifier is {shapes[0]} and the training set's {shapes[-1]}; give a file of the same training set"
+        )
+    if any(name.startswith("base.") for name in state) and not any(name.startswith("base.") for name in wanted):
+        return "it holds a whole model and not a backbone: use MODEL.PRETRAIN_CHOICE self"
+    if any(name.startswith("base.") for name in wanted) and not any(name.startswith("base.") for name in state):
+        return "it holds no whole model (base.*, bottleneck.*, classifier.*): give a checkpoint of one"
+    return "set MODEL.NAME and MODEL.NECK to the file's"
 
 
 def _some(names: list[str]) -> str:
@@ -121,6 +137,7 @@ def initialise(model: ReIDModel, cfg: CfgNode) -> None:
     source = f"MODEL.PRETRAIN_PATH={path}"
     if choice == "self":
         content = distributed.together(lambda: read_file(Path(path), "MODEL.PRETRAIN_PATH"))
+        distributed.together(lambda: check_settings(content, cfg, source))
         distributed.together(lambda: load_state(model, state_dict_of(content), source, optional=("centers",)))
         return
     if path:
@@ -153,6 +170,50 @@ def _fetch_imagenet(name: str) -> dict[str, Tensor]:
 
     distributed.once_per_node(fetch)
     return distributed.together(fetch)
+
+
+# What decides how images become embeddings; another value gives other embeddings, or nonsense, without a word.
+_DECISIVE = (
+    *("MODEL.NAME", "MODEL.LAST_STRIDE", "MODEL.STEM_RELU", "MODEL.NECK"),
+    *("INPUT.PIXEL_MEAN", "INPUT.PIXEL_STD"),
+)
+
+
+def check_settings(content: dict[str, Any], cfg: CfgNode, source: str) -> None:
+    """Compares the settings that one of our checkpoints was made with to those that it is to be used with.
+
+    Raises:
+        WorldError: one of those that decide what the model computes is another.
+    """
+    if not isinstance(content.get("config"), str):
+        return  # of reid-strong-baseline
+    made_with, used_with = yaml.safe_load(content["config"]), as_plain_dict(cfg)
+    differences = []
+    for key in _DECISIVE:
+        section, name = key.split(".")
+        before, now = made_with.get(section, {}).get(name), used_with[section][name]
+        if before != now:
+            differences.append(f"{key} was {before!r} and is now {now!r}")
+    if differences:
+        raise WorldError(
+            f"{source} is a model of other settings: {'; '.join(differences)}; use the --config_file that it was "
+            "trained with (config.yaml in its run's folder)"
+        )
+
+
+def num_pids_of(content: dict[str, Any]) -> int:
+    """The number of identities of the file's classifier; 1 where it has none."""
+    classifier = state_dict_of(content).get("classifier.weight")
+    return len(classifier) if classifier is not None and classifier.dim() == 2 else 1
+
+
+def checksum(content: dict[str, Any]) -> str:
+    """Of all weights in the file, the same for the same weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state_dict_of(content).items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\0".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def load_for_evaluation(model: ReIDModel, content: dict[str, Any], source: str) -> None:

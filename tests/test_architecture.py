@@ -37,7 +37,7 @@ MATHEMATICS = {
     "data/synthetic.py",
 }
 # Answer before torch is imported.
-LIGHT = {"errors.py", "world.py", "checks.py", "config.py", "launcher.py", "preemption.py"}
+LIGHT = {"errors.py", "world.py", "checks.py", "config.py", "launcher.py", "preemption.py", "combinations.py"}
 
 
 def imports(name: str, *, only_at_run_time: bool = True) -> set[str]:

@@ -16,17 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reid import config
-from reid.config import (
-    SETTINGS,
-    as_plain_dict,
-    check_ranks,
-    dump,
-    label_smoothing,
-    load_config,
-    use_center_loss,
-    use_identity_loss,
-    use_triplet_loss,
-)
+from reid.combinations import check_ranks, label_smoothing, use_center_loss, use_identity_loss, use_triplet_loss
+from reid.config import SETTINGS, as_plain_dict, dump, load_config
 from reid.errors import SettingsError, UnknownKeyError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -434,7 +425,7 @@ def test_output_dir_is_named_after_the_file(write):
         ("SOLVER.IMS_PER_BATCH", "True", ["a whole number >= 1"]),
         ("SOLVER.IMS_PER_BATCH", "9" * 6000, ["a whole number >= 1"]),
         ("SOLVER.PRECISION", "float32", ["fp32, fp64, bf16, fp16"]),
-        ("SOLVER.TIMEOUT_MINUTES", "0", ["a number > 0", "use for example 30.0"]),
+        ("SOLVER.TIMEOUT_MINUTES", "1e300", ["a number from 0.01 to 10080", "use for example 30.0"]),
         ("TEST.IMS_PER_BATCH", "0", ["a whole number >= 1", "use for example 128"]),
         ("TEST.NECK_FEAT", "bn", ["after, before"]),
         ("OUTPUT_DIR", "None", ["text", "use ''"]),
@@ -444,7 +435,7 @@ def test_output_dir_is_named_after_the_file(write):
         ("WANDB.TAGS", "t" * 65, ["1 to 64 characters", "use for example []"]),
         ("WANDB.TAGS", "[1, 2]", ["a list of texts"]),
         ("WANDB.MODE", "onlin", ["one of '', online, offline, disabled", "did you mean online?"]),
-        ("WANDB.INIT_TIMEOUT", "0", ["a number > 0", "use for example 20.0"]),
+        ("WANDB.INIT_TIMEOUT", "0", ["a number from 0.1 to 3600", "use for example 20.0"]),
     ],
 )
 def test_a_wrong_value_on_the_command_line(key, word, parts):
@@ -830,3 +821,34 @@ def test_the_plain_dict_holds_plain_types_only():
     assert plain["SOLVER"]["STEPS"] == [40, 70]
     assert plain["DATASETS"]["SYNTHETIC"]["NUM_CAMERAS"] == 4
     assert math.isclose(plain["SOLVER"]["BASE_LR"], 3.5e-4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["INPUT.PADDING=129"],
+            "INPUT.PADDING must not exceed the smaller side of INPUT.SIZE_TRAIN=(256, 128), got 129",
+        ),
+        (["MODEL.PRETRAIN_CHOICE=none", "MODEL.PRETRAIN_PATH=x.pth"], "MODEL.PRETRAIN_PATH must be '' when MODEL"),
+    ],
+)
+def test_settings_that_make_no_sense_together_are_refused(overrides, words):
+    with pytest.raises(SettingsError) as error:
+        load_config(None, overrides)
+    assert str(error.value).startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("batch", "num_ranks", "sync_bn", "words"),
+    [
+        (1, 1, "yes", "SOLVER.IMS_PER_BATCH must be at least 2, as BatchNorm needs, got 1; use 64"),
+        (4, 4, "no", "SOLVER.IMS_PER_BATCH must hold at least 2 images for each of 4 ranks when SOLVER.SYNC_BN is no"),
+    ],
+)
+def test_batchnorm_needs_two_images(batch, num_ranks, sync_bn, words):
+    options = ["DATALOADER.SAMPLER=softmax", f"SOLVER.IMS_PER_BATCH={batch}", f"SOLVER.SYNC_BN={sync_bn}"]
+    with pytest.raises(SettingsError) as error:
+        check_ranks(load_config(None, options), num_ranks)
+    assert str(error.value).startswith(words)
+    check_ranks(load_config(None, [*options, "SOLVER.IMS_PER_BATCH=8"]), num_ranks)

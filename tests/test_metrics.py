@@ -329,3 +329,16 @@ def test_an_unknown_distance_is_refused():
 def test_distances_that_cannot_be_ranked_are_refused(distmat, message):
     with pytest.raises(ValueError, match=message):
         scores_from_distmat(distmat, [1, 2], [0, 0], [1, 2, 3], [1, 1, 1])
+
+
+def test_an_array_in_any_layout_will_do():
+    distmat = np.random.default_rng(0).random((3, 5))
+    labels = (np.arange(3), np.zeros(3), np.arange(5) % 3, np.ones(5))
+    backwards = (labels[0][::-1], labels[1], labels[2][::-1], labels[3])
+    turned = scores_from_distmat(distmat[::-1, ::-1], *backwards)
+    assert turned.mAP == pytest.approx(scores_from_distmat(distmat, *labels).mAP)
+
+
+def test_a_curve_without_a_point_is_refused():
+    with pytest.raises(ValueError, match="max_rank must be at least 1, got 0"):
+        scores_from_distmat([[0.0]], [1], [0], [1], [1], max_rank=0)

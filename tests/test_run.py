@@ -221,6 +221,21 @@ def test_a_finished_training_started_again_says_so_and_changes_nothing(again, ou
     }
 
 
+def test_fewer_epochs_than_are_done_are_done_too(place, again):
+    ended = place.train("OUTPUT_DIR", "again", "WANDB.ENABLE", "yes", "SOLVER.MAX_EPOCHS", 1, num_ranks=2)
+    assert "all 1 epochs are done; raise SOLVER.MAX_EPOCHS to go on" in ended.out
+
+
+def test_lines_that_are_no_records_do_not_keep_a_run_from_going_on(place, output_dir, first):
+    folder = place.folder / "garbage"
+    shutil.copytree(output_dir, folder, symlinks=True)
+    whole = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text("\0garbage\n{}\n" + whole + '{"kind": "tra')
+    ended = place.train("OUTPUT_DIR", "garbage", "WANDB.ENABLE", "yes", num_ranks=2)
+    assert "warning: garbage/metrics.jsonl had lines that are no records; they are left out" in ended.out
+    assert (folder / "metrics.jsonl").read_text() == whole
+
+
 @pytest.fixture(scope="module")
 def longer(place, again) -> tuple[Path, Ended]:
     folder, _ = again
@@ -247,6 +262,26 @@ def test_it_goes_on_in_the_same_wandb_run(longer, output_dir):
     run_id = (output_dir / "wandb_run_id").read_text().strip()
     assert f"W&B: continuing run {run_id}" in ended.out
     assert [file.stem for file in folder.glob("**/run-*.wandb")] == [f"run-{run_id}"] * 2
+
+
+# ---- its data ----
+
+
+def test_images_that_cannot_be_read_are_all_named_at_once_whatever_split_they_are_of(place):
+    place.train("OUTPUT_DIR", "readable", "SOLVER.MAX_EPOCHS", 1)
+    root = place.folder / "unreadable"
+    shutil.copytree(place.folder / "data" / "synthetic", root / "market1501")
+    train = sorted((root / "market1501" / "bounding_box_train").glob("*.jpg"))[:25]
+    query = min((root / "market1501" / "query").glob("*.jpg"))
+    for file in (*train, query):
+        file.write_bytes(b"nothing")
+    settings = ("DATASETS.NAMES", "market1501", "DATASETS.ROOT_DIR", root.name, "OUTPUT_DIR", "unread")
+    said = place.refusal("train", *settings, num_ranks=2, code=2)
+    assert "but 25 of 51 are not" in said
+    assert f"{query.name} (empty or not an image)" in said
+    whole_list = Path(re.search(r"5 more, all listed in (\S+\.txt)", said)[1])
+    listed = (place.folder / whole_list).read_text()
+    assert all(file.name in listed for file in train)
 
 
 # ---- started in other ways ----

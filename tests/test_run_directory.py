@@ -40,14 +40,14 @@ def test_records_behind_the_checkpoint_and_a_torn_one_are_dropped(folder):
         folder.append_metrics({"kind": "train", "iteration": iteration})
     with (folder.path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "itera')
-    folder.drop_metrics_after(3)
+    folder.go_on_from(3, 0)
     folder.append_metrics({"kind": "train", "iteration": 4})
     lines = (folder.path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3, 4]
 
 
 def test_a_run_without_records_has_none_to_drop(folder):
-    folder.drop_metrics_after(0)
+    folder.go_on_from(0, 0)
     assert not (folder.path / "metrics.jsonl").exists()
 
 

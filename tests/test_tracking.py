@@ -151,3 +151,11 @@ def test_training_outlives_wandbs_own_process(place):
         "W&B: gives up, and training goes on (ConnectionResetError: Connection lost)"
     ]
     assert "epoch 3: mAP" in ended.out
+
+
+def test_a_job_without_a_home_is_no_reason_to_complain(place):
+    settings = ("OUTPUT_DIR", "homeless", "WANDB.ENABLE", "yes", "SOLVER.MAX_EPOCHS", 1)
+    nowhere = {"HOME": None, "WANDB_CACHE_DIR": None, "WANDB_DATA_DIR": None, "WANDB_CONFIG_DIR": None}
+    ended = place.train(*settings, environment=nowhere)
+    assert ended.err == ""
+    assert ended.out.count("W&B: ") == 2

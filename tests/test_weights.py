@@ -10,10 +10,19 @@ from torch import nn
 from torchvision.models import resnet18
 
 from reid.backbones import BACKBONES
-from reid.config import load_config
+from reid.config import dump, load_config
 from reid.errors import WorldError
 from reid.model import build_model
-from reid.weights import initialise, load_for_evaluation, load_state, read_file, state_dict_of
+from reid.weights import (
+    check_settings,
+    checksum,
+    initialise,
+    load_for_evaluation,
+    load_state,
+    num_pids_of,
+    read_file,
+    state_dict_of,
+)
 
 
 def settings(*overrides):
@@ -204,3 +213,61 @@ def test_without_a_checkpoint_to_evaluate_the_best_of_the_run_is_offered(place):
         (folder / name).touch()
     said = place.refusal("evaluate", "OUTPUT_DIR", "offered", num_ranks=2, code=2)
     assert said.endswith("the best of this run is offered/checkpoints/best_10000_mAP_0.6000.pt")
+
+
+# ---- made with other settings ----
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ("MODEL.STEM_RELU=yes", "MODEL.STEM_RELU was False and is now True"),
+        ("MODEL.LAST_STRIDE=2", "MODEL.LAST_STRIDE was 1 and is now 2"),
+        ("INPUT.PIXEL_MEAN=(0,0,0)", "INPUT.PIXEL_MEAN was [0.485, 0.456, 0.406] and is now [0.0, 0.0, 0.0]"),
+    ],
+)
+def test_a_checkpoint_used_with_settings_that_would_give_nonsense_is_refused(changed, words):
+    content = {"model": model_of().state_dict(), "config": dump(settings())}
+    check_settings(content, settings("TEST.NECK_FEAT=before", "INPUT.SIZE_TEST=(64,32)"), "TEST.WEIGHT=x.pt")
+    with pytest.raises(WorldError) as error:
+        check_settings(content, settings(changed), "TEST.WEIGHT=x.pt")
+    assert str(error.value) == (
+        f"TEST.WEIGHT=x.pt is a model of other settings: {words}; use the --config_file that it was trained with "
+        "(config.yaml in its run's folder)"
+    )
+
+
+def test_a_state_dict_of_others_has_no_settings_to_compare():
+    check_settings(model_of().state_dict(), settings("MODEL.STEM_RELU=yes"), "TEST.WEIGHT=x.pt")
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (lambda: model_of(num_pids=8).state_dict(), r"classifier is \(8, 512\) and the training set's \(5, 512\)"),
+        (lambda: resnet18(weights=None).state_dict(), "it holds no whole model .*: give a checkpoint of one"),
+        (dict, "it holds no whole model .*: give a checkpoint of one"),
+    ],
+)
+def test_the_remedy_is_one_for_this_file(state, words):
+    with pytest.raises(WorldError, match=words):
+        load_state(model_of(), state(), "MODEL.PRETRAIN_PATH=x.pt")
+
+
+def test_a_whole_model_is_no_backbone():
+    with pytest.raises(WorldError, match=r"it holds a whole model and .*: use MODEL\.PRETRAIN_CHOICE self"):
+        load_state(model_of().base, model_of().state_dict(), "MODEL.PRETRAIN_PATH=x.pt", optional=("fc.",))
+
+
+def test_the_number_of_identities_is_that_of_the_classifier():
+    assert num_pids_of({"model": model_of(num_pids=8).state_dict()}) == 8
+    assert num_pids_of({"classifier.weight": torch.tensor(1.0)}) == 1
+    assert num_pids_of({}) == 1
+
+
+def test_the_checksum_is_of_names_and_weights():
+    state = model_of().state_dict()
+    one = checksum({"model": state, "epoch": 1})
+    assert one == checksum(dict(reversed(state.items())))
+    state["classifier.weight"][0, 0] += 1e-6
+    assert one != checksum(state)

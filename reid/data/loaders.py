@@ -115,6 +115,31 @@ def open_benchmark(cfg: CfgNode) -> Benchmark:
     return benchmark
 
 
+def build_stores(cfg: CfgNode, benchmark: Benchmark) -> None:
+    """Decodes whatever is not in a store yet, once per node; called by all ranks.
+
+    Raises:
+        DataError: images of any split that cannot be read, all of them in one message.
+    """
+
+    def build() -> None:
+        faults = []
+        for name, split, size in (
+            ("train", benchmark.train, cfg.INPUT.SIZE_TRAIN),
+            ("query", benchmark.query, cfg.INPUT.SIZE_TEST),
+            ("gallery", benchmark.gallery, cfg.INPUT.SIZE_TEST),
+        ):
+            file = _store_file(cfg, f"{benchmark.name}-{name}", split, tuple(size))
+            try:
+                store.build_store(file, split.paths, tuple(size), progress=distributed.is_main())
+            except DataError as error:
+                faults.append(str(error))
+        if faults:
+            raise DataError("; ".join(faults))
+
+    distributed.once_per_node(build)
+
+
 def build_train_data(cfg: CfgNode, benchmark: Benchmark) -> TrainData:
     """Called by all ranks.
 
@@ -174,9 +199,13 @@ def _build_plan(cfg: CfgNode, benchmark: Benchmark) -> IdentityPlan | ShufflePla
 
 
 def _open_store(cfg: CfgNode, name: str, split: Split, size: tuple[int, int]) -> NDArray[np.uint8]:
-    file = store.store_file(Path(cfg.DATASETS.CACHE_DIR), name, split.paths, size)
+    file = _store_file(cfg, name, split, size)
     distributed.once_per_node(lambda: store.build_store(file, split.paths, size, progress=distributed.is_main()))
     return distributed.together(lambda: store.open_store(file, len(split), size))
+
+
+def _store_file(cfg: CfgNode, name: str, split: Split, size: tuple[int, int]) -> Path:
+    return store.store_file(Path(cfg.DATASETS.CACHE_DIR), name, split.paths, size)
 
 
 def _build_loader(cfg: CfgNode, dataset: StoredImages, batches: TrainBatches | EvaluationBatches) -> DataLoader[Batch]:

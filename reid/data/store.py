@@ -104,7 +104,7 @@ def build_store(
         _write(descriptor, header, 0)
         bad = _write_images(descriptor, len(header), paths, size, num_threads, bar.update)
         if bad:
-            raise DataError(_describe(bad, len(paths)))
+            raise DataError(_describe(bad, len(paths), file.with_suffix(".unreadable.txt")))
     logger.info("%s: %d images in %.1f s, %.1f MB", file, len(paths), time.monotonic() - start, num_bytes / 1e6)
 
 
@@ -291,9 +291,13 @@ def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
 
 
-def _describe(bad: Sequence[str], num_images: int) -> str:
+def _describe(bad: Sequence[str], num_images: int, whole_list: Path) -> str:
+    """The sentence; what is too much for it goes into a file."""
     shown = ", ".join(bad[:_NUM_SHOWN])
-    more = f" and {len(bad) - _NUM_SHOWN} more" if len(bad) > _NUM_SHOWN else ""
+    more = ""
+    if len(bad) > _NUM_SHOWN:
+        whole_list.write_text("".join(f"{line}\n" for line in bad), encoding="utf-8")
+        more = f" and {len(bad) - _NUM_SHOWN} more, all listed in {whole_list}"
     return (
         f"every image must be readable, but {len(bad)} of {num_images} are not: {shown}{more}; "
         "copy them again from the data set's archive, or remove them"

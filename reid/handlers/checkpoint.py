@@ -189,7 +189,7 @@ class Checkpoints:
             {
                 "iteration": content["iteration"],
                 "epoch_length": content["epoch_length"],
-                "max_epochs": self._cfg.SOLVER.MAX_EPOCHS,
+                "max_epochs": max(self._cfg.SOLVER.MAX_EPOCHS, content["epoch"]),  # Ignite wants no less
             }
         )
         return True

@@ -99,6 +99,8 @@ class Tracker:
     def _begin(self, run_id: str, *, is_known: bool) -> wandb.Run:
         import wandb
 
+        if "HOME" not in os.environ:  # as in some job scripts; W&B's own process would fill the console with complaints
+            os.environ.setdefault("WANDB_CACHE_DIR", str((self._folder / "wandb" / "cache").absolute()))
         try:
             wandb.setup(wandb.Settings(silent=True))
         except ValueError as error:

@@ -1,0 +1,138 @@
+"""What settings mean together: which losses there are, and what does not fit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from reid.checks import multiples_around
+from reid.errors import SettingsError
+
+if TYPE_CHECKING:
+    from yacs.config import CfgNode
+
+_LABEL_SMOOTHING = 0.1  # fixed in reid-strong-baseline too
+
+# ---- which losses ----
+# As reid-strong-baseline composes them: without a center loss DATALOADER.SAMPLER chooses, with one METRIC_LOSS_TYPE.
+
+
+def use_identity_loss(cfg: CfgNode) -> bool:
+    return use_center_loss(cfg) or cfg.DATALOADER.SAMPLER != "triplet"
+
+
+def use_triplet_loss(cfg: CfgNode) -> bool:
+    if use_center_loss(cfg):
+        return bool(cfg.MODEL.METRIC_LOSS_TYPE == "triplet_center")
+    return bool(cfg.DATALOADER.SAMPLER != "softmax")
+
+
+def use_center_loss(cfg: CfgNode) -> bool:
+    return bool(cfg.MODEL.IF_WITH_CENTER)
+
+
+def label_smoothing(cfg: CfgNode) -> float:
+    """Epsilon of the identity loss; 0 without smoothing, as where the published code leaves it out."""
+    left_out = cfg.DATALOADER.SAMPLER == "softmax" and not use_center_loss(cfg) and not cfg.MODEL.SMOOTH_SOFTMAX
+    return _LABEL_SMOOTHING if cfg.MODEL.IF_LABELSMOOTH and use_identity_loss(cfg) and not left_out else 0.0
+
+
+# ---- what does not fit ----
+
+
+def check_combinations(cfg: CfgNode) -> None:
+    """Refuses settings that contradict each other.
+
+    Raises:
+        SettingsError: naming the keys and the values that would do.
+    """
+    _check_losses(cfg)
+    _check_batch(cfg)
+    _check_values(cfg)
+
+
+def _check_losses(cfg: CfgNode) -> None:
+    metric_loss = cfg.MODEL.METRIC_LOSS_TYPE
+    if use_center_loss(cfg) and metric_loss == "triplet":
+        raise SettingsError(
+            "MODEL.METRIC_LOSS_TYPE must be center or triplet_center when MODEL.IF_WITH_CENTER is yes, got triplet; "
+            "use triplet_center, or MODEL.IF_WITH_CENTER no"
+        )
+    # SAMPLER softmax has no metric loss without a center loss, so there the type does not matter, as published.
+    if not use_center_loss(cfg) and use_triplet_loss(cfg) and metric_loss != "triplet":
+        raise SettingsError(
+            f"MODEL.METRIC_LOSS_TYPE must be triplet when MODEL.IF_WITH_CENTER is no, got {metric_loss}; "
+            "use triplet, or MODEL.IF_WITH_CENTER yes"
+        )
+
+
+def _check_batch(cfg: CfgNode) -> None:
+    if cfg.DATALOADER.SAMPLER == "softmax":  # draws images, not identities
+        return
+    batch, k = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE
+    if use_triplet_loss(cfg) and k < 2:
+        raise SettingsError(
+            f"DATALOADER.NUM_INSTANCE must be at least 2 when there is a triplet loss, got {k}; use 4, as published"
+        )
+    least = 2 * k if use_triplet_loss(cfg) else k
+    if batch % k:
+        raise SettingsError(
+            f"SOLVER.IMS_PER_BATCH must be a multiple of DATALOADER.NUM_INSTANCE={k}, got {batch}; "
+            f"use {multiples_around(batch, k, least)}"
+        )
+    if batch < least:
+        raise SettingsError(
+            f"SOLVER.IMS_PER_BATCH must hold at least 2 identities of DATALOADER.NUM_INSTANCE={k} images when there is "
+            f"a triplet loss, got {batch}; use {least} or more"
+        )
+
+
+def _check_values(cfg: CfgNode) -> None:
+    if cfg.MODEL.PRETRAIN_CHOICE == "self" and not cfg.MODEL.PRETRAIN_PATH:
+        raise SettingsError(
+            "MODEL.PRETRAIN_PATH must name a checkpoint when MODEL.PRETRAIN_CHOICE is self, got ''; "
+            "set it, or use MODEL.PRETRAIN_CHOICE imagenet"
+        )
+    if cfg.MODEL.PRETRAIN_CHOICE == "none" and cfg.MODEL.PRETRAIN_PATH:
+        raise SettingsError(
+            f"MODEL.PRETRAIN_PATH must be '' when MODEL.PRETRAIN_CHOICE is none, got {cfg.MODEL.PRETRAIN_PATH!r}; "
+            "use MODEL.PRETRAIN_CHOICE imagenet or self to start from the file"
+        )
+    if min(cfg.INPUT.SIZE_TRAIN) < cfg.INPUT.PADDING:
+        raise SettingsError(
+            f"INPUT.PADDING must not exceed the smaller side of INPUT.SIZE_TRAIN={tuple(cfg.INPUT.SIZE_TRAIN)}, got "
+            f"{cfg.INPUT.PADDING}: crops would be black; use 10, as published"
+        )
+    if cfg.SOLVER.PRECISION == "fp16" and cfg.MODEL.DEVICE == "cpu":
+        raise SettingsError(
+            "SOLVER.PRECISION must be fp32, fp64 or bf16 when MODEL.DEVICE is cpu, got fp16; "
+            "use fp32, or MODEL.DEVICE cuda"
+        )
+    if cfg.TEST.RE_RANKING:
+        raise SettingsError("TEST.RE_RANKING yes is not available yet; use no")
+
+
+def check_ranks(cfg: CfgNode, num_ranks: int) -> None:
+    """Refuses a number of ranks that cannot share every global batch evenly.
+
+    Raises:
+        SettingsError: naming the batch sizes and the numbers of ranks that would do.
+    """
+    batch, k = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE
+    if batch < 2:
+        raise SettingsError(f"SOLVER.IMS_PER_BATCH must be at least 2, as BatchNorm needs, got {batch}; use 64")
+    if not cfg.SOLVER.SYNC_BN and batch < 2 * num_ranks:
+        raise SettingsError(
+            f"SOLVER.IMS_PER_BATCH must hold at least 2 images for each of {num_ranks} ranks when SOLVER.SYNC_BN is "
+            f"no, as BatchNorm needs, got {batch}; use {2 * num_ranks} or more, or SOLVER.SYNC_BN yes"
+        )
+    if cfg.DATALOADER.SAMPLER == "softmax":
+        size, shares, each = "", batch, 1
+    else:  # a rank gets whole identities
+        size, shares, each = f" / DATALOADER.NUM_INSTANCE={k}", batch // k, k
+    if shares % num_ranks:
+        fitting = ", ".join(str(ranks) for ranks in range(1, shares + 1) if shares % ranks == 0)
+        batches = multiples_around(batch, each * num_ranks, each * num_ranks)
+        raise SettingsError(
+            f"SOLVER.IMS_PER_BATCH={batch}{size} must be a multiple of the number of ranks, got {shares} on "
+            f"{num_ranks} ranks; use SOLVER.IMS_PER_BATCH {batches}, or one of {fitting} ranks"
+        )
