@@ -16,6 +16,7 @@ assembly builds, gathers and wires.
     sync_batchnorm.py           BatchNorm over the global batch
     run.py                      the stories: train, evaluate
     engine.py                   what happens to one batch
+    accumulation.py             the gradient of a global batch, one micro-batch at a time
     handlers/records.py         what there is to write down, and the events that say so
     handlers/schedule.py        learning rate, sampler's place, when to evaluate
     handlers/meters.py          means over steps, equal on all ranks; the non-finite stop

@@ -125,6 +125,7 @@ def check_ranks(cfg: CfgNode, num_ranks: int) -> None:
             f"SOLVER.IMS_PER_BATCH must hold at least 2 images for each of {num_ranks} ranks when SOLVER.SYNC_BN is "
             f"no, as BatchNorm needs, got {batch}; use {2 * num_ranks} or more, or SOLVER.SYNC_BN yes"
         )
+    _check_micro_batches(cfg, num_ranks)
     if cfg.DATALOADER.SAMPLER == "softmax":
         size, shares, each = "", batch, 1
     else:  # a rank gets whole identities
@@ -135,4 +136,21 @@ def check_ranks(cfg: CfgNode, num_ranks: int) -> None:
         raise SettingsError(
             f"SOLVER.IMS_PER_BATCH={batch}{size} must be a multiple of the number of ranks, got {shares} on "
             f"{num_ranks} ranks; use SOLVER.IMS_PER_BATCH {batches}, or one of {fitting} ranks"
+        )
+
+
+def _check_micro_batches(cfg: CfgNode, num_ranks: int) -> None:
+    batch, num_micro = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE
+    if num_micro == 1:
+        return
+    if batch % (num_ranks * num_micro):
+        raise SettingsError(
+            f"SOLVER.IMS_PER_BATCH must be a multiple of the number of ranks ({num_ranks}) times SOLVER.ACCUMULATE="
+            f"{num_micro}, got {batch}; use {multiples_around(batch, num_ranks * num_micro, num_ranks * num_micro)}"
+        )
+    normalised_over = batch // num_micro // (1 if cfg.SOLVER.SYNC_BN else num_ranks)
+    if normalised_over < 2:
+        raise SettingsError(
+            f"SOLVER.ACCUMULATE must leave at least 2 images for BatchNorm to normalise over, got {num_micro} with "
+            f"SOLVER.IMS_PER_BATCH={batch} on {num_ranks} ranks; lower SOLVER.ACCUMULATE"
         )

@@ -61,6 +61,9 @@ SETTINGS: dict[str, tuple[Any, Check]] = {
     "MODEL.STEM_RELU": (False, flag),
     # adds the center loss, and then DATALOADER.SAMPLER chooses the batches only, no longer the losses
     "MODEL.IF_WITH_CENTER": (False, flag),
+    # the backbone's BatchNorm layers keep the statistics, scale and shift that they start with
+    "MODEL.FREEZE_BN": (False, flag),
+    "MODEL.COMPILE": (False, flag),  # compile the training step's model by torch.compile; the first step takes a minute
     # triplet without a center loss; center or triplet_center with one
     "MODEL.METRIC_LOSS_TYPE": ("triplet", one_of("triplet", "center", "triplet_center")),
     "MODEL.IF_LABELSMOOTH": (True, flag),  # label smoothing (epsilon 0.1) of the identity loss
@@ -114,6 +117,13 @@ SETTINGS: dict[str, tuple[Any, Check]] = {
     "SOLVER.LOG_PERIOD": (20, integer(1)),  # iterations between log lines
     "SOLVER.EVAL_PERIOD": (40, integer(1)),  # epochs between evaluations; the last epoch is always evaluated
     "SOLVER.IMS_PER_BATCH": (64, integer(1)),  # images in the GLOBAL batch, P x K over all ranks
+    # Micro-batches that the global batch goes through the model in, for batches that do not fit into memory; costs a
+    # second forward pass. The losses are still those of the whole global batch, exactly. BatchNorm normalises over one
+    # micro-batch of all ranks: IMS_PER_BATCH / ACCUMULATE images, every ACCUMULATE-th of the batch.
+    "SOLVER.ACCUMULATE": (1, integer(1)),
+    "SOLVER.CLIP_GRAD_NORM": (0.0, real(minimum=0)),  # largest 2-norm of all gradients together; 0: not clipped
+    # fsdp: every rank keeps a share of weights, gradients and optimiser state only (FSDP2); needs GPUs
+    "SOLVER.SHARDING": ("none", one_of("none", "fsdp")),
     "SOLVER.PRECISION": ("fp32", one_of("fp32", "fp64", "bf16", "fp16")),  # what the model computes in
     # BatchNorm statistics over the global batch; without it, several ranks train another model than one
     "SOLVER.SYNC_BN": (True, flag),

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from reid.errors import USER_ERRORS, WorldError
+from reid.errors import USER_ERRORS, WorldError, shared
 from reid.preemption import Preempted
 from reid.world import World
 from reid.wrapping import build_accelerator
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from yacs.config import CfgNode
 
 T = TypeVar("T")
-E = TypeVar("E", bound=BaseException)
 
 
 @contextmanager
@@ -127,12 +126,6 @@ def together(work: Callable[[], T]) -> T:
             words = str(error) if failed_rank == 0 else f"{error} (on rank {failed_rank})"
             raise shared(type(error)(words)) from own_error
     return cast("T", result)
-
-
-def shared(error: E) -> E:
-    """The error, marked as one that every rank raises, so that only rank 0 tells it."""
-    error.is_shared = True  # type: ignore[attr-defined]
-    return error
 
 
 def agree(facts: Mapping[str, object]) -> None:

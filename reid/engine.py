@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from ignite.engine import Engine
 from torch import Tensor, nn
 
-from reid.criterion import Criterion
+from reid.accumulation import backward_in_parts
+from reid.criterion import Criterion, Losses
 from reid.data.augment import augment, normalise
 from reid.model import ReIDModel
 
@@ -57,6 +59,9 @@ def build_trainer(
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
     preparation: Preparation,
+    *,
+    num_parts: int = 1,
+    max_grad_norm: float = 0,
 ) -> Engine:
     """An engine whose output is the step's `Losses.shares`: scalars on the device, as the step never waits for it.
 
@@ -66,15 +71,26 @@ def build_trainer(
         optimizer: wrapped by accelerate.
         accelerator: which wrapped them.
         preparation: of the batch's images.
+        num_parts: SOLVER.ACCUMULATE.
+        max_grad_norm: SOLVER.CLIP_GRAD_NORM.
     """
     centers = getattr(accelerator.unwrap_model(model), "centers", None)
 
+    def backward(batch: Batch) -> Losses:
+        pids = preparation.to_device(batch.pids)
+        if num_parts > 1:
+            criterion_of_batch = partial(criterion, pids=pids, centers=centers)
+            return backward_in_parts(model, preparation.for_training, batch, num_parts, criterion_of_batch, accelerator)
+        losses = criterion(model(preparation.for_training(batch)), pids, centers)
+        accelerator.backward(losses.to_minimise)
+        return losses
+
     def step(engine: Engine, batch: Batch) -> dict[str, Tensor]:
         del engine
-        pids = preparation.to_device(batch.pids)
-        losses = criterion(model(preparation.for_training(batch)), pids, centers)
         optimizer.zero_grad()
-        accelerator.backward(losses.to_minimise)
+        losses = backward(batch)
+        if max_grad_norm:
+            accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
         if centers is not None:
             criterion.move_centers(losses, centers)

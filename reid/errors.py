@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+E = TypeVar("E", bound=BaseException)
+
 
 class SettingsError(ValueError):
     """A setting is wrong; the message names it by its full key."""
@@ -28,3 +32,9 @@ class UnsavedError(WorldError):
 
 # What the command line prints as one sentence; anything else is our own fault and keeps its traceback.
 USER_ERRORS = (SettingsError, DataError, WorldError, FloatingPointError)
+
+
+def shared(error: E) -> E:
+    """The error, marked as one that every rank raises, so that only rank 0 tells it."""
+    error.is_shared = True  # type: ignore[attr-defined]
+    return error

@@ -12,7 +12,7 @@ from torch import Tensor
 from reid import distributed
 from reid.data.loaders import TestData
 from reid.engine import Embedded, Preparation, build_embedder
-from reid.errors import DataError
+from reid.errors import DataError, shared
 from reid.metrics import (
     Labels,
     QueryScores,
@@ -25,6 +25,7 @@ from reid.metrics import (
 )
 from reid.model import ReIDModel
 from reid.preemption import Preempted
+from reid.wrapping import unsharded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -80,25 +81,23 @@ class Evaluator:
         try:
             return summarise(scores)
         except ValueError as error:
-            raise distributed.shared(
-                DataError(f"{error}; check the camera and identity numbers in the file names")
-            ) from error
+            raise shared(DataError(f"{error}; check the camera and identity numbers in the file names")) from error
 
     def _embed(self) -> Tensor:
         """Embeddings of query and gallery in the data set's order, on every rank: [Q + G, D]."""
         self._collected = []
         was_training = self._model.training
         self._model.eval()
-        if len(self._data.loader):
-            self._embedder.run(self._data.loader)
+        with unsharded(self._model):
+            if len(self._data.loader):
+                self._embedder.run(self._data.loader)
         self._model.train(was_training)
         if distributed.on_any_rank(own=self._is_stopped()):
-            raise distributed.shared(Preempted())
+            raise shared(Preempted())
         weight = next(self._model.parameters())
         # A rank without a batch takes part with no rows.
-        embedding = torch.cat(
-            [weight.new_zeros((0, self._num_features)), *(part.embedding for part in self._collected)]
-        )
+        none = torch.zeros((0, self._num_features), dtype=weight.dtype, device=weight.device)
+        embedding = torch.cat([none, *(part.embedding for part in self._collected)])
         sample_ids = torch.cat([torch.zeros(0, dtype=torch.int64), *(part.sample_ids for part in self._collected)])
         self._collected = []
         num_images = len(self._data.query.pids) + len(self._data.gallery.pids)
@@ -124,7 +123,7 @@ def score_queries(
     try:
         q_embedding, g_embedding = (prepare_embeddings(part, distance) for part in (q_embedding, g_embedding))
     except ValueError as error:
-        raise distributed.shared(
+        raise shared(
             FloatingPointError(f"the model's {error}; its weights or BatchNorm statistics are broken")
         ) from error
     blocks = list(query_blocks(len(query.pids)))

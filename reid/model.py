@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from reid.backbones import BACKBONES
 from reid.combinations import use_center_loss, use_identity_loss
@@ -30,6 +31,7 @@ class ReIDModel(nn.Module):
         num_pids: C, training identities.
         bnneck: BatchNorm between feature and classifier, which then has no bias.
         embed_after_neck: whether retrieval compares what comes after the BNNeck or before.
+        freeze_bn: the trunk's BatchNorm layers stay as they are, in training mode too.
         with_centers: keep a center [D] for every identity; a buffer, as `losses.center_step` moves it without a
             gradient.
 
@@ -46,6 +48,7 @@ class ReIDModel(nn.Module):
         *,
         bnneck: bool,
         embed_after_neck: bool,
+        freeze_bn: bool,
         with_centers: bool,
     ) -> None:
         super().__init__()
@@ -57,8 +60,23 @@ class ReIDModel(nn.Module):
         if bnneck:
             self.bottleneck.bias.requires_grad = False
             nn.init.normal_(self.classifier.weight, std=0.001)
+        self._freeze_bn = freeze_bn
+        if freeze_bn:
+            for layer in self._batchnorms():
+                layer.requires_grad_(requires_grad=False)
         if with_centers:
             self.register_buffer("centers", torch.randn(num_pids, num_features))
+
+    def train(self, mode: bool = True) -> ReIDModel:  # noqa: FBT001, FBT002  # torch's signature
+        super().train(mode)
+        if self._freeze_bn:
+            for layer in self._batchnorms():
+                layer.eval()
+        return self
+
+    def _batchnorms(self) -> list[_BatchNorm]:
+        """Of the trunk, as they are now: SyncBN replaces them."""
+        return [layer for layer in self.base.modules() if isinstance(layer, _BatchNorm)]
 
     def forward(self, images: Tensor) -> Tensor | ReIDOutput:
         """Images [B, 3, H, W] to an embedding [B, D] in eval mode, to `ReIDOutput` in training mode."""
@@ -82,6 +100,7 @@ def build_model(cfg: CfgNode, num_pids: int) -> ReIDModel:
         num_pids,
         bnneck=cfg.MODEL.NECK == "bnneck",
         embed_after_neck=cfg.TEST.NECK_FEAT == "after",
+        freeze_bn=cfg.MODEL.FREEZE_BN,
         with_centers=use_center_loss(cfg),
     )
     if not use_identity_loss(cfg):

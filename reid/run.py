@@ -15,7 +15,7 @@ from reid.criterion import Criterion
 from reid.data.benchmarks import Benchmark, fingerprint
 from reid.data.loaders import TrainData, build_stores, build_test_data, build_train_data, open_benchmark
 from reid.engine import Preparation, build_trainer
-from reid.errors import SettingsError
+from reid.errors import SettingsError, shared
 from reid.evaluation import Evaluator
 from reid.handlers import console, guards, interruption, schedule
 from reid.handlers.checkpoint import Checkpoints
@@ -52,9 +52,17 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     train_data, test_data = build_train_data(cfg, benchmark), build_test_data(cfg, benchmark)
 
     model = _new_model(cfg, accelerator, train_data.num_pids, folder)
-    wrapped, optimizer = wrap(accelerator, model, build_optimizer(cfg.SOLVER, model))
+    wrapped, optimizer = wrap(accelerator, model, build_optimizer(cfg.SOLVER, model), compiled=cfg.MODEL.COMPILE)
 
-    trainer = build_trainer(wrapped, Criterion(cfg), optimizer, accelerator, Preparation(cfg, accelerator.device))
+    trainer = build_trainer(
+        wrapped,
+        Criterion(cfg),
+        optimizer,
+        accelerator,
+        Preparation(cfg, accelerator.device),
+        num_parts=cfg.SOLVER.ACCUMULATE,
+        max_grad_norm=cfg.SOLVER.CLIP_GRAD_NORM,
+    )
     watchdog, progress = Watchdog(cfg.SOLVER.TIMEOUT_MINUTES), Progress()
     evaluator = Evaluator(model, accelerator, test_data, cfg, beat=watchdog.beat, is_stopped=signals.were_received)
     evaluations = schedule.Evaluations(evaluator.run, progress, cfg.SOLVER)
@@ -134,7 +142,7 @@ def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     if not cfg.TEST.WEIGHT:
         found = checkpoints_in(Path(cfg.OUTPUT_DIR) / "checkpoints", "best")
         remedy = f"the best of this run is {found[-1]}" if found else "add TEST.WEIGHT FILE to the command"
-        raise distributed.shared(SettingsError(f"TEST.WEIGHT must name the checkpoint to evaluate, got ''; {remedy}"))
+        raise shared(SettingsError(f"TEST.WEIGHT must name the checkpoint to evaluate, got ''; {remedy}"))
     source = f"TEST.WEIGHT={cfg.TEST.WEIGHT}"
     content = distributed.together(lambda: weights.read_file(Path(cfg.TEST.WEIGHT), "TEST.WEIGHT"))
     distributed.together(lambda: weights.check_settings(content, cfg, source))

@@ -19,6 +19,7 @@ from reid.backbones import IMAGENET_WEIGHTS
 from reid.config import as_plain_dict
 from reid.errors import WorldError
 from reid.model import ReIDModel
+from reid.wrapping import shared_out
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
@@ -95,7 +96,11 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: str, *, opti
             f"{len(mismatched)} have another shape, and {len(unexpected)} are too many ({_some(wrong)}); "
             f"{_remedy(wrong, state, wanted)}"
         )
-    fitting = {name: value for name, value in state.items() if name in wanted and name not in mismatched}
+    fitting = {
+        name: shared_out(value, like=wanted[name])
+        for name, value in state.items()
+        if name in wanted and name not in mismatched
+    }
     module.load_state_dict(fitting, strict=False)
     kept = [*missing, *mismatched]
     logger.info(

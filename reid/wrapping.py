@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
-from torch import nn
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+)
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from reid.errors import SettingsError
+from reid.errors import SettingsError, WorldError, shared
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
@@ -20,7 +29,7 @@ def build_accelerator(cfg: CfgNode, *, on_gpu: bool, num_ranks: int) -> Accelera
     """The owner of precision, wrapping and the backward pass.
 
     Args:
-        cfg: the whole configuration; SOLVER.PRECISION is read.
+        cfg: the whole configuration; SOLVER.PRECISION and SOLVER.SHARDING are read.
         on_gpu: of this run.
         num_ranks: of this run.
 
@@ -30,6 +39,9 @@ def build_accelerator(cfg: CfgNode, *, on_gpu: bool, num_ranks: int) -> Accelera
     precision = cfg.SOLVER.PRECISION
     if precision == "fp16" and not on_gpu:
         raise SettingsError("SOLVER.PRECISION fp16 needs a GPU, and this run is on a CPU; use fp32 or bf16")
+    if cfg.SOLVER.SHARDING == "fsdp" and not (on_gpu and num_ranks > 1):
+        got = f"{num_ranks} rank" if on_gpu else "a CPU"
+        raise SettingsError(f"SOLVER.SHARDING fsdp needs several GPUs, and this run is on {got}; use none")
     # Without it accelerate sets the number of threads itself, with a warning; torch has set them already.
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     return Accelerator(
@@ -38,17 +50,83 @@ def build_accelerator(cfg: CfgNode, *, on_gpu: bool, num_ranks: int) -> Accelera
         # Micro-batches are the engine's own: accelerate knows no loss over several of them.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         step_scheduler_with_optimizer=False,
+        fsdp_plugin=fsdp_plugin() if cfg.SOLVER.SHARDING == "fsdp" else None,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
 
 
+def fsdp_plugin() -> FullyShardedDataParallelPlugin:
+    """FSDP2 with one group for every module of a million parameters or more."""
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="size_based_wrap",
+        min_num_params=1_000_000,
+        cpu_ram_efficient_loading=False,  # every rank has made the same weights from the same seed or file
+        state_dict_type="FULL_STATE_DICT",
+    )
+
+
+def whole(value: Any) -> Any:
+    """The same value with sharded tensors put together; called by all ranks. `state_dict()`s are meant."""
+    if isinstance(value, DTensor):
+        return value.full_tensor()
+    if isinstance(value, dict):
+        return {key: whole(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(whole, value))
+    return value
+
+
+def shared_out(value: Tensor, like: Tensor) -> Tensor:
+    """This rank's share of a whole tensor where `like` is sharded; else the tensor itself."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device, like.dtype), like.device_mesh, like.placements)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Takes over what `whole` made of another optimiser's state dict, sharded as this one's parameters are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    of_parameters = {
+        index: {
+            name: shared_out(value, parameters[index]) if value.shape == parameters[index].shape else value
+            for name, value in values.items()
+        }
+        for index, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": of_parameters})
+
+
+@contextmanager
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Ranks may use the model independently of each other in here, as in an evaluation of unequal parts."""
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in shards:
+        module.unshard()
+        module.set_reshard_after_forward(False, recurse=False)
+    yield
+    for module in shards:
+        module.set_reshard_after_forward(True, recurse=False)
+        module.reshard()
+
+
 def wrap(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, *, compiled: bool = False
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Model and optimiser as training uses them; accelerate would shard a loader again and step a schedule W times."""
+    """Model and optimiser as training uses them; accelerate would shard a loader again and step a schedule W times.
+
+    Raises:
+        WorldError: there is no compiler to compile with.
+    """
+    if compiled and accelerator.device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise shared(
+            WorldError("MODEL.COMPILE needs a C++ compiler on a CPU, but there is none; install g++, or set it to no")
+        )
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if isinstance(wrapped, nn.parallel.DistributedDataParallel):
         # BatchNorm statistics are equal on all ranks (SyncBN), or broadcast before an evaluation; centers are equal.
         # Set here, as the name of the argument depends on torch's version.
         wrapped.broadcast_buffers = False
+    if compiled:
+        wrapped.compile()  # in place: parameter names stay as they are, and evaluation uses the model as it is
     return wrapped, optimizer

@@ -8,14 +8,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import DistributedType
 from golden_weights import fill
 from ignite.engine import Events
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from reid import distributed
@@ -35,7 +38,7 @@ from reid.optim import build_optimizer
 from reid.run import place
 from reid.sync_batchnorm import synchronise_batchnorm
 from reid.world import read_world
-from reid.wrapping import wrap
+from reid.wrapping import fsdp_plugin, whole, wrap
 
 GOLDEN = Path(__file__).parent / "golden"
 BASE = [
@@ -62,6 +65,22 @@ VARIANTS = {
     "softmax_center_on_any_images": [
         *("DATALOADER.SAMPLER=softmax", "MODEL.IF_WITH_CENTER=yes", "MODEL.METRIC_LOSS_TYPE=triplet_center"),
     ],
+    "frozen_batchnorm": ["MODEL.FREEZE_BN=yes"],
+    "no_batchnorm": ["MODEL.NAME=resnet34", "MODEL.NECK=no"],
+    "clipped": ["SOLVER.CLIP_GRAD_NORM=0.5"],
+    "accumulated": ["SOLVER.ACCUMULATE=2"],
+    "accumulated_center": [*TRAJECTORIES["adam_center"], "SOLVER.ACCUMULATE=4"],
+    "accumulated_triplet_no_batchnorm": [
+        *("MODEL.NAME=resnet34", "MODEL.NECK=no", "DATALOADER.SAMPLER=triplet", "SOLVER.ACCUMULATE=2"),
+    ],
+    "triplet_no_batchnorm": ["MODEL.NAME=resnet34", "MODEL.NECK=no", "DATALOADER.SAMPLER=triplet"],
+    "accumulated_no_batchnorm": ["MODEL.NAME=resnet34", "MODEL.NECK=no", "SOLVER.ACCUMULATE=4"],
+}
+EVALUATION_SIZES = (2, 7, 30, 61)  # images, in batches of 8: fewer batches than ranks, and fewer images
+# Those that see the same mathematics another way.
+EQUAL_VARIANTS = {
+    "accumulated_no_batchnorm": "no_batchnorm",
+    "accumulated_triplet_no_batchnorm": "triplet_no_batchnorm",
 }
 
 
@@ -74,6 +93,16 @@ class TinyTrunk(nn.Sequential):
         del last_stride, stem_relu
         layers = [nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.BatchNorm2d(16)]
         super().__init__(*layers)
+
+
+class TrunkWithoutBatchNorm(nn.Sequential):
+    """The same without BatchNorm."""
+
+    num_features = 16
+
+    def __init__(self, *, last_stride: int, stem_relu: bool) -> None:
+        del last_stride, stem_relu
+        super().__init__(nn.Conv2d(3, 8, 3, 2), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2))
 
 
 class GivenImages(Preparation):
@@ -94,7 +123,11 @@ def trained(
     if cfg.SOLVER.SYNC_BN:
         synchronise_batchnorm(model)
     wrapped, optimizer = wrap(accelerator, model, build_optimizer(cfg.SOLVER, model))
-    trainer = build_trainer(wrapped, Criterion(cfg), optimizer, accelerator, prepare(cfg, accelerator.device))
+    preparation = prepare(cfg, accelerator.device)
+    parts, norm = cfg.SOLVER.ACCUMULATE, cfg.SOLVER.CLIP_GRAD_NORM
+    trainer = build_trainer(
+        wrapped, Criterion(cfg), optimizer, accelerator, preparation, num_parts=parts, max_grad_norm=norm
+    )
     schedule.set_learning_rate_by_epoch(trainer, optimizer, cfg.SOLVER)
     schedule.train_mode_by_epoch(trainer, wrapped)
     wire(trainer)
@@ -105,9 +138,16 @@ def trained(
             logged.setdefault(name, []).append(float(distributed.sum_over_ranks(share)))
         logged["lr"].append(optimizer.param_groups[0]["lr"])
 
+    gradients: dict[str, Tensor] = {}
+
+    def keep_gradients() -> None:
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        gradients.update((name, gradient.clone()) for name, gradient in whole(found).items())
+
     trainer.add_event_handler(Events.ITERATION_COMPLETED, log)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=1), keep_gradients)
     trainer.run(loader, max_epochs=num_epochs, epoch_length=len(loader))
-    return {"logged": logged, "model": model}
+    return {"logged": logged, "model": model, "gradients": gradients}
 
 
 def trajectory(accelerator: Any, name: str) -> dict[str, Any]:
@@ -162,7 +202,9 @@ def variant(accelerator: Any, options: list[str], num_images_of_pid: list[int]) 
         trainer.add_event_handler(Events.ITERATION_COMPLETED, note)
 
     outcome = trained(accelerator, cfg, loader, Preparation, wire, num_epochs=2)
-    outcome["state"] = {name: value.clone() for name, value in outcome.pop("model").state_dict().items()}
+    outcome["is_sharded"] = any(isinstance(p, DTensor) for p in outcome["model"].parameters())
+    state = whole(outcome.pop("model").state_dict())
+    outcome["state"] = {name: value.clone() for name, value in state.items()}
     parts = distributed.gather_objects(seen)
     outcome["batches"] = [[i for ids, _ in of_ranks for i in ids] for of_ranks in zip(*parts, strict=True)]
     outcome["pixels"] = [[total for _, sums in of_ranks for total in sums] for of_ranks in zip(*parts, strict=True)]
@@ -178,7 +220,8 @@ def evaluated(accelerator: Any, num_images: int) -> dict[str, Any]:
     place(model, cfg, accelerator)
     generator = np.random.default_rng(num_images)
     images = generator.integers(0, 256, (num_images, 32, 16, 3), dtype=np.uint8)
-    pids, camids = np.arange(num_images) % 3, np.arange(num_images) // 3 % 2
+    num_pids = min(3, num_images - 1)
+    pids, camids = np.arange(num_images) % num_pids, np.arange(num_images) // num_pids % 2
     num_queries = max(num_images // 4, 1)
     batches = EvaluationBatches(num_images, batch_size=8, rank=distributed.rank(), num_ranks=distributed.num_ranks())
     stores = [images[:num_queries], images[num_queries:]]
@@ -231,6 +274,18 @@ def without_gather(work: Callable[[], Any]) -> Any:
         distributed.global_batch = original
 
 
+def sharded(accelerator: Any, work: Callable[[], Any]) -> Any:
+    """The work with accelerate's FSDP2, which it would not turn on without a GPU by itself."""
+    state = accelerator.state
+    before, state.distributed_type = state.distributed_type, DistributedType.FSDP
+    state.fsdp_plugin = fsdp_plugin()
+    state.fsdp_plugin.min_num_params = 100  # more than one group even of a tiny model
+    try:
+        return work()
+    finally:
+        state.distributed_type = before
+
+
 def main(folder: Path) -> None:
     world = read_world(os.environ)
     # torchrun's default of one thread each; a single process uses the same, so that only the number of ranks differs.
@@ -238,14 +293,19 @@ def main(folder: Path) -> None:
     with distributed.session(world, load_config(None, BASE)) as accelerator:
         outcome: dict[str, Any] = {"rows": gathered_rows(), "errors": distributed.gather_objects(shared_errors())}
         outcome["disagreement"] = disagreement()
-        outcome["evaluation"] = {n: evaluated(accelerator, n) for n in (7, 30, 61)}
+        outcome["evaluation"] = {n: evaluated(accelerator, n) for n in EVALUATION_SIZES}
         if world.num_ranks != 3:  # does not divide the batch
             if world.num_ranks <= 2:  # a ResNet-18 in float64 is much for small machines
                 outcome["trajectories"] = {name: trajectory(accelerator, name) for name in TRAJECTORIES}
-            BACKBONES["resnet18"] = TinyTrunk
+            BACKBONES["resnet18"], BACKBONES["resnet34"] = TinyTrunk, TrunkWithoutBatchNorm
             equal, unequal = [4] * 20, [2 + 3 * i % 11 for i in range(20)]
             outcome["equal"] = {name: variant(accelerator, options, equal) for name, options in VARIANTS.items()}
             outcome["unequal"] = {name: variant(accelerator, options, unequal) for name, options in VARIANTS.items()}
+            if world.num_ranks > 1:
+                names = ("softmax_triplet_center", "clipped", "accumulated")
+                outcome["sharded"] = {
+                    name: sharded(accelerator, partial(variant, accelerator, VARIANTS[name], unequal)) for name in names
+                }
             outcome["wrong"] = {
                 "without SyncBN": variant(accelerator, ["SOLVER.SYNC_BN=no"], unequal),
                 "without gather": without_gather(lambda: variant(accelerator, [], unequal)),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distributed_checks import TRAJECTORIES, VARIANTS
+from distributed_checks import EQUAL_VARIANTS, EVALUATION_SIZES, TRAJECTORIES, VARIANTS
 
 HERE = Path(__file__).parent
 
@@ -34,13 +34,18 @@ def outcomes(tmp_path_factory):
     return run
 
 
-def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """Over all entries of two state dicts, relative to the entry's largest value."""
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], floor: float = 1e-9) -> float:
+    """Over all entries of two state dicts, relative to the entry's largest value, or to `floor` if that is larger."""
     assert one.keys() == other.keys()
     return max(
-        float((one[name].double() - other[name].double()).abs().max() / one[name].double().abs().max().clamp(min=1e-9))
+        float((one[name].double() - other[name].double()).abs().max() / one[name].double().abs().max().clamp(min=floor))
         for name in one
     )
+
+
+def largest_difference_of_gradients(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """A bias before a BatchNorm has no gradient but rounding: entries below a thousandth of the largest count as it."""
+    return largest_difference(one, other, floor=1e-3 * max(float(gradient.abs().max()) for gradient in one.values()))
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -65,7 +70,36 @@ def test_training_does_not_depend_on_the_number_of_ranks(outcomes, name, counts,
     assert shared["pixels"] == alone["pixels"]
     for term, values in alone["logged"].items():
         np.testing.assert_allclose(shared["logged"][term], values, rtol=1e-9, err_msg=term)
+    assert largest_difference_of_gradients(alone["gradients"], shared["gradients"]) < 1e-9
     assert largest_difference(alone["state"], shared["state"]) < 1e-9
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("counts", ["equal", "unequal"])
+@pytest.mark.parametrize("name", EQUAL_VARIANTS)
+def test_micro_batches_have_the_gradient_of_the_whole_global_batch(outcomes, name, counts, num_ranks):
+    at_once, in_parts = (outcomes(num_ranks)[0][counts][which] for which in (EQUAL_VARIANTS[name], name))
+    np.testing.assert_allclose(in_parts["logged"]["loss"], at_once["logged"]["loss"], rtol=1e-9)
+    assert largest_difference_of_gradients(at_once["gradients"], in_parts["gradients"]) < 1e-9
+    assert largest_difference(at_once["state"], in_parts["state"]) < 1e-9
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("name", ["softmax_triplet_center", "clipped", "accumulated"])
+def test_sharding_changes_nothing(outcomes, name, num_ranks):
+    """accelerate's FSDP2 for real, though over gloo."""
+    alone, sharded = outcomes(1)[0]["unequal"][name], outcomes(num_ranks)[0]["sharded"][name]
+    assert sharded["is_sharded"]
+    np.testing.assert_allclose(sharded["logged"]["loss"], alone["logged"]["loss"], rtol=1e-9)
+    assert largest_difference_of_gradients(alone["gradients"], sharded["gradients"]) < 1e-9
+    assert largest_difference(alone["state"], sharded["state"]) < 1e-9
+
+
+def test_clipping_makes_the_gradient_as_small_as_asked(outcomes):
+    plain, clipped = (outcomes(1)[0]["equal"][name]["gradients"] for name in ("softmax_triplet", "clipped"))
+    norms = [float(torch.stack([g.square().sum() for g in found.values()]).sum().sqrt()) for found in (plain, clipped)]
+    assert norms[0] > 0.5
+    assert norms[1] == pytest.approx(0.5, rel=1e-4)  # torch divides by the norm plus 1e-6
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
@@ -83,7 +117,7 @@ def test_the_equality_would_notice_a_wrong_way(outcomes, wrong, num_ranks):
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize("num_images", [7, 30, 61])  # 7: fewer batches than ranks
+@pytest.mark.parametrize("num_images", EVALUATION_SIZES)
 def test_evaluation_does_not_depend_on_the_number_of_ranks(outcomes, num_images, num_ranks):
     alone = outcomes(1)[0]["evaluation"][num_images]
     for outcome in outcomes(num_ranks):

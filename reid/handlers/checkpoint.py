@@ -21,6 +21,7 @@ from reid.handlers.meters import TrainMeter
 from reid.handlers.records import Progress, Records
 from reid.model import ReIDModel
 from reid.weights import load_state, read_file
+from reid.wrapping import load_optimizer, whole
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
@@ -38,6 +39,8 @@ _FREE = (
     "DATASETS.CACHE_DIR",
     "DATALOADER.NUM_WORKERS",
     "SOLVER.MAX_EPOCHS",
+    "MODEL.COMPILE",
+    "SOLVER.SHARDING",
     "SOLVER.CHECKPOINT_PERIOD",
     "SOLVER.CHECKPOINT_EVERY_MINUTES",
     "SOLVER.LOG_PERIOD",
@@ -111,7 +114,7 @@ class Checkpoints:
                 "iteration": state.iteration,
                 "epoch": epoch,
                 "epoch_length": state.epoch_length,
-                "optimizer": self._optimizer.state_dict(),
+                "optimizer": whole(self._optimizer.state_dict()),
                 "scaler": None if self._scaler is None else self._scaler.state_dict(),
                 "progress": asdict(self._progress),
                 "meter": None if self._meter is None else self._meter.state_dict(),
@@ -147,7 +150,7 @@ class Checkpoints:
             self.save(trainer)
 
     def _write(self, name: str, content: dict[str, Any], *, num_kept: int) -> None:
-        weights = self._model.state_dict()
+        weights = whole(self._model.state_dict())
         content |= {"format": _FORMAT, "model": weights, "config": dump(self._cfg), "dataset": self._dataset}
         distributed.together(lambda: _check_finite(weights))  # after its last step, of which no loss tells
         if distributed.is_main():
@@ -179,7 +182,7 @@ class Checkpoints:
         if content is None:
             return False
         distributed.together(lambda: load_state(self._model, content["model"], f"the checkpoint in {self._folder}"))
-        self._optimizer.load_state_dict(content["optimizer"])
+        load_optimizer(self._optimizer, content["optimizer"])
         if self._scaler is not None:
             self._scaler.load_state_dict(content["scaler"])
         if self._meter is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ignite.engine import Engine, Events
 
 from reid import distributed
+from reid.errors import shared
 from reid.handlers.checkpoint import Checkpoints
 from reid.preemption import Preempted, Signals
 
@@ -24,6 +25,6 @@ def save_and_stop_when_asked(trainer: Engine, checkpoints: Checkpoints, signals:
         wanted = _STOP if signals.were_received() else _SAVE if checkpoints.is_due() else 0
         agreed = consensus.exchange(wanted)
         if agreed == _STOP:
-            raise distributed.shared(Preempted())
+            raise shared(Preempted())
         if agreed == _SAVE:
             checkpoints.save(engine)

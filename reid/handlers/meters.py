@@ -11,6 +11,7 @@ from ignite.engine import Engine, Events
 from torch import Tensor
 
 from reid import distributed
+from reid.errors import shared
 from reid.handlers.records import Records
 
 
@@ -114,4 +115,4 @@ class TrainMeter:
             "checkpoint holds these weights; lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, or use "
             "SOLVER.PRECISION fp32"
         )
-        raise distributed.shared(error)
+        raise shared(error)

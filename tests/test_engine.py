@@ -1,0 +1,150 @@
+"""The training step: what it computes in, in how many parts, and what is refused."""
+
+import copy
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import nn
+
+from reid.combinations import check_ranks
+from reid.config import load_config
+from reid.criterion import Criterion
+from reid.data.loaders import Batch
+from reid.engine import Preparation, build_trainer
+from reid.errors import SettingsError, WorldError
+from reid.model import ReIDModel
+from reid.optim import build_optimizer
+from reid.wrapping import build_accelerator, wrap
+
+BASE = ["MODEL.DEVICE=cpu", "SOLVER.IMS_PER_BATCH=16", "INPUT.SIZE_TRAIN=(32,16)", "INPUT.PADDING=2"]
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_of_another_test():
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+def tiny_model(*, freeze_bn: bool = False) -> ReIDModel:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.BatchNorm2d(16)]
+    options = {"bnneck": True, "embed_after_neck": True, "with_centers": False}
+    return ReIDModel(nn.Sequential(*layers), 16, 4, freeze_bn=freeze_bn, **options)
+
+
+def batches(num_batches: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (num_batches, 16, 32, 16, 3), dtype=torch.uint8, generator=generator)
+    pids = torch.arange(4).repeat_interleave(4)
+    drawn = torch.tensor([0, 2, 2, 0, 0, 0, 0], dtype=torch.int32).repeat(16, 1)
+    return [Batch(part, pids, torch.arange(16), drawn) for part in images]
+
+
+def trained(*overrides: str, num_steps: int = 6, model: ReIDModel | None = None) -> tuple[ReIDModel, list[float]]:
+    """The model after some steps, and the loss of each."""
+    cfg = load_config(None, [*BASE, *overrides])
+    accelerator = build_accelerator(cfg, on_gpu=False, num_ranks=1)
+    model = (model or tiny_model()).train()
+    optimizer = build_optimizer(cfg.SOLVER, model)
+    wrapped, optimizer = wrap(accelerator, model, optimizer, compiled=cfg.MODEL.COMPILE)
+    preparation = Preparation(cfg, accelerator.device)
+    parts, norm = cfg.SOLVER.ACCUMULATE, cfg.SOLVER.CLIP_GRAD_NORM
+    trainer = build_trainer(
+        wrapped, Criterion(cfg), optimizer, accelerator, preparation, num_parts=parts, max_grad_norm=norm
+    )
+    losses = []
+    for batch in batches(num_steps):
+        trainer.run([batch], max_epochs=1)
+        losses.append(float(trainer.state.output["loss"]))
+    return model, losses
+
+
+# ---- SOLVER.PRECISION ----
+
+
+def test_bf16_trains_nearly_as_float32():
+    _, exact = trained("SOLVER.BASE_LR=0.01", "SOLVER.WARMUP_ITERS=0")
+    AcceleratorState._reset_state(True)
+    model, rounded = trained("SOLVER.BASE_LR=0.01", "SOLVER.WARMUP_ITERS=0", "SOLVER.PRECISION=bf16")
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("SOLVER.PRECISION=fp16", "SOLVER.PRECISION fp16 needs a GPU, and this run is on a CPU; use fp32 or bf16"),
+        ("SOLVER.SHARDING=fsdp", "SOLVER.SHARDING fsdp needs several GPUs, and this run is on a CPU; use none"),
+    ],
+)
+def test_what_accelerate_would_silently_ignore_on_a_cpu_is_refused(override, words):
+    cfg = load_config(None, [override])
+    with pytest.raises(SettingsError) as error:
+        build_accelerator(cfg, on_gpu=False, num_ranks=2)
+    assert str(error.value) == words
+
+
+# ---- SOLVER.ACCUMULATE ----
+
+
+@pytest.mark.parametrize(("num_parts", "num_passes"), [(1, 1), (4, 4)])
+def test_running_statistics_see_every_image_once(num_parts, num_passes):
+    model, _ = trained(f"SOLVER.ACCUMULATE={num_parts}", num_steps=1)
+    assert {int(layer.num_batches_tracked) for layer in model._batchnorms()} == {num_passes}
+
+
+def test_micro_batches_are_normalised_on_their_own_and_still_learn():
+    settings = ("SOLVER.BASE_LR=0.01", "SOLVER.WARMUP_ITERS=0")
+    _, at_once = trained(*settings, num_steps=1)
+    _, in_parts = trained(*settings, "SOLVER.ACCUMULATE=4", num_steps=1)
+    assert in_parts != pytest.approx(at_once, rel=1e-6)
+    assert in_parts == pytest.approx(at_once, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_ranks", "words"),
+    [
+        (["SOLVER.ACCUMULATE=3"], 1, "ranks (1) times SOLVER.ACCUMULATE=3, got 64; use 63 or 66"),
+        (["SOLVER.ACCUMULATE=8"], 16, "ranks (16) times SOLVER.ACCUMULATE=8, got 64; use 128"),
+        (["SOLVER.ACCUMULATE=64"], 1, "SOLVER.ACCUMULATE must leave at least 2 images for BatchNorm"),
+        (["SOLVER.ACCUMULATE=16", "SOLVER.SYNC_BN=no"], 4, "got 16 with SOLVER.IMS_PER_BATCH=64 on 4 ranks; lower"),
+    ],
+)
+def test_a_batch_that_cannot_be_cut_is_refused(overrides, num_ranks, words):
+    with pytest.raises(SettingsError) as error:
+        check_ranks(load_config(None, overrides), num_ranks)
+    assert words in str(error.value)
+
+
+# ---- MODEL.FREEZE_BN ----
+
+
+def test_frozen_batchnorm_stays_as_it_is_and_the_rest_learns():
+    start = tiny_model(freeze_bn=True)
+    before = copy.deepcopy(start.state_dict())
+    model, _ = trained("SOLVER.BASE_LR=0.01", "SOLVER.WARMUP_ITERS=0", model=start)
+    same = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
+    assert same == {name for name in before if name.startswith(("base.1.", "base.4."))} | {"bottleneck.bias"}
+
+
+# ---- MODEL.COMPILE ----
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's compiler has many words for itself
+def test_a_compiled_model_learns_the_same():
+    settings = ("SOLVER.BASE_LR=0.01", "SOLVER.WARMUP_ITERS=0")
+    plain, losses = trained(*settings)
+    compiled, compiled_losses = trained(*settings, "MODEL.COMPILE=yes")
+    assert compiled_losses == pytest.approx(losses, rel=1e-4)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+
+
+def test_compiling_needs_a_compiler(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(WorldError, match=r"MODEL\.COMPILE needs a C\+\+ compiler on a CPU, but there is none; install"):
+        trained("MODEL.COMPILE=yes")
