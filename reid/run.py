@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from reid.handlers.watchdog import Watchdog
 from reid.model import ReIDModel, build_model
 from reid.optim import build_optimizer
 from reid.preemption import Preempted, Signals
-from reid.run_directory import RunDirectory, commit
+from reid.run_directory import RunDirectory, commit, source_fingerprint
 from reid.sync_batchnorm import synchronise_batchnorm
 from reid.wrapping import wrap
 
@@ -189,7 +190,11 @@ def _facts(cfg: CfgNode) -> dict[str, object]:
     """What must be the same on all ranks; each node may have data and caches in folders of its own."""
     own_folders = ("DATASETS.ROOT_DIR", "DATASETS.CACHE_DIR")
     settings = {key: value for key, value in by_full_key(cfg).items() if key not in own_folders}
-    return settings | {"torch": torch.__version__, "the commit of reid": commit()}
+    return settings | {
+        **{name: version(name) for name in ("torch", "torchvision", "accelerate", "numpy")},
+        "the commit of reid": commit(),
+        "the source code of reid": source_fingerprint(),
+    }
 
 
 def _announce(cfg: CfgNode, accelerator: Accelerator, model: ReIDModel, train_data: TrainData) -> None:

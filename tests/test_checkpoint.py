@@ -265,6 +265,7 @@ def test_a_full_disk_leaves_the_file_that_was_there_and_nothing_else(tmp_path, d
 
 def test_a_full_disk_costs_a_warning_and_training_goes_on(tmp_path, disk, caplog):
     training = Training(tmp_path, scores=[0.1, 0.2, 0.3])
+    training.engine.add_event_handler(Events.EPOCH_STARTED(once=2), training.checkpoints._wait)
     training.engine.add_event_handler(Events.EPOCH_STARTED(once=2), disk.fill)
     training.engine.add_event_handler(Events.EPOCH_STARTED(once=3), training.checkpoints._wait)
     training.engine.add_event_handler(Events.EPOCH_STARTED(once=3), disk.free)

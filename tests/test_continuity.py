@@ -511,3 +511,47 @@ def test_ctrl_c_in_a_terminal_reaches_the_loaders_and_wandb_too(place):
     assert "preempting" in types
     assert types[-1] == "exit"
     assert "going on from" in place.train("OUTPUT_DIR", "ctrl_c", "SOLVER.MAX_EPOCHS", 2).out
+
+
+# ---- ranks that do not agree ----
+
+
+def another_seed_on_rank_1() -> None:
+    """To be done before the program starts."""
+    if os.environ.get("RANK") == "1":
+        sys.argv += ["SEED", "7"]
+
+
+def other_code_on_rank_1() -> None:
+    """To be done before the program starts."""
+    import reid.run
+
+    if os.environ.get("RANK") == "1":
+        reid.run.source_fingerprint = lambda: "another"
+
+
+def other_images_on_rank_1() -> None:
+    """To be done before the program starts."""
+    import reid.run
+
+    if os.environ.get("RANK") == "1":
+        reid.run.fingerprint = lambda benchmark: "another"
+
+
+@pytest.mark.parametrize(
+    ("before", "words"),
+    [
+        (another_seed_on_rank_1, "SEED is 7, not 0"),
+        (other_code_on_rank_1, "the source code of reid is 'another', not "),
+        (other_images_on_rank_1, "the fingerprint of the images is 'another', not "),
+    ],
+)
+@pytest.mark.parametrize("story", ["train", "evaluate"])
+def test_ranks_that_do_not_agree_do_not_start(place, straight, story, before, words):
+    (best,) = (straight("SOLVER.MAX_EPOCHS", 3, *ADAM) / "checkpoints").glob("best_*")
+    settings = ("OUTPUT_DIR", "disagreement", "TEST.WEIGHT", best)
+    said = place.refusal(story, *settings, num_ranks=2, before=before, code=1)
+    assert said.startswith("rank 1 on ")
+    assert " does not agree with rank 0 on " in said
+    assert words in said
+    assert said.endswith("start all ranks with the same command, code, packages and data")
