@@ -93,14 +93,29 @@ def _prepare(story: Literal["train", "evaluate"]) -> Callable[[CfgNode, World, S
             with distributed.session(world, cfg) as accelerator:
                 stories[story](cfg, accelerator, signals)
         except RuntimeError as error:
-            if world.num_ranks == 1 or not distributed.is_lost_rank(error):
-                raise
-            raise WorldError(
-                f"rank {world.rank} has lost another rank: {str(error).splitlines()[0]}; see what that one said; "
-                "the same command goes on from the last checkpoint"
-            ) from error
+            is_lost = world.num_ranks > 1 and distributed.is_lost_rank(error)
+            raise explain_runtime_error(error, world.rank, lost_another=is_lost) from error
 
     return run_story
+
+
+def explain_runtime_error(error: RuntimeError, rank: int, *, lost_another: bool) -> Exception:
+    """A sentence for what the world does to a run; else the error itself."""
+    first_line = (str(error).splitlines() or [""])[0]
+    go_on = "the same command goes on from the last checkpoint"
+    if lost_another:
+        return WorldError(f"rank {rank} has lost another rank: {first_line}; see what that one said; {go_on}")
+    if first_line.startswith("DataLoader worker"):
+        return WorldError(
+            f"rank {rank} has lost a loader process: {first_line}; often the memory was full: lower "
+            f"DATALOADER.NUM_WORKERS; {go_on}"
+        )
+    if type(error).__name__ == "OutOfMemoryError":
+        return WorldError(
+            f"rank {rank} has no GPU memory left: {first_line}; raise SOLVER.ACCUMULATE or the number of ranks, lower "
+            f"SOLVER.IMS_PER_BATCH or TEST.IMS_PER_BATCH, or use SOLVER.PRECISION bf16"
+        )
+    return error
 
 
 def explain_import_error(error: Exception) -> Exception:

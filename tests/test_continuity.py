@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -152,13 +153,13 @@ def test_killed_at_many_random_moments_it_ends_as_if_nothing_had_happened(place,
     settings = ("SOLVER.MAX_EPOCHS", 8, *ADAM, "SOLVER.IMS_PER_BATCH", 8, *OFTEN)
     output_dir = f"killed_often_{seed}"
     shared_memory = names(Path("/dev/shm"))
-    disturb(place, output_dir, settings, num_kills=24 if seed else 8, seed=seed)
+    disturb(place, output_dir, settings, num_kills=24 if seed else 6, seed=seed)
     place.train("OUTPUT_DIR", output_dir, *settings, num_ranks=2)
     assert_same_outcome(place.folder / output_dir, straight(*settings, num_ranks=2))
     assert names(Path("/dev/shm")) == shared_memory
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_torchrun_starts_a_killed_rank_again_by_itself(place, straight, victim):
     """As the README says to start it; the first attempt's rank kills itself at its fifth step."""
     settings = ("SOLVER.MAX_EPOCHS", 4, *ADAM, *OFTEN)
@@ -172,6 +173,7 @@ def test_torchrun_starts_a_killed_rank_again_by_itself(place, straight, victim):
     )
     assert ended.code == 0, ended
     assert ended.out.count("training resnet18") == 2
+    assert processes_that_name(output_dir) == []
     assert_same_outcome(place.folder / output_dir, straight(*settings, num_ranks=2))
 
 
@@ -192,6 +194,38 @@ sys.exit(main("train", "A test."))
 """
 
 
+def processes_that_name(word: str) -> list[str]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            found += [command] if word in command else []
+    return found
+
+
+def test_a_killed_loader_process_is_said_in_a_sentence(place):
+    ranks = place.start("train", "OUTPUT_DIR", "loader", "SOLVER.MAX_EPOCHS", 1000, "DATALOADER.NUM_WORKERS", 1)
+    ranks.wait_for("epoch 2/")
+    while ranks.processes[0].is_alive():  # every epoch has a new one
+        for child in children_of(ranks.pid()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.02)
+    (ended,) = ranks.ended()
+    assert ended.code == 1
+    words = "error: rank 0 has lost a loader process: DataLoader worker [^\n]* goes on from the last checkpoint\n"
+    assert re.fullmatch(words, ended.err), ended
+
+
+def children_of(pid: int) -> list[int]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            found += [int(folder.name)] if int(parent) == pid else []
+    return found
+
+
 def test_a_rank_that_loses_another_says_so_without_a_traceback(place):
     ranks = place.start("train", "OUTPUT_DIR", "lost", "SOLVER.MAX_EPOCHS", 1000, num_ranks=2)
     ranks.wait_for("epoch 2/")
@@ -202,10 +236,53 @@ def test_a_rank_that_loses_another_says_so_without_a_traceback(place):
     assert "Traceback" not in survivor.err
 
 
+# ---- a damaged checkpoint ----
+
+
+@pytest.mark.parametrize("damage", ["a bit flipped", pytest.param("cut off", marks=pytest.mark.slow)])
+def test_a_damaged_checkpoint_costs_steps_and_nothing_else(place, straight, damage):
+    settings = ("SOLVER.MAX_EPOCHS", 3, *ADAM)
+    folder = place.folder / f"damaged_{damage[:3]}"
+    place.train("OUTPUT_DIR", folder.name, "SOLVER.MAX_EPOCHS", 2, *ADAM, num_ranks=2)
+    before, newest_file = sorted((folder / "checkpoints").glob("last_*.pt"))
+    content = bytearray(newest_file.read_bytes())
+    content[len(content) // 2] ^= 4
+    newest_file.write_bytes(content[:1000] if damage == "cut off" else content)
+    ended = place.train("OUTPUT_DIR", folder.name, *settings, num_ranks=2)
+    (warning,) = [line for line in ended.out.splitlines() if line.startswith("warning: ")]
+    assert newest_file.name in warning
+    assert before.name in warning
+    (folder / "checkpoints" / f"{newest_file.name}.damaged").unlink()
+    assert_same_outcome(folder, straight(*settings, num_ranks=2))
+
+
+@pytest.mark.parametrize(
+    ("story", "settings"),
+    [
+        ("evaluate", ("TEST.WEIGHT", "evil.pt")),
+        ("train", ("MODEL.PRETRAIN_CHOICE", "self", "MODEL.PRETRAIN_PATH", "evil.pt")),
+        ("train", ("MODEL.PRETRAIN_CHOICE", "imagenet", "MODEL.PRETRAIN_PATH", "evil.pt")),
+    ],
+)
+def test_a_file_that_would_run_code_is_refused(place, story, settings):
+    torch.save({"model": Evil()}, place.folder / "evil.pt")
+    said = place.refusal(story, "OUTPUT_DIR", "evil", *settings, num_ranks=2, code=1)
+    assert f"{settings[-2]}=evil.pt is refused: it is damaged, or holds Python objects" in said
+    assert not (place.folder / "executed").exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return exec, ("open('executed', 'w').close()",)
+
+
 # ---- on another number of ranks ----
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (4, 2), (2, 4)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(1, 2), pytest.param(4, 2, marks=pytest.mark.slow), pytest.param(2, 4, marks=pytest.mark.slow)],
+)
 def test_it_goes_on_with_another_number_of_ranks(place, straight, before, after):
     settings = ("SOLVER.MAX_EPOCHS", 3, *ADAM, "SOLVER.PRECISION", "fp64", "SOLVER.IMS_PER_BATCH", 32)
     settings += ("DATALOADER.NUM_INSTANCE", 4, "SOLVER.LOG_PERIOD", 100)
@@ -227,11 +304,13 @@ def test_it_goes_on_with_another_number_of_ranks(place, straight, before, after)
 @pytest.mark.parametrize(
     ("number", "num_ranks", "targets"),
     [
-        (signal.SIGTERM, 1, [0]),
         (signal.SIGINT, 1, [0]),
         (signal.SIGTERM, 2, [0, 1]),
-        (signal.SIGINT, 2, [1]),
-        (signal.SIGUSR1, 2, [0]),
+        (signal.SIGUSR1, 2, [1]),
+        pytest.param(signal.SIGTERM, 1, [0], marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 2, [1], marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 2, [0], marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 4, [2], marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_saves_at_one_step_on_all_ranks(place, straight, number, num_ranks, targets):
@@ -353,7 +432,14 @@ def slow_start() -> None:
     reid.run.build_model = slow
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGUSR1,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_to_torchrun_reaches_the_ranks_but_not_their_loaders(place, number):
     """With the options of the README."""
     options = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout=60")
@@ -447,7 +533,7 @@ def test_a_rank_that_hangs_is_named_with_its_stack_and_all_end(place):
     assert "rank 0 on" not in said
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_stopped_rank_is_named_too(place, stopped):
     settings = ("OUTPUT_DIR", f"stopped_{stopped}", "SOLVER.TIMEOUT_MINUTES", 0.1, "SOLVER.MAX_EPOCHS", 1000)
     ranks = place.start("train", *settings, num_ranks=2)
