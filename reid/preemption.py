@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 MARKER = "PREEMPTED"
 
 # Seconds in which the same signal again is taken for the same request: a job's end often signals the whole step, and
@@ -23,7 +23,7 @@ class Preempted(BaseException):
 
 
 class Signals:
-    """SIGTERM, SIGINT and SIGUSR1 of this process.
+    """SIGTERM, SIGINT, SIGUSR1 and SIGHUP of this process.
 
     Outside of `deferred` the first one raises `Preempted` where the program stands; inside it is only noted. The second
     one ends the process as if nobody had ever caught it.
@@ -40,7 +40,8 @@ class Signals:
     def install(self) -> None:
         """Takes the signals over, for as long as the process lives; only in its main thread."""
         for number in SIGNALS:
-            signal.signal(number, self._receive)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which nohup ignores
+                signal.signal(number, self._receive)
 
     def were_received(self) -> bool:
         return self._first is not None

@@ -21,6 +21,7 @@ from reid.data.benchmarks import Benchmark, Split, load_benchmark
 from reid.data.samplers import EvaluationBatches, IdentityPlan, PlannedBatch, ShufflePlan, TrainBatches
 from reid.errors import DataError
 from reid.metrics import Labels
+from reid.preemption import SIGNALS
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
@@ -228,5 +229,5 @@ def _as_it_is(batch: Batch) -> Batch:
 def _ignore_signals(worker_id: int) -> None:
     """torchrun signals the whole process group; a dying worker would end the trainer before it could save."""
     del worker_id
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

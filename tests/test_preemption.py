@@ -1,0 +1,73 @@
+"""Signals: the first is noted or stops the program where it stands, the second ends it."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from reid.preemption import MARKER, write_marker
+
+PROGRAM = """
+import os, signal, sys, time
+from reid.preemption import Preempted, Signals
+
+signals = Signals(under_launcher="launcher" in sys.argv)
+signals.install()
+try:
+    if "deferred" in sys.argv:
+        with signals.deferred():
+            for _ in range({num_signals}):
+                os.kill(os.getpid(), {number})
+                time.sleep({pause})
+            print("noted" if signals.were_received() else "nothing")
+    else:
+        os.kill(os.getpid(), {number})
+        time.sleep(10)
+except Preempted:
+    print("stopped where it stood")
+"""
+
+
+def said(number: int, *words: str, num_signals: int = 1, pause: float = 0.0, ignored: bool = False) -> tuple[int, str]:
+    program = PROGRAM.format(number=int(number), num_signals=num_signals, pause=pause)
+    before = (lambda: signal.signal(number, signal.SIG_IGN)) if ignored else None
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=60, preexec_fn=before
+    )
+    assert done.stderr == ""
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_the_first_one_is_noted_while_there_is_something_to_save(number):
+    assert said(number, "deferred") == (0, "noted\n")
+
+
+def test_the_first_one_stops_the_program_where_there_is_nothing_to_save():
+    assert said(signal.SIGTERM) == (0, "stopped where it stood\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_the_second_one_ends_the_process(number):
+    assert said(number, "deferred", num_signals=2) == (-number, "")
+
+
+def test_what_torchrun_passes_on_at_once_is_no_second_one_but_a_later_one_is():
+    assert said(signal.SIGTERM, "deferred", "launcher", num_signals=2) == (0, "noted\n")
+    assert said(signal.SIGTERM, "deferred", "launcher", num_signals=2, pause=1.2) == (-signal.SIGTERM, "")
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    assert said(signal.SIGHUP, "deferred", ignored=True) == (0, "nothing\n")
+
+
+def test_the_marker_says_what_to_do(tmp_path):
+    write_marker(tmp_path / "run", "saved after iteration 7")
+    assert (tmp_path / "run" / MARKER).read_text() == "preempted: resume me\nsaved after iteration 7\n"
+
+
+def test_a_folder_that_cannot_be_written_to_is_no_second_misfortune(tmp_path):
+    (tmp_path / "file").touch()
+    write_marker(tmp_path / "file", "words")
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
