@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -80,7 +79,7 @@ class ReIDModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor | ReIDOutput:
         """Images [B, 3, H, W] to an embedding [B, D] in eval mode, to `ReIDOutput` in training mode."""
-        feat = F.adaptive_avg_pool2d(self.base(images), 1).flatten(1)  # [B, D]
+        feat: Tensor = self.base(images).mean((2, 3))  # [B, D]
         if self.training:
             return ReIDOutput(feat, self.classifier(self.bottleneck(feat)))
         return self.bottleneck(feat) if self.embed_after_neck else feat

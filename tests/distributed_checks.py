@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from reid import distributed
 from reid.backbones import BACKBONES
+from reid.checkpoint_files import host_copy
 from reid.config import load_config
 from reid.criterion import Criterion
 from reid.data import augment
@@ -37,8 +38,9 @@ from reid.model import build_model
 from reid.optim import build_optimizer
 from reid.run import place
 from reid.sync_batchnorm import synchronise_batchnorm
+from reid.weights import load_state
 from reid.world import read_world
-from reid.wrapping import fsdp_plugin, whole, wrap
+from reid.wrapping import fsdp_plugin, load_optimizer, whole, wrap
 
 GOLDEN = Path(__file__).parent / "golden"
 BASE = [
@@ -112,17 +114,22 @@ class GivenImages(Preparation):
         return batch.images
 
 
-def trained(
-    accelerator: Any, cfg: Any, loader: Any, prepare: type[Preparation], wire: Callable[..., None], num_epochs: int
-) -> dict[str, Any]:
-    """Trains a model with weights made from names; returns it with what was logged at every step."""
+def built(accelerator: Any, cfg: Any) -> tuple[Any, Any, Any]:
+    """A model with weights made from names, the same wrapped, and its optimiser."""
     torch.manual_seed(0)
     model = build_model(cfg, num_pids=20)
     fill(model.double())
     place(model, cfg, accelerator)
     if cfg.SOLVER.SYNC_BN:
         synchronise_batchnorm(model)
-    wrapped, optimizer = wrap(accelerator, model, build_optimizer(cfg.SOLVER, model))
+    return model, *wrap(accelerator, model, build_optimizer(cfg.SOLVER, model))
+
+
+def trained(
+    accelerator: Any, cfg: Any, loader: Any, prepare: type[Preparation], wire: Callable[..., None], num_epochs: int
+) -> dict[str, Any]:
+    """Trains a model; returns it with what was logged at every step."""
+    model, wrapped, optimizer = built(accelerator, cfg)
     preparation = prepare(cfg, accelerator.device)
     parts, norm = cfg.SOLVER.ACCUMULATE, cfg.SOLVER.CLIP_GRAD_NORM
     trainer = build_trainer(
@@ -214,10 +221,7 @@ def variant(accelerator: Any, options: list[str], num_images_of_pid: list[int]) 
 def evaluated(accelerator: Any, num_images: int) -> dict[str, Any]:
     """Scores of a fixed model on random images; the first quarter are queries."""
     cfg = load_config(None, [*BASE, "TEST.IMS_PER_BATCH=8"])
-    torch.manual_seed(0)
-    model = build_model(cfg, num_pids=20)
-    fill(model.double())
-    place(model, cfg, accelerator)
+    model, _, _ = built(accelerator, cfg)
     generator = np.random.default_rng(num_images)
     images = generator.integers(0, 256, (num_images, 32, 16, 3), dtype=np.uint8)
     num_pids = min(3, num_images - 1)
@@ -286,6 +290,46 @@ def sharded(accelerator: Any, work: Callable[[], Any]) -> Any:
         state.distributed_type = before
 
 
+def state_moved(accelerator: Any) -> dict[str, Any]:
+    """A sharded model's state, what becomes of it in another sharded and in a plain one, and one more step of each."""
+    cfg = load_config(None, [*BASE, "SOLVER.WARMUP_ITERS=0"])
+    generator = np.random.default_rng(distributed.rank())
+    images = torch.from_numpy(generator.integers(0, 256, (8, 32, 16, 3), dtype=np.uint8))
+    drawn = torch.zeros((8, 7), dtype=torch.int32)
+    batch = Batch(images, torch.arange(2).repeat_interleave(4) + 2 * distributed.rank(), torch.arange(8), drawn)
+
+    def step(wrapped: Any, optimizer: Any) -> None:
+        preparation = Preparation(cfg, accelerator.device)
+        build_trainer(wrapped.train(), Criterion(cfg), optimizer, accelerator, preparation).run([batch], max_epochs=1)
+
+    def content(model: Any, optimizer: Any) -> Any:
+        return host_copy({"model": whole(model.state_dict()), "optimizer": whole(optimizer.state_dict())})
+
+    def receive(given: dict[str, Any]) -> tuple[Any, Any, Any]:
+        model, wrapped, optimizer = built(accelerator, cfg)
+        load_state(model, given["model"], "another model")
+        load_optimizer(optimizer, host_copy(given["optimizer"]))  # an optimiser works in what it is given
+        return model, wrapped, optimizer
+
+    def all_sharded() -> list[Any]:
+        model, wrapped, optimizer = built(accelerator, cfg)
+        step(wrapped, optimizer)
+        first = content(model, optimizer)
+        other, other_wrapped, other_optimizer = receive(first)
+        received = content(other, other_optimizer)
+        step(wrapped, optimizer)
+        step(other_wrapped, other_optimizer)
+        return [first, received, content(model, optimizer), content(other, other_optimizer)]
+
+    first, received, after, after_received = sharded(accelerator, all_sharded)
+    model, wrapped, optimizer = receive(first)
+    step(wrapped, optimizer)
+    return {
+        **{"first": first, "received": received, "after": after, "after_received": after_received},
+        "after_plain": content(model, optimizer),
+    }
+
+
 def main(folder: Path) -> None:
     world = read_world(os.environ)
     # torchrun's default of one thread each; a single process uses the same, so that only the number of ranks differs.
@@ -294,6 +338,10 @@ def main(folder: Path) -> None:
         outcome: dict[str, Any] = {"rows": gathered_rows(), "errors": distributed.gather_objects(shared_errors())}
         outcome["disagreement"] = disagreement()
         outcome["evaluation"] = {n: evaluated(accelerator, n) for n in EVALUATION_SIZES}
+        if world.num_ranks > 1:
+            outcome["sharded evaluation"] = {
+                n: sharded(accelerator, partial(evaluated, accelerator, n)) for n in EVALUATION_SIZES
+            }
         if world.num_ranks != 3:  # does not divide the batch
             if world.num_ranks <= 2:  # a ResNet-18 in float64 is much for small machines
                 outcome["trajectories"] = {name: trajectory(accelerator, name) for name in TRAJECTORIES}
@@ -302,6 +350,7 @@ def main(folder: Path) -> None:
             outcome["equal"] = {name: variant(accelerator, options, equal) for name, options in VARIANTS.items()}
             outcome["unequal"] = {name: variant(accelerator, options, unequal) for name, options in VARIANTS.items()}
             if world.num_ranks > 1:
+                outcome["state moved"] = state_moved(accelerator)
                 names = ("softmax_triplet_center", "clipped", "accumulated")
                 outcome["sharded"] = {
                     name: sharded(accelerator, partial(variant, accelerator, VARIANTS[name], unequal)) for name in names

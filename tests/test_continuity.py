@@ -130,17 +130,17 @@ def wait_for_file(folder: Path, pattern: str) -> None:
         time.sleep(0.005)
 
 
-def disturb(place: Place, output_dir: str, settings: tuple, num_kills: int, seed: int) -> None:
-    """Starts a training on two ranks again and again, and kills one or both of them at random moments."""
+def disturb(place: Place, output_dir: str, settings: tuple, num_ranks: int, num_kills: int, seed: int) -> None:
+    """Starts a training again and again, and kills rank 0, the last one, or both of them at random moments."""
     dice = random.Random(seed)
     for _ in range(num_kills):
-        ranks = place.start("train", "OUTPUT_DIR", output_dir, *settings, num_ranks=2)
+        ranks = place.start("train", "OUTPUT_DIR", output_dir, *settings, num_ranks=num_ranks)
         if dice.random() < 0.2:
             time.sleep(dice.uniform(0, 2))
         else:
             ranks.wait_for("training resnet18", or_end=True)
             time.sleep(dice.uniform(0, 1.5))
-        victims = dice.choice([(0,), (1,), (0, 1)])
+        victims = dice.choice([(0,), (num_ranks - 1,), (0, num_ranks - 1)])
         for victim in victims:
             if ranks.processes[victim].is_alive():
                 os.kill(ranks.pid(victim), signal.SIGKILL)
@@ -148,14 +148,21 @@ def disturb(place: Place, output_dir: str, settings: tuple, num_kills: int, seed
             assert "Traceback" not in ended.err, (rank, ended)
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
-def test_killed_at_many_random_moments_it_ends_as_if_nothing_had_happened(place, straight, seed):
-    settings = ("SOLVER.MAX_EPOCHS", 8, *ADAM, "SOLVER.IMS_PER_BATCH", 8, *OFTEN)
+@pytest.mark.parametrize(
+    ("seed", "num_ranks", "num_kills"),
+    [
+        (0, 2, 6),
+        pytest.param(1, 2, 24, marks=pytest.mark.slow),
+        pytest.param(2, 4, 12, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_many_random_moments_it_ends_as_if_nothing_had_happened(place, straight, seed, num_ranks, num_kills):
+    settings = ("SOLVER.MAX_EPOCHS", 8, *ADAM, "SOLVER.IMS_PER_BATCH", 4 * num_ranks, *OFTEN)
     output_dir = f"killed_often_{seed}"
     shared_memory = names(Path("/dev/shm"))
-    disturb(place, output_dir, settings, num_kills=24 if seed else 6, seed=seed)
-    place.train("OUTPUT_DIR", output_dir, *settings, num_ranks=2)
-    assert_same_outcome(place.folder / output_dir, straight(*settings, num_ranks=2))
+    disturb(place, output_dir, settings, num_ranks=num_ranks, num_kills=num_kills, seed=seed)
+    place.train("OUTPUT_DIR", output_dir, *settings, num_ranks=num_ranks)
+    assert_same_outcome(place.folder / output_dir, straight(*settings, num_ranks=num_ranks))
     assert names(Path("/dev/shm")) == shared_memory
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from distributed_checks import EQUAL_VARIANTS, EVALUATION_SIZES, TRAJECTORIES, VARIANTS
+from program import same
 
 HERE = Path(__file__).parent
 
@@ -93,6 +94,26 @@ def test_sharding_changes_nothing(outcomes, name, num_ranks):
     np.testing.assert_allclose(sharded["logged"]["loss"], alone["logged"]["loss"], rtol=1e-9)
     assert largest_difference_of_gradients(alone["gradients"], sharded["gradients"]) < 1e-9
     assert largest_difference(alone["state"], sharded["state"]) < 1e-9
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_evaluation_of_a_sharded_model_is_the_same(outcomes, num_ranks):
+    """Ranks without a batch included, which would hang if the others asked them for their shares."""
+    alone, sharded = outcomes(1)[0]["evaluation"], outcomes(num_ranks)[0]["sharded evaluation"]
+    for num_images in EVALUATION_SIZES:
+        assert sharded[num_images]["summary"] == alone[num_images]["summary"]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_checkpoints_fit_sharded_and_plain_models_alike(outcomes, num_ranks):
+    moved = outcomes(num_ranks)[0]["state moved"]
+    assert len(moved["first"]["optimizer"]["state"]) > 4
+    assert same(moved["received"], moved["first"])
+    assert (
+        largest_difference(moved["after"]["model"], moved["after_received"]["model"]) < 1e-12
+    )  # gloo sums in any order
+    assert not same(moved["after"], moved["first"])
+    assert largest_difference(moved["after"]["model"], moved["after_plain"]["model"]) < 1e-9
 
 
 def test_clipping_makes_the_gradient_as_small_as_asked(outcomes):

@@ -1,0 +1,245 @@
+"""What continuity.py measures of restarts: the real program under torchrun, interrupted in four ways."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from tables import say, seconds_of, table
+
+from reid.checkpoint_files import checkpoints_in
+from reid.weights import read_file
+
+HERE = Path(__file__).parent
+TRAIN = (HERE.parent / "launch" / "train.py", "--config_file", HERE / "continuity.yml", "OUTPUT_DIR", "run")
+EVERY = 3.0  # seconds between checkpoints
+NUM_RANKS = 2
+BATCH = 16  # continuity.yml's
+PATIENCE = 120.0  # seconds; nothing here takes a quarter of it
+
+FIRST_STEP = r"^epoch \d+/\d+ step"
+# What happens until training goes on -> the line that ends it; the first begins with the interruption or the command.
+BY_TORCHRUN = ("torchrun notices, ends the others", r"Worker group FAILED")
+BY_HAND = ("torchrun itself starts", r"starting workers for entrypoint")
+STAGES = (
+    ("rendezvous", r"Starting worker group"),
+    ("processes start, import, form the group", r"^synthetic +ids"),
+    ("data, model; checkpoint read and verified", r"^going on from"),
+    ("checkpoint handed to the ranks, loaded", r"^weights from the checkpoint"),
+    ("the first step", FIRST_STEP),
+)
+
+
+class Job(NamedTuple):
+    """torchrun with its ranks, and what they have said with the time."""
+
+    process: subprocess.Popen[str]
+    lines: list[tuple[float, str]]
+
+
+class Outcome(NamedTuple):
+    """Of one interruption."""
+
+    cause: str
+    seconds: list[float]  # of the stages
+    reached: int  # iterations
+    went_on_from: int
+    seconds_a_step: float
+
+
+def start(folder: Path) -> Job:
+    launcher = ("--standalone", f"--nproc_per_node={NUM_RANKS}", "--max-restarts=3", "--shutdown-timeout=60")
+    words = (*launcher, *TRAIN, "SOLVER.CHECKPOINT_EVERY_MINUTES", EVERY / 60)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "LOGLEVEL": "INFO"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *map(str, words)],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines: list[tuple[float, str]] = []
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append((time.monotonic(), line.rstrip()))
+
+    threading.Thread(target=read, daemon=True).start()
+    return Job(process, lines)
+
+
+def wait_for(job: Job, pattern: str, after: float) -> tuple[float, str]:
+    """Time and text of the first line that matches and came after that time."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        for moment, line in list(job.lines):
+            if moment > after and re.search(pattern, line):
+                return moment, line
+        time.sleep(0.01)
+    said = "\n".join(line for _, line in job.lines[-20:])
+    raise TimeoutError(f"torchrun's ranks did not say {pattern!r} within {PATIENCE:.0f} s, but:\n{said}")
+
+
+def ranks_of(job: Job) -> dict[int, int]:
+    """Rank -> process id, of torchrun's children."""
+    pid = job.process.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    found = {}
+    for child in children:
+        match = re.search(rb"(?:^|\0)RANK=(\d+)\0", Path(f"/proc/{child}/environ").read_bytes())
+        if match:
+            found[int(match[1])] = int(child)
+    return found
+
+
+def last_iteration(folder: Path) -> int:
+    """The last step that a record was written of; the last line may be cut off."""
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    return int(json.loads([line for line in lines if line.endswith("\n")][-1])["iteration"])
+
+
+def seconds_a_step(folder: Path) -> float:
+    records = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines()[-20:])
+    speeds = sorted(record["images_per_second"] for record in records)
+    return BATCH / float(speeds[len(speeds) // 2])
+
+
+def outcome(cause: str, job: Job, first: tuple[str, str], begun: float, before: tuple[int, float]) -> Outcome:
+    """Waits until the job trains again, from the moment that the interruption or the command came."""
+    seconds, moment, went_on_from = [], begun, 0
+    for _, pattern in (first, *STAGES):
+        ended, line = wait_for(job, pattern, after=moment)
+        seconds.append(ended - moment)
+        moment = ended
+        went_on_from = max(went_on_from, iteration_of(line))
+    return Outcome(cause, seconds, before[0], went_on_from, before[1])
+
+
+def train_a_while(folder: Path, phase: float) -> None:
+    """Until a new checkpoint is whole, and then that part of the time to the next one."""
+    known, deadline = set(checkpoints(folder)), time.monotonic() + PATIENCE
+    while known.issuperset(checkpoints(folder)):
+        assert time.monotonic() < deadline, f"no new checkpoint within {PATIENCE:.0f} s"
+        time.sleep(0.01)
+    time.sleep(EVERY * phase)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return checkpoints_in(folder / "run" / "checkpoints", "last")
+
+
+def iteration_of(text: str) -> int:
+    match = re.search(r"last_\d+_(\d+)\.pt", text)
+    return int(match[1]) if match else 0
+
+
+def kill_rank(folder: Path, job: Job, rank: int) -> Outcome:
+    begun = time.monotonic()
+    os.kill(ranks_of(job)[rank], signal.SIGKILL)
+    wait_for(job, BY_TORCHRUN[1], after=begun)  # nothing is written any more, and nothing taken back yet
+    before = last_iteration(folder), seconds_a_step(folder)
+    return outcome(f"SIGKILL to rank {rank}, restarted by torchrun", job, BY_TORCHRUN, begun, before)
+
+
+def kill_all(folder: Path, job: Job) -> tuple[Outcome, Job]:
+    for pid in (job.process.pid, *ranks_of(job).values()):
+        os.kill(pid, signal.SIGKILL)
+    job.process.wait()
+    return by_hand("SIGKILL to all, by hand", folder)
+
+
+def terminate(folder: Path, job: Job) -> tuple[Outcome, Job]:
+    stop(folder, job)
+    return by_hand("SIGTERM to torchrun, by hand", folder)
+
+
+def by_hand(cause: str, folder: Path) -> tuple[Outcome, Job]:
+    before = last_iteration(folder), seconds_a_step(folder)
+    begun = time.monotonic()
+    job = start(folder)
+    return outcome(cause, job, BY_HAND, begun, before), job
+
+
+def stop(folder: Path, job: Job) -> None:
+    """SIGTERM, and what the ranks and torchrun need until they have ended."""
+    begun = time.monotonic()
+    job.process.send_signal(signal.SIGTERM)
+    saved, _ = wait_for(job, "stopped by a signal: saved", after=begun)
+    job.process.wait(PATIENCE)
+    times = saved - begun, time.monotonic() - begun
+    say(
+        f"SIGTERM: saved after {times[0]:.2f} s, torchrun ended after {times[1]:.2f} s; reached step "
+        f"{last_iteration(folder)}, newest checkpoint of step {iteration_of(checkpoints(folder)[-1].name)}"
+    )
+
+
+def restarts(folder: Path, *, quick: bool) -> None:
+    say()
+    job = start(folder)
+    outcomes: list[Outcome] = []
+    try:
+        for rank, phase in ((1, 0.5),) if quick else ((1, 0.1), (0, 0.5), (1, 0.9)):
+            train_a_while(folder, phase)
+            outcomes.append(kill_rank(folder, job, rank))
+        for interrupt in () if quick else (kill_all, terminate):
+            train_a_while(folder, phase=0.5)
+            done, job = interrupt(folder, job)
+            outcomes.append(done)
+        stop(folder, job)
+    finally:
+        end(job)
+    report(outcomes)
+    if not quick:
+        checkpoint = checkpoints(folder)[-1]
+        say(
+            f"\nlimits, alone: python -c 'import reid.run', {NUM_RANKS} at a time: {import_seconds():.2f} s; read_file "
+            f"of the checkpoint ({checkpoint.stat().st_size / 1e6:.0f} MB): "
+            f"{seconds_of(lambda: read_file(checkpoint, 'OUTPUT_DIR')):.2f} s"
+        )
+
+
+def end(job: Job) -> None:
+    """Whatever has happened, nothing of it goes on."""
+    if job.process.poll() is None:
+        for pid in (job.process.pid, *ranks_of(job).values()):
+            os.kill(pid, signal.SIGKILL)
+        job.process.wait()
+
+
+def report(outcomes: list[Outcome]) -> None:
+    names = [f"{BY_TORCHRUN[0]}; or {BY_HAND[0]}", *(name for name, _ in STAGES)]
+    causes = [done.cause for done in outcomes]
+    rows: list[list[object]] = [[name, *(done.seconds[i] for done in outcomes)] for i, name in enumerate(names)]
+    rows.append(["all, until the first new step has ended", *(sum(done.seconds) for done in outcomes)])
+    table("Seconds until training goes on", ["what", *causes], rows)
+    rows = []
+    for done in outcomes:
+        lost = done.reached - done.went_on_from
+        limit = 0.0 if "SIGTERM" in done.cause else EVERY
+        rows.append([done.cause, done.reached, done.went_on_from, lost, lost * done.seconds_a_step, limit])
+    header = [
+        "cause",
+        "step reached",
+        "went on from",
+        "steps lost",
+        "seconds of work",
+        "limit s (an interval, and a write)",
+    ]
+    table(f"Work lost, with a checkpoint every {EVERY:g} s", header, rows)
+
+
+def import_seconds() -> float:
+    begun = time.monotonic()
+    for process in [subprocess.Popen([sys.executable, "-c", "import reid.run"]) for _ in range(NUM_RANKS)]:
+        process.wait()
+    return time.monotonic() - begun
