@@ -46,10 +46,9 @@ def main(story: Literal["train", "evaluate"], description: str) -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE | KEY=VALUE", help="settings over those of the file")
     _set_up_console()
     signals = Signals(under_launcher="TORCHELASTIC_RUN_ID" in os.environ)
-    signals.install()
     try:
         return _answer(story, parser, signals)
-    except Preempted:  # before there was anything to save
+    except (Preempted, KeyboardInterrupt):  # before there was anything to save
         logger.info("stopped by a signal")
         return PREEMPTED
     finally:
@@ -91,6 +90,8 @@ def _prepare(story: Literal["train", "evaluate"]) -> Callable[[CfgNode, World, S
     def run_story(cfg: CfgNode, world: World, signals: Signals) -> None:
         try:
             with distributed.session(world, cfg) as accelerator:
+                # Not before: while ranks look for each other no handler of Python's would run.
+                signals.install()
                 stories[story](cfg, accelerator, signals)
         except RuntimeError as error:
             is_lost = world.num_ranks > 1 and distributed.is_lost_rank(error)

@@ -194,11 +194,12 @@ class Ranks:
 
     def ended(self) -> list[Ended]:
         """Every rank, once all have ended; as under torchrun, the first that fails ends the others."""
-        deadline = time.monotonic() + TIMEOUT
+        deadline, patience = time.monotonic() + TIMEOUT, 300
         while any(process.is_alive() for process in self.processes):
             if any(process.exitcode for process in self.processes):
-                time.sleep(0.1)  # torchrun looks ten times a second
-                self.signal(signal.SIGTERM)
+                time.sleep(0.1)  # torchrun looks ten times a second, and its patience lasts 30 seconds
+                patience -= 1
+                self.signal(signal.SIGTERM if patience > 0 else signal.SIGKILL)
             if time.monotonic() > deadline:
                 self.signal(signal.SIGKILL)
                 raise AssertionError(f"not ended after {TIMEOUT} s, see {self._folder}")

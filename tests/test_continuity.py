@@ -388,8 +388,8 @@ def test_the_last_evaluation_is_made_up_for_where_there_is_nothing_else_to_do(pl
 def test_a_second_signal_stops_at_once(place):
     settings = ("OUTPUT_DIR", "twice", "SOLVER.MAX_EPOCHS", 1000)
     ranks = place.start("train", *settings, before=hanging_step)
-    ranks.wait_for("training resnet18")
-    time.sleep(0.5)
+    ranks.wait_for("epoch 1: mAP")
+    time.sleep(2)
     ranks.signal(signal.SIGINT)
     time.sleep(0.5)
     assert ranks.processes[0].is_alive()
