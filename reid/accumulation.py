@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from reid.criterion import Losses
 from reid.model import ReIDOutput
+from reid.wrapping import statistics_kept
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,7 +44,7 @@ def backward_in_parts(
     Source: Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup, arXiv 2101.06983.
     """
     parts = [type(batch)(*(field[i::num_parts] for field in batch)) for i in range(num_parts)]
-    with torch.no_grad(), _statistics_kept(model):
+    with torch.no_grad(), statistics_kept(model):
         outputs = [model(prepare(part)) for part in parts]
     whole = ReIDOutput(*(_interleaved(fields).requires_grad_() for fields in zip(*outputs, strict=True)))
     losses = criterion(whole)
@@ -63,13 +63,3 @@ def backward_in_parts(
 def _interleaved(parts: tuple[Tensor, ...]) -> Tensor:
     """Part i's rows at the places i, i + n, ...: [B, D]."""
     return torch.stack(parts, dim=1).flatten(0, 1)
-
-
-@contextmanager
-def _statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Running statistics are those of one pass, not of two."""
-    buffers = [buffer for layer in model.modules() if isinstance(layer, _BatchNorm) for buffer in layer.buffers()]
-    before = [buffer.clone() for buffer in buffers]
-    yield
-    for buffer, value in zip(buffers, before, strict=True):
-        buffer.copy_(value)

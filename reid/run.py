@@ -29,7 +29,7 @@ from reid.optim import build_optimizer
 from reid.preemption import Preempted, Signals
 from reid.run_directory import RunDirectory, commit, source_fingerprint
 from reid.sync_batchnorm import synchronise_batchnorm
-from reid.wrapping import wrap
+from reid.wrapping import settle_gradient_buckets, wrap
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,6 +54,7 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
 
     model = _new_model(cfg, accelerator, train_data.num_pids, folder)
     wrapped, optimizer = wrap(accelerator, model, build_optimizer(cfg.SOLVER, model), compiled=cfg.MODEL.COMPILE)
+    settle_gradient_buckets(wrapped, cfg.INPUT.SIZE_TRAIN)
 
     trainer = build_trainer(
         wrapped,

@@ -18,6 +18,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from reid.errors import SettingsError, WorldError, shared
 
@@ -95,6 +96,36 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         for index, values in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": of_parameters})
+
+
+def settle_gradient_buckets(wrapped: nn.Module, size: tuple[int, int]) -> None:
+    """One backward pass before the first step, of which nothing else remains; called by all ranks.
+
+    DistributedDataParallel lays its buckets out anew behind its first backward pass, and on more than two ranks another
+    layout sums in another order. So the first step behind a resume would differ in its last bits from that of a run
+    that was not interrupted.
+
+    Args:
+        wrapped: by `wrap`; anything but DistributedDataParallel needs none of this.
+        size: H and W of an image, in pixels.
+    """
+    if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        return
+    weight = next(wrapped.parameters())
+    images = torch.rand(2, 3, *size, dtype=weight.dtype, device=weight.device)
+    with statistics_kept(wrapped.train()):  # type: ignore[no-untyped-call]
+        torch.stack([output.sum() for output in wrapped(images)]).sum().backward()  # type: ignore[no-untyped-call]
+    wrapped.zero_grad()
+
+
+@contextmanager
+def statistics_kept(model: nn.Module) -> Iterator[None]:
+    """BatchNorm's running statistics are afterwards what they were."""
+    buffers = [buffer for layer in model.modules() if isinstance(layer, _BatchNorm) for buffer in layer.buffers()]
+    before = [buffer.clone() for buffer in buffers]
+    yield
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.copy_(value)
 
 
 @contextmanager

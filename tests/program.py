@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -232,6 +232,7 @@ def _rank_main(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    set_start_method("fork", force=True)  # as a user's process has it, not as these children of a server
     sys.argv = [f"{story}.py", *words]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     from reid.launcher import main

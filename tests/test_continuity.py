@@ -153,6 +153,7 @@ def disturb(place: Place, output_dir: str, settings: tuple, num_ranks: int, num_
     [
         (0, 2, 6),
         pytest.param(1, 2, 24, marks=pytest.mark.slow),
+        pytest.param(2, 4, 12, marks=pytest.mark.slow),
     ],
 )
 def test_killed_at_many_random_moments_it_ends_as_if_nothing_had_happened(place, straight, seed, num_ranks, num_kills):
