@@ -234,7 +234,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def test_a_rank_that_loses_another_says_so_without_a_traceback(place):
-    ranks = place.start("train", "OUTPUT_DIR", "lost", "SOLVER.MAX_EPOCHS", 1000, num_ranks=2)
+    ranks = place.start("train", "OUTPUT_DIR", "lost_rank", "SOLVER.MAX_EPOCHS", 1000, num_ranks=2)
     ranks.wait_for("epoch 2/")
     os.kill(ranks.pid(1), signal.SIGKILL)
     survivor, victim = ranks.ended()
