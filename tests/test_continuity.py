@@ -321,7 +321,7 @@ def test_it_goes_on_with_another_number_of_ranks(place, straight, before, after)
     ],
 )
 def test_a_signal_saves_at_one_step_on_all_ranks(place, straight, number, num_ranks, targets):
-    settings = ("SOLVER.MAX_EPOCHS", 8, *ADAM, "SOLVER.IMS_PER_BATCH", 8)
+    settings = ("SOLVER.MAX_EPOCHS", 8, *ADAM, "SOLVER.IMS_PER_BATCH", max(8, 4 * num_ranks))
     folder = place.folder / f"signal_{number}_{num_ranks}_{targets[0]}"
     arguments = ("OUTPUT_DIR", folder.name, *settings, "WANDB.ENABLE", "yes")
     ranks = place.start("train", *arguments, "DATALOADER.NUM_WORKERS", 1, num_ranks=num_ranks, before=slow_steps)
