@@ -62,7 +62,8 @@ def _answer(story: Literal["train", "evaluate"], parser: _Parser, signals: Signa
             logging.getLogger("reid").setLevel(logging.ERROR)
         arguments = parser.parse_intermixed_args()
         cfg = load_config(arguments.config_file, arguments.overrides)
-        check_ranks(cfg, world.num_ranks)
+        if story == "train":  # an evaluation deals out its batches to any number of ranks
+            check_ranks(cfg, world.num_ranks)
         run = _prepare(story)
     except USER_ERRORS as error:  # the same on all processes of a node, so the first one speaks
         signals.release()

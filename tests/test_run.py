@@ -192,6 +192,14 @@ def test_evaluation_of_the_best_checkpoint_repeats_what_training_reported(place,
     assert result["epoch"] == int(file.name.split("_")[1])
 
 
+def test_evaluation_runs_on_a_number_of_ranks_that_no_training_batch_fits(place, best):
+    file, reported = best
+    ended = place.run("evaluate", "TEST.WEIGHT", file, "OUTPUT_DIR", "evaluated_by_three", num_ranks=3)
+    assert [(rank.code, rank.err) for rank in ended] == [(0, "")] * 3
+    result = json.loads((place.folder / "evaluated_by_three" / "result.json").read_text())
+    assert result["mAP"] == pytest.approx(reported, abs=1e-6)
+
+
 def test_evaluation_on_one_process_equals_that_on_two(place, best):
     file, reported = best
     (ended,) = place.run("evaluate", "TEST.WEIGHT", file, "OUTPUT_DIR", "evaluated_by_one")
