@@ -80,6 +80,10 @@ class Watchdog:
             silent = sorted(set(range(distributed.num_ranks())) - {report.rank for report in found})
         if found[0] == own:
             _accuse(found, silent, self._limit)
+        else:
+            # The one that speaks may have come up to _GRACE later: were this one gone before, it would speak of a lost
+            # rank instead.
+            time.sleep(2 * _GRACE)
         # Not sys.exit, for which the main thread would have to come back.
         os._exit(_EXIT_CODE)
 
