@@ -38,7 +38,8 @@ assembly builds, gathers and wires.
     data/randomness.py          random numbers as a pure function of integers
     data/samplers.py            the global batch of (seed, epoch, step), and this rank's part
     data/augment.py             whole uint8 batches to normalised float batches on the device
-    data/loaders.py             assembly of the above
+    data/sets.py                the benchmarks that the settings name, several training sets as one (assembly)
+    data/loaders.py             from settings and folders to this rank's batches (assembly)
     backbones.py                trunks, a plain dict by name
     model.py                    backbone, pooling, BNNeck, classifier, centers
     weights.py                  weights from files, with a report

@@ -212,12 +212,12 @@ def optional(check: Check) -> Check:
     return check_or_none
 
 
-def sequence(item: Check, wanted: str, *, length: int | None = None) -> Check:
-    """A tuple of values that each pass `item`."""
+def sequence(item: Check, wanted: str, *, length: int | None = None, shortest: int = 0) -> Check:
+    """A tuple of `length` values, or of at least `shortest`, that each pass `item`."""
 
     def check(value: Any) -> tuple[Any, ...]:
         elements = _elements(value)
-        if length is not None and len(elements) != length:
+        if len(elements) < shortest or (length is not None and len(elements) != length):
             raise Refused(wanted)
         try:
             return tuple(item(element) for element in elements)
@@ -236,6 +236,16 @@ def increasing(check: Check) -> Check:
         return values
 
     return check_order
+
+
+def distinct(check: Check) -> Check:
+    def check_repetition(value: Any) -> Any:
+        values = check(value)
+        if len(set(values)) < len(values):
+            raise Refused("a list without repetition", f"use {example(list(dict.fromkeys(values)))}")
+        return values
+
+    return check_repetition
 
 
 def as_list(check: Check) -> Check:

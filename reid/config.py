@@ -17,6 +17,7 @@ from reid.checks import (
     Given,
     Refused,
     as_list,
+    distinct,
     example,
     flag,
     increasing,
@@ -38,7 +39,7 @@ _OPTIMIZERS = one_of("Adam", "AdamW", "SGD", "NAdam", "RAdam", "RMSprop", "Adagr
 _SIZE = sequence(integer(8), "height and width, two whole numbers >= 8", length=2)
 _MEAN = sequence(real(), "three numbers (red, green, blue)", length=3)
 _STD = sequence(real(above=0), "three numbers > 0 (red, green, blue)", length=3)
-_BENCHMARK = sequence(one_of("market1501", "synthetic"), "exactly one of market1501, synthetic", length=1)
+_BENCHMARK = one_of("market1501", "synthetic")
 _EPOCHS = increasing(sequence(integer(0), "increasing whole numbers >= 0"))
 _TAGS = as_list(sequence(text(shortest=1, longest=64), "a list of texts of 1 to 64 characters"))
 
@@ -79,7 +80,8 @@ SETTINGS: dict[str, tuple[Any, Check]] = {
     "INPUT.PIXEL_STD": ((0.229, 0.224, 0.225), _STD),  # pixels in 0..1 are divided by it
     "INPUT.PADDING": (10, integer(0)),  # pixels of black border on each side before the random crop
     # ---- DATASETS ----
-    "DATASETS.NAMES": (("market1501",), _BENCHMARK),  # the benchmark to train and test on
+    # the benchmarks to train on, as one training set; and to test on, unless TEST.DATASETS names others
+    "DATASETS.NAMES": (("market1501",), distinct(sequence(_BENCHMARK, "one or more benchmarks", shortest=1))),
     "DATASETS.ROOT_DIR": ("./data", text()),  # the folder that holds the benchmarks' folders
     "DATASETS.CACHE_DIR": ("./cache", text()),  # the folder for images that are decoded and resized once
     # people in the training set of the generated benchmark (NAMES synthetic)
@@ -130,6 +132,8 @@ SETTINGS: dict[str, tuple[Any, Check]] = {
     # minutes without a step (or a batch of an evaluation) after which all ranks end, and which one hangs is said
     "SOLVER.TIMEOUT_MINUTES": (30.0, real(minimum=0.01, maximum=10080)),
     # ---- TEST ----
+    # the benchmarks to test on, whose first chooses the best checkpoint; empty: DATASETS.NAMES
+    "TEST.DATASETS": ((), distinct(sequence(_BENCHMARK, "a list of benchmarks"))),
     "TEST.IMS_PER_BATCH": (128, integer(1)),  # images in an evaluation batch
     "TEST.RE_RANKING": (False, flag),  # k-reciprocal re-ranking
     "TEST.WEIGHT": ("", text()),  # the checkpoint to evaluate

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from ignite.engine import Engine, Events
 from torch import Tensor
 
 from reid import distributed
-from reid.data.loaders import TestData
+from reid.data.loaders import TestData, build_test_data
+from reid.data.sets import DataSets
 from reid.engine import Embedded, Preparation, build_embedder
 from reid.errors import DataError, shared
 from reid.metrics import (
@@ -108,6 +109,22 @@ class Evaluator:
         self._beat()
         if self._is_stopped():
             engine.terminate()
+
+
+class Evaluators:
+    """An `Evaluator` for each benchmark to test on; the arguments are theirs."""
+
+    def __init__(
+        self, data: DataSets, model: ReIDModel, accelerator: Accelerator, cfg: CfgNode, **options: Callable[[], Any]
+    ) -> None:
+        self._evaluators = {
+            benchmark.name: Evaluator(model, accelerator, build_test_data(cfg, benchmark), cfg, **options)
+            for benchmark in data.test
+        }
+
+    def run(self) -> dict[str, RetrievalScores]:
+        """Benchmark -> scores of the model as it is now, in the order of TEST.DATASETS; raises what theirs do."""
+        return {name: evaluator.run() for name, evaluator in self._evaluators.items()}
 
 
 def score_queries(

@@ -13,15 +13,15 @@ from reid import distributed, weights
 from reid.checkpoint_files import checkpoints_in
 from reid.config import by_full_key
 from reid.criterion import Criterion
-from reid.data.benchmarks import Benchmark, fingerprint
-from reid.data.loaders import TrainData, build_stores, build_test_data, build_train_data, open_benchmark
+from reid.data.loaders import TrainData, build_stores, build_train_data
+from reid.data.sets import DataSets, open_data_sets
 from reid.engine import Preparation, build_trainer
 from reid.errors import SettingsError, shared
-from reid.evaluation import Evaluator
+from reid.evaluation import Evaluators
 from reid.handlers import console, guards, interruption, schedule
 from reid.handlers.checkpoint import Checkpoints
 from reid.handlers.meters import TrainMeter
-from reid.handlers.records import Progress
+from reid.handlers.records import Progress, summary_of_all
 from reid.handlers.tracking import Tracker
 from reid.handlers.watchdog import Watchdog
 from reid.model import ReIDModel, build_model
@@ -48,9 +48,8 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     distributed.agree(_facts(cfg))
     folder = RunDirectory(Path(cfg.OUTPUT_DIR))
     folder.claim()
-    benchmark, dataset = _open_data(cfg)
-    build_stores(cfg, benchmark)
-    train_data, test_data = build_train_data(cfg, benchmark), build_test_data(cfg, benchmark)
+    data = _open_data(cfg, train=True)
+    train_data, dataset = build_train_data(cfg, data.train), data.fingerprint_of_training()
 
     model = _new_model(cfg, accelerator, train_data.num_pids, folder)
     wrapped, optimizer = wrap(accelerator, model, build_optimizer(cfg.SOLVER, model), compiled=cfg.MODEL.COMPILE)
@@ -66,7 +65,7 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
         max_grad_norm=cfg.SOLVER.CLIP_GRAD_NORM,
     )
     watchdog, progress = Watchdog(cfg.SOLVER.TIMEOUT_MINUTES), Progress()
-    evaluator = Evaluator(model, accelerator, test_data, cfg, beat=watchdog.beat, is_stopped=signals.were_received)
+    evaluator = Evaluators(data, model, accelerator, cfg, beat=watchdog.beat, is_stopped=signals.were_received)
     evaluations = schedule.Evaluations(evaluator.run, progress, cfg.SOLVER)
     meter = TrainMeter(log_period=cfg.SOLVER.LOG_PERIOD, batch_size=cfg.SOLVER.IMS_PER_BATCH, optimizer=optimizer)
     checkpoints = Checkpoints(
@@ -100,6 +99,7 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
         _run(trainer, train_data, num_steps, evaluations, checkpoints, folder)
     assert progress.best is not None  # the last epoch is evaluated
     best = progress.best
+    _log_table(best)
     logger.info("best mAP %.1f %% after epoch %d; all is in %s", 100 * best["mAP"], best["epoch"], folder.path)
 
 
@@ -129,12 +129,22 @@ def _run(
     folder.finish()
 
 
-def _open_data(cfg: CfgNode) -> tuple[Benchmark, str]:
-    """The benchmark, the same on all ranks, and its fingerprint."""
-    benchmark = open_benchmark(cfg)
-    dataset = fingerprint(benchmark)
-    distributed.agree({"the fingerprint of the images": dataset})
-    return benchmark, dataset
+def _open_data(cfg: CfgNode, *, train: bool) -> DataSets:
+    """The benchmarks, the same on all ranks, with their images decoded."""
+    data = open_data_sets(cfg, train=train)
+    distributed.agree(
+        {
+            "the fingerprint of the training images": data.fingerprint_of_training(),
+            "the fingerprint of the test images": data.fingerprint_of_tests(),
+        }
+    )
+    build_stores(cfg, data)
+    return data
+
+
+def _log_table(scores: dict[str, Any]) -> None:
+    if "datasets" in scores:
+        logger.info("%s", console.score_table(scores))
 
 
 def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
@@ -150,13 +160,13 @@ def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     distributed.together(lambda: weights.check_settings(content, cfg, source))
     distributed.agree({"the contents of TEST.WEIGHT": weights.checksum(content)})
     folder = RunDirectory(Path(cfg.OUTPUT_DIR))
-    test_data = build_test_data(cfg, _open_data(cfg)[0])
+    data = _open_data(cfg, train=False)
     model = build_model(cfg, num_pids=weights.num_pids_of(content))
     weights.load_for_evaluation(model, content, source)
     place(model, cfg, accelerator)
     watchdog = Watchdog(cfg.SOLVER.TIMEOUT_MINUTES)
     with watchdog.watching():
-        scores = Evaluator(model, accelerator, test_data, cfg, beat=watchdog.beat).run().summary()
+        scores = summary_of_all(Evaluators(data, model, accelerator, cfg, beat=watchdog.beat).run())
     epoch = content.get("epoch")
     result: dict[str, Any] = {
         "epoch": epoch if isinstance(epoch, int) else None,  # a file of others may have anything there
@@ -165,7 +175,9 @@ def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     }
     if distributed.is_main():
         folder.write_result(result)
-    logger.info("%s: %s", cfg.TEST.WEIGHT, console.describe_scores(scores))
+    for line in console.describe_scores(scores):
+        logger.info("%s: %s", cfg.TEST.WEIGHT, line)
+    _log_table(scores)
 
 
 def _new_model(cfg: CfgNode, accelerator: Accelerator, num_pids: int, folder: RunDirectory) -> ReIDModel:

@@ -9,8 +9,9 @@ import torch
 from reid.config import load_config
 from reid.data import augment
 from reid.data.benchmarks import Benchmark, Split
-from reid.data.loaders import StoredImages, build_test_data, build_train_data, open_benchmark
+from reid.data.loaders import StoredImages, build_test_data, build_train_data
 from reid.data.samplers import EvaluationBatches, PlannedBatch, TrainBatches
+from reid.data.sets import open_data_sets
 from reid.data.store import decode
 from reid.errors import DataError
 
@@ -73,7 +74,7 @@ def settings(folder: Path, *overrides: str):
 
 @pytest.fixture(scope="module")
 def benchmark(folder) -> Benchmark:
-    return open_benchmark(settings(folder))
+    return open_data_sets(settings(folder), train=True).train[0]
 
 
 def batches(loader) -> list[tuple[torch.Tensor, ...]]:
@@ -89,7 +90,7 @@ def equal(left, right) -> bool:
 def test_loader_processes_change_nothing(folder, benchmark):
     def loaded(num_workers: int):
         cfg = settings(folder, f"DATALOADER.NUM_WORKERS={num_workers}")
-        train, test = build_train_data(cfg, benchmark), build_test_data(cfg, benchmark)
+        train, test = build_train_data(cfg, [benchmark]), build_test_data(cfg, benchmark)
         train.batches.set_position(epoch=2, step=0)
         return batches(train.loader), batches(test.loader)
 
@@ -100,7 +101,7 @@ def test_loader_processes_change_nothing(folder, benchmark):
 
 
 def test_an_epoch_resumed_behind_a_step_gives_the_rest_of_it(folder, benchmark):
-    data = build_train_data(settings(folder), benchmark)
+    data = build_train_data(settings(folder), [benchmark])
     data.batches.set_position(epoch=3, step=0)
     whole = batches(data.loader)
     data.batches.set_position(epoch=3, step=1)
@@ -110,7 +111,7 @@ def test_an_epoch_resumed_behind_a_step_gives_the_rest_of_it(folder, benchmark):
 
 
 def test_two_ranks_together_load_what_one_loads(folder, benchmark):
-    data = build_train_data(settings(folder), benchmark)
+    data = build_train_data(settings(folder), [benchmark])
     dataset, plan = data.loader.dataset, data.batches._plan
     parts = [TrainBatches(plan, rank=rank, num_ranks=2) for rank in (0, 1)]
     for whole, *shares in zip(data.loader, *parts, strict=True):
@@ -119,7 +120,7 @@ def test_two_ranks_together_load_what_one_loads(folder, benchmark):
 
 
 def test_a_training_image_is_the_photograph_it_says(folder, benchmark):
-    batch = next(iter(build_train_data(settings(folder), benchmark).loader))
+    batch = next(iter(build_train_data(settings(folder), [benchmark]).loader))
     for image, pid, number in zip(batch.images, batch.pids, batch.sample_ids, strict=True):
         pixels = np.frombuffer(decode(benchmark.train.paths[number], (32, 16)), np.uint8).reshape(32, 16, 3)
         assert np.array_equal(image.numpy(), pixels)
@@ -150,13 +151,13 @@ def test_too_few_people_for_a_batch_are_answered_by_what_would_do(folder, benchm
     with pytest.raises(
         DataError, match=r"needs 10 training identities, but .* has 8; lower SOLVER.IMS_PER_BATCH to 32"
     ):
-        build_train_data(settings(folder, "SOLVER.IMS_PER_BATCH=40"), benchmark)
+        build_train_data(settings(folder, "SOLVER.IMS_PER_BATCH=40"), [benchmark])
 
 
 def test_too_few_images_for_a_batch_are_answered_by_the_setting(folder, benchmark):
     cfg = settings(folder, "SOLVER.IMS_PER_BATCH=4000", "DATALOADER.SAMPLER=softmax")
     with pytest.raises(DataError, match=r"SOLVER.IMS_PER_BATCH=4000 needs .*; lower SOLVER.IMS_PER_BATCH"):
-        build_train_data(cfg, benchmark)
+        build_train_data(cfg, [benchmark])
 
 
 def test_an_image_that_changes_makes_a_new_store(folder, benchmark, tmp_path):
@@ -165,8 +166,8 @@ def test_an_image_that_changes_makes_a_new_store(folder, benchmark, tmp_path):
         new.write_bytes(old.read_bytes())
     train = Split(paths, benchmark.train.pids, benchmark.train.camids)
     moved = Benchmark("moved", tmp_path, train, benchmark.query, benchmark.gallery)
-    before = batches(build_train_data(settings(folder), moved).loader)
+    before = batches(build_train_data(settings(folder), [moved]).loader)
     number = int(before[0][2][0])
     paths[number].write_bytes(paths[number - 1].read_bytes())
-    after = batches(build_train_data(settings(folder), moved).loader)
+    after = batches(build_train_data(settings(folder), [moved]).loader)
     assert not torch.equal(before[0][0][0], after[0][0][0])

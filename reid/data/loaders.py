@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from reid import distributed
-from reid.data import augment, store, synthetic
-from reid.data.benchmarks import Benchmark, Split, load_benchmark
+from reid.data import augment, store
+from reid.data.benchmarks import Benchmark, Split
 from reid.data.samplers import EvaluationBatches, IdentityPlan, PlannedBatch, ShufflePlan, TrainBatches
+from reid.data.sets import DataSets, join_training
 from reid.errors import DataError
 from reid.metrics import Labels
 from reid.preemption import SIGNALS
@@ -96,41 +97,21 @@ class TestData:
     gallery: Labels
 
 
-def open_benchmark(cfg: CfgNode) -> Benchmark:
-    """The benchmark that DATASETS names; the synthetic one is generated where it is missing. Called by all ranks."""
-    root_dir, (name,) = Path(cfg.DATASETS.ROOT_DIR), cfg.DATASETS.NAMES
-    if name == "synthetic":
-        sizes = cfg.DATASETS.SYNTHETIC
-        distributed.once_per_node(
-            lambda: synthetic.generate(
-                root_dir / name,
-                num_train_pids=sizes.NUM_TRAIN_PIDS,
-                num_test_pids=sizes.NUM_TEST_PIDS,
-                images_per_pid=sizes.IMAGES_PER_PID,
-                num_cameras=sizes.NUM_CAMERAS,
-                seed=sizes.SEED,
-            )
-        )
-    benchmark = distributed.together(lambda: load_benchmark(name, root_dir))
-    logger.info("%s", benchmark.statistics())
-    return benchmark
-
-
-def build_stores(cfg: CfgNode, benchmark: Benchmark) -> None:
+def build_stores(cfg: CfgNode, data: DataSets) -> None:
     """Decodes whatever is not in a store yet, once per node; called by all ranks.
 
     Raises:
         DataError: images of any split that cannot be read, all of them in one message.
     """
+    needed = [
+        *((f"{b.name}-train", b.train, cfg.INPUT.SIZE_TRAIN) for b in data.train),
+        *((f"{b.name}-{name}", split, cfg.INPUT.SIZE_TEST) for b in data.test for name, split in test_splits(b)),
+    ]
 
     def build() -> None:
         faults = []
-        for name, split, size in (
-            ("train", benchmark.train, cfg.INPUT.SIZE_TRAIN),
-            ("query", benchmark.query, cfg.INPUT.SIZE_TEST),
-            ("gallery", benchmark.gallery, cfg.INPUT.SIZE_TEST),
-        ):
-            file = _store_file(cfg, f"{benchmark.name}-{name}", split, tuple(size))
+        for name, split, size in needed:
+            file = _store_file(cfg, name, split, tuple(size))
             try:
                 store.build_store(file, split.paths, tuple(size), progress=distributed.is_main())
             except DataError as error:
@@ -141,8 +122,13 @@ def build_stores(cfg: CfgNode, benchmark: Benchmark) -> None:
     distributed.once_per_node(build)
 
 
-def build_train_data(cfg: CfgNode, benchmark: Benchmark) -> TrainData:
-    """Called by all ranks.
+def test_splits(benchmark: Benchmark) -> tuple[tuple[str, Split], ...]:
+    """In the order in which evaluation embeds them."""
+    return ("query", benchmark.query), ("gallery", benchmark.gallery)
+
+
+def build_train_data(cfg: CfgNode, benchmarks: Sequence[Benchmark]) -> TrainData:
+    """Of all the benchmarks together; called by all ranks.
 
     Raises:
         DataError: fewer identities (or images) than a batch needs.
@@ -154,22 +140,23 @@ def build_train_data(cfg: CfgNode, benchmark: Benchmark) -> TrainData:
         erasing_probability=cfg.INPUT.RE_PROB,
         seed=cfg.SEED,
     )
+    joined = join_training(benchmarks)
     batches = TrainBatches(
-        distributed.together(lambda: _build_plan(cfg, benchmark)),
+        distributed.together(lambda: _build_plan(cfg, joined)),
         rank=distributed.rank(),
         num_ranks=distributed.num_ranks(),
     )
-    images = _open_store(cfg, f"{benchmark.name}-train", benchmark.train, recipe.size)
-    dataset = StoredImages([images], benchmark.train.pids, recipe)
-    return TrainData(_build_loader(cfg, dataset, batches), batches, benchmark.num_train_pids, recipe)
+    stores = [_open_store(cfg, f"{b.name}-train", b.train, recipe.size) for b in benchmarks]
+    dataset = StoredImages(stores, joined.pids, recipe)
+    return TrainData(_build_loader(cfg, dataset, batches), batches, int(joined.pids.max()) + 1, recipe)
 
 
 def build_test_data(cfg: CfgNode, benchmark: Benchmark) -> TestData:
     """Called by all ranks."""
     size = tuple(cfg.INPUT.SIZE_TEST)
-    splits = {"query": benchmark.query, "gallery": benchmark.gallery}
-    stores = [_open_store(cfg, f"{benchmark.name}-{name}", split, size) for name, split in splits.items()]
-    pids = np.concatenate([split.pids for split in splits.values()])
+    splits = test_splits(benchmark)
+    stores = [_open_store(cfg, f"{benchmark.name}-{name}", split, size) for name, split in splits]
+    pids = np.concatenate([split.pids for _, split in splits])
     batches = EvaluationBatches(
         len(pids),
         batch_size=cfg.TEST.IMS_PER_BATCH,
@@ -177,26 +164,26 @@ def build_test_data(cfg: CfgNode, benchmark: Benchmark) -> TestData:
         num_ranks=distributed.num_ranks(),
     )
     loader = _build_loader(cfg, StoredImages(stores, pids, None), batches)
-    return TestData(loader, *(Labels.of(split.pids, split.camids) for split in splits.values()))
+    return TestData(loader, *(Labels.of(split.pids, split.camids) for _, split in splits))
 
 
-def _build_plan(cfg: CfgNode, benchmark: Benchmark) -> IdentityPlan | ShufflePlan:
+def _build_plan(cfg: CfgNode, train: Split) -> IdentityPlan | ShufflePlan:
     batch_size, num_instances = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE
     if cfg.DATALOADER.SAMPLER == "softmax":
-        if len(benchmark.train) < batch_size:
+        if len(train) < batch_size:
             raise DataError(
-                f"SOLVER.IMS_PER_BATCH={batch_size} needs at least as many training images, but {benchmark.root} has "
-                f"{len(benchmark.train)}; lower SOLVER.IMS_PER_BATCH"
+                f"SOLVER.IMS_PER_BATCH={batch_size} needs at least as many training images, but DATASETS.NAMES has "
+                f"{len(train)}; lower SOLVER.IMS_PER_BATCH"
             )
-        return ShufflePlan(len(benchmark.train), batch_size=batch_size, seed=cfg.SEED)
-    num_pids = batch_size // num_instances
-    if benchmark.num_train_pids < num_pids:
+        return ShufflePlan(len(train), batch_size=batch_size, seed=cfg.SEED)
+    num_pids, num_train_pids = batch_size // num_instances, len(np.unique(train.pids))
+    if num_train_pids < num_pids:
         raise DataError(
             f"SOLVER.IMS_PER_BATCH={batch_size} with DATALOADER.NUM_INSTANCE={num_instances} needs {num_pids} training "
-            f"identities, but {benchmark.root} has {benchmark.num_train_pids}; lower SOLVER.IMS_PER_BATCH to "
-            f"{benchmark.num_train_pids * num_instances} or less, or raise DATALOADER.NUM_INSTANCE"
+            f"identities, but DATASETS.NAMES has {num_train_pids}; lower SOLVER.IMS_PER_BATCH to "
+            f"{num_train_pids * num_instances} or less, or raise DATALOADER.NUM_INSTANCE"
         )
-    return IdentityPlan(benchmark.train.pids, num_pids=num_pids, num_instances=num_instances, seed=cfg.SEED)
+    return IdentityPlan(train.pids, num_pids=num_pids, num_instances=num_instances, seed=cfg.SEED)
 
 
 def _open_store(cfg: CfgNode, name: str, split: Split, size: tuple[int, int]) -> NDArray[np.uint8]:

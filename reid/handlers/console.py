@@ -50,11 +50,28 @@ def _write_validation_record(trainer: Engine, folder: RunDirectory, progress: Pr
     assert progress.last is not None
     folder.append_metrics({"kind": "val", **progress.last})
     folder.write_result(progress.last)
-    logger.info("epoch %d: %s", trainer.state.epoch, describe_scores(progress.last))
+    for line in describe_scores(progress.last):
+        logger.info("epoch %d: %s", trainer.state.epoch, line)
 
 
-def describe_scores(scores: dict[str, Any]) -> str:
-    """One line: mAP, mINP, rank-k in percent, and how many queries count."""
+def describe_scores(scores: dict[str, Any]) -> list[str]:
+    """A line for each test set (see `records.summary_of_all`): percentages, and how many queries count."""
+    if "datasets" in scores:
+        return [f"{name}: {_describe(of_one)}" for name, of_one in scores["datasets"].items()]
+    return [_describe(scores)]
+
+
+def score_table(scores: dict[str, Any]) -> str:
+    """All test sets below each other, in percent."""
+    width = max(map(len, ["test set", *scores["datasets"]]))
+    lines = [f"{'test set':<{width}}" + "".join(f"{name:>9}" for name in (*_PERCENTAGES, "queries"))]
+    for name, of_one in scores["datasets"].items():
+        percentages = "".join(f"{100 * of_one[key]:>9.1f}" if key in of_one else f"{'':>9}" for key in _PERCENTAGES)
+        lines.append(f"{name:<{width}}{percentages}{of_one['num_valid_queries']:>9}")
+    return "\n".join(lines)
+
+
+def _describe(scores: dict[str, Any]) -> str:
     percentages = [f"{name} {100 * scores[name]:.1f} %" for name in _PERCENTAGES if name in scores]
     left_out = scores["num_queries"] - scores["num_valid_queries"]
     note = f" ({left_out} without a match left out)" if left_out else ""

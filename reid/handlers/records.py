@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ignite.engine import EventEnum
+
+from reid.metrics import RetrievalScores
 
 
 class Records(EventEnum):
@@ -23,7 +26,7 @@ class Progress:
     best: dict[str, Any] | None = None  # the one with the highest mAP, the earliest of equals
     wandb_run_id: str = ""
 
-    def add_validation(self, epoch: int, iteration: int, scores: dict[str, float]) -> None:
+    def add_validation(self, epoch: int, iteration: int, scores: dict[str, Any]) -> None:
         self.last = {"epoch": epoch, "iteration": iteration, **scores}
         if self.best is None or scores["mAP"] > self.best["mAP"]:
             self.best = self.last
@@ -31,3 +34,14 @@ class Progress:
     @property
     def last_is_best(self) -> bool:
         return self.last is self.best
+
+
+def summary_of_all(scores: Mapping[str, RetrievalScores]) -> dict[str, Any]:
+    """What is written down of one evaluation: the first test set's numbers, and all sets' by name if there are more.
+
+    Args:
+        scores: test set -> its scores.
+    """
+    summaries = {name: of_one.summary() for name, of_one in scores.items()}
+    first = next(iter(summaries.values()))
+    return {**first, "datasets": summaries} if len(summaries) > 1 else dict(first)

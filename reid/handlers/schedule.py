@@ -9,7 +9,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from reid.data.samplers import TrainBatches
-from reid.handlers.records import Progress, Records
+from reid.handlers.records import Progress, Records, summary_of_all
 from reid.metrics import RetrievalScores
 from reid.optim import learning_rate, set_learning_rate
 
@@ -42,12 +42,12 @@ class Evaluations:
     """Evaluates after every SOLVER.EVAL_PERIOD epochs and after the last.
 
     Args:
-        evaluate: called by all ranks.
+        evaluate: gives the scores of every test set by name; called by all ranks.
         progress: told of every outcome.
         solver: the SOLVER section.
     """
 
-    def __init__(self, evaluate: Callable[[], RetrievalScores], progress: Progress, solver: CfgNode) -> None:
+    def __init__(self, evaluate: Callable[[], dict[str, RetrievalScores]], progress: Progress, solver: CfgNode) -> None:
         self._evaluate, self._progress, self._solver = evaluate, progress, solver
 
     def attach(self, trainer: Engine) -> None:
@@ -57,7 +57,7 @@ class Evaluations:
                 self.run(engine)
 
     def run(self, trainer: Engine) -> None:
-        self._progress.add_validation(trainer.state.epoch, trainer.state.iteration, self._evaluate().summary())
+        self._progress.add_validation(trainer.state.epoch, trainer.state.iteration, summary_of_all(self._evaluate()))
         trainer.fire_event(Records.VALIDATION)
 
     def is_missing(self, trainer: Engine) -> bool:

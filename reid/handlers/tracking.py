@@ -184,10 +184,16 @@ class Tracker:
         assert progress.last is not None
         assert progress.best is not None
         place = {"iteration": trainer.state.iteration, "epoch": trainer.state.epoch}
-        scores = {name: value for name, value in progress.last.items() if name not in place}
-        row = {f"val/{name.replace('rank-', 'cmc_rank_')}": value for name, value in scores.items()}
+        scores = {name: value for name, value in progress.last.items() if name not in (*place, "datasets")}
+        row = _validation_row("val/", scores)
+        for name, of_one in progress.last.get("datasets", {}).items():
+            row |= _validation_row(f"val/{name}/", of_one)
         row |= {"val/mAP_best": progress.best["mAP"], "val/best_epoch": progress.best["epoch"], **place}
         self._attempt(lambda run: run.log(row))
+
+
+def _validation_row(prefix: str, scores: dict[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}{name.replace('rank-', 'cmc_rank_')}": value for name, value in scores.items()}
 
 
 def _first_line(error: Exception) -> str:
