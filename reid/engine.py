@@ -42,15 +42,11 @@ class Preparation:
     def for_training(self, batch: Batch) -> Tensor:
         """Augmented images [B, 3, H, W]."""
         images, drawn = self.to_device(batch.images), self.to_device(batch.drawn)
-        return self._laid_out(augment(images, drawn, self._padding, self._mean, self._std))
+        return augment(images, drawn, self._padding, self._mean, self._std)
 
     def for_evaluation(self, batch: Batch) -> Tensor:
         """Normalised images [B, 3, H, W]."""
-        return self._laid_out(normalise(self.to_device(batch.images), self._mean, self._std))
-
-    def _laid_out(self, images: Tensor) -> Tensor:
-        """As the model's weights lie in memory: as they are (channels last) on a GPU, channels first on a CPU."""
-        return images if images.is_cuda else images.contiguous()
+        return normalise(self.to_device(batch.images), self._mean, self._std)
 
 
 def build_trainer(

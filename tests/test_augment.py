@@ -21,6 +21,8 @@ from reid.data.augment import (
     TOP,
     Recipe,
     augment,
+    augment_at_once,
+    augment_one_by_one,
     draw,
     normalise,
 )
@@ -170,10 +172,12 @@ def test_the_first_draws_are_pinned():
     seed=st.integers(0, 2**32 - 1),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
-def test_a_batch_is_augmented_as_image_by_image(size, num_images, padding, seed, dtype):
+def test_both_ways_to_augment_are_the_slow_one(size, num_images, padding, seed, dtype):
     images = pictures(num_images, size, seed)
     choices = draw(recipe(size=size, padding=padding, seed=seed, erasing=0.8), 1, np.arange(num_images))
-    result = augment(images, choices, padding, *constants(dtype))
+    result = augment_at_once(images, choices, padding, *constants(dtype))
+    assert torch.equal(augment_one_by_one(images, choices, padding, *constants(dtype)), result)
+    assert torch.equal(augment(images, choices, padding, *constants(dtype)), result)
     mean, std = (constant.double().numpy() for constant in constants(dtype))
     expected = [
         augmented(image, choice, padding, mean, std)
@@ -197,7 +201,8 @@ def test_flip_crop_and_erasing_on_an_image_small_enough_to_read():
     mean, std = torch.full((2, 3), 1 / 255, dtype=torch.float64)
     # flipped 3 2 1 / 6 5 4; padded by 1 and cropped at (0, 2): 0 0 0 / 2 1 0; minus 1; erased at (1, 0)
     expected = torch.tensor([[-1, -1, -1], [1 / 255, 0, -1]], dtype=torch.float64)
-    torch.testing.assert_close(augment(image, choices, 1, mean, std)[0], expected.expand(3, 2, 3), rtol=0, atol=1e-14)
+    for way in (augment_at_once, augment_one_by_one):
+        torch.testing.assert_close(way(image, choices, 1, mean, std)[0], expected.expand(3, 2, 3), rtol=0, atol=1e-14)
 
 
 def test_the_erased_rectangle_holds_the_mean_after_normalisation():
@@ -208,7 +213,7 @@ def test_the_erased_rectangle_holds_the_mean_after_normalisation():
 
 
 @pytest.mark.parametrize("num_images", [1, 3])
-def test_images_lie_channels_last_and_the_uint8_batch_is_left_as_it_was(num_images):
+def test_images_lie_as_the_device_wants_them_and_the_uint8_batch_is_left_as_it_was(num_images):
     images = pictures(num_images, (16, 8))
     before = images.clone()
     choices = draw(recipe(size=(16, 8), padding=3), 1, np.arange(num_images))
@@ -217,7 +222,9 @@ def test_images_lie_channels_last_and_the_uint8_batch_is_left_as_it_was(num_imag
         normalise(images, *constants(torch.float32)),
     ):
         assert result.shape == (num_images, 3, 16, 8)
-        assert result.is_contiguous(memory_format=torch.channels_last)
+        assert result.is_contiguous()
+    on_a_gpu = augment_at_once(images, choices, 3, *constants(torch.float32))
+    assert on_a_gpu.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(images, before)
 
 
@@ -234,11 +241,12 @@ def test_the_batchs_own_layout_does_not_matter(view):
     strided = view(images)
     assert not strided.is_contiguous()
     choices = draw(recipe(size=(16, 8), padding=3), 1, np.arange(3))
-    whole = augment(images, choices, 3, *constants(torch.float32))
-    assert torch.equal(augment(strided, choices, 3, *constants(torch.float32)), whole)
+    for way in (augment_at_once, augment_one_by_one):
+        whole = way(images, choices, 3, *constants(torch.float32))
+        assert torch.equal(way(strided, choices, 3, *constants(torch.float32)), whole)
     normalised = normalise(strided, *constants(torch.float32))
     assert torch.equal(normalised, normalise(images, *constants(torch.float32)))
-    assert normalised.is_contiguous(memory_format=torch.channels_last)
+    assert normalised.is_contiguous()
 
 
 def test_test_images_are_normalised_as_recorded():

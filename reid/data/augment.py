@@ -94,10 +94,14 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         std: [3] of each channel, in [0, 1].
 
     Returns:
-        [B, 3, H, W], of mean's dtype, in channels_last memory format.
+        [B, 3, H, W], of mean's dtype; contiguous on a CPU, in channels_last memory format elsewhere.
     """
-    scaled = images.to(mean.dtype, memory_format=torch.contiguous_format).div_(255)
-    return scaled.sub_(mean).div_(std).permute(0, 3, 1, 2)
+    if images.device.type != "cpu":
+        return _normalise_at_once(images, mean, std)
+    result = torch.empty((len(images), 3, *images.shape[1:3]), dtype=mean.dtype)
+    for image, out in zip(images, result, strict=True):
+        _normalise_in_place(out.copy_(image.permute(2, 0, 1)), mean, std)
+    return result
 
 
 def augment(images: Tensor, drawn: Tensor, padding: int, mean: Tensor, std: Tensor) -> Tensor:
@@ -113,9 +117,52 @@ def augment(images: Tensor, drawn: Tensor, padding: int, mean: Tensor, std: Tens
         std: [3] of each channel, in [0, 1].
 
     Returns:
-        [B, 3, H, W], of mean's dtype, in channels_last memory format.
+        [B, 3, H, W], of mean's dtype; contiguous on a CPU, in channels_last memory format elsewhere. The numbers are
+        the same.
     """
-    result = normalise(_flip_and_crop(images, drawn, padding), mean, std)
+    if images.device.type == "cpu":
+        return augment_one_by_one(images, drawn, padding, mean, std)
+    return augment_at_once(images, drawn, padding, mean, std)
+
+
+def augment_one_by_one(images: Tensor, drawn: Tensor, padding: int, mean: Tensor, std: Tensor) -> Tensor:
+    """`augment` as a CPU does it best: every image stays in its cache from the first pass to the last."""
+    _, height, width, _ = images.shape
+    result = torch.empty((len(images), 3, height, width), dtype=mean.dtype)
+    for image, out, choices in zip(images, result, drawn.tolist(), strict=True):
+        flip, top, left, erase_top, erase_left, erase_height, erase_width = choices
+        rows, own_rows = _overlap(top - padding, height)
+        columns, own_columns = _overlap(left - padding, width)
+        if flip:
+            columns = slice(width - columns.stop, width - columns.start)
+        kept = image[rows, columns].permute(2, 0, 1)
+        if kept.shape != out.shape:
+            out.zero_()
+        out[:, own_rows, own_columns] = kept.flip(2) if flip else kept
+        _normalise_in_place(out, mean, std)
+        out[:, erase_top : erase_top + erase_height, erase_left : erase_left + erase_width] = mean[:, None, None]
+    return result
+
+
+def _overlap(offset: int, size: int) -> tuple[slice, slice]:
+    """Where `size` places from `offset` on and the places 0..size-1 overlap: counted in the latter, in the former."""
+    start, stop = min(max(offset, 0), size), max(min(offset + size, size), 0)
+    return slice(start, max(start, stop)), slice(start - offset, max(start, stop) - offset)
+
+
+def _normalise_in_place(image: Tensor, mean: Tensor, std: Tensor) -> None:
+    """An image [3, H, W] of 0..255."""
+    image.div_(255).sub_(mean[:, None, None]).div_(std[:, None, None])
+
+
+def _normalise_at_once(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    scaled = images.to(mean.dtype, memory_format=torch.contiguous_format).div_(255)
+    return scaled.sub_(mean).div_(std).permute(0, 3, 1, 2)
+
+
+def augment_at_once(images: Tensor, drawn: Tensor, padding: int, mean: Tensor, std: Tensor) -> Tensor:
+    """`augment` as a GPU does it best: a few passes over the whole batch, whatever was drawn for its images."""
+    result = _normalise_at_once(_flip_and_crop(images, drawn, padding), mean, std)
     erased = (
         _inside(drawn[:, ERASE_TOP], drawn[:, ERASE_HEIGHT], images.shape[1])[:, None, :, None]
         & (_inside(drawn[:, ERASE_LEFT], drawn[:, ERASE_WIDTH], images.shape[2])[:, None, None, :])

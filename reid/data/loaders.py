@@ -51,7 +51,8 @@ class StoredImages(Dataset[Batch]):
     def __init__(
         self, stores: Sequence[NDArray[np.uint8]], pids: NDArray[np.int64], recipe: augment.Recipe | None
     ) -> None:
-        self._stores, self._pids, self._recipe = list(stores), pids, recipe
+        # Plain arrays: indexing a memory map makes a new map object each time, which costs more than the copy.
+        self._stores, self._pids, self._recipe = [np.asarray(images) for images in stores], pids, recipe
         self._starts = np.cumsum([0] + [len(images) for images in stores])
 
     def __len__(self) -> int:
@@ -72,9 +73,10 @@ class StoredImages(Dataset[Batch]):
 
     def _gather(self, sample_ids: NDArray[np.int64]) -> NDArray[np.uint8]:
         images = np.empty((len(sample_ids), *self._stores[0].shape[1:]), dtype=np.uint8)
-        for part, start in zip(self._stores, self._starts, strict=False):
-            inside = (sample_ids >= start) & (sample_ids < start + len(part))
-            images[inside] = part[sample_ids[inside] - start]
+        parts = np.searchsorted(self._starts, sample_ids, side="right") - 1
+        rows = sample_ids - self._starts[parts]
+        for place, (part, row) in enumerate(zip(parts.tolist(), rows.tolist(), strict=True)):
+            images[place] = self._stores[part][row]  # one copy of consecutive bytes
         return images
 
 
