@@ -156,9 +156,9 @@ def one_of(*choices: str) -> Check:
     wanted = "one of " + ", ".join(choice or "''" for choice in choices)
 
     def check(value: Any) -> str:
-        if value is False and "no" in choices:  # YAML 1.1 reads an unquoted no as false
-            return "no"
         word = _bare(value) if isinstance(value, str) else value
+        if isinstance(value, bool):  # what YAML 1.1 reads an unquoted yes, no, on or off as
+            word = next((meant for meant in (("yes", "on") if value else ("no", "off")) if meant in choices), value)
         if isinstance(word, str) and word in choices:
             return word
         near = nearest(str(word), choices)

@@ -84,6 +84,9 @@ SETTINGS: dict[str, tuple[Any, Check]] = {
     "DATASETS.NAMES": (("market1501",), distinct(sequence(_BENCHMARK, "one or more benchmarks", shortest=1))),
     "DATASETS.ROOT_DIR": ("./data", text()),  # the folder that holds the benchmarks' folders
     "DATASETS.CACHE_DIR": ("./cache", text()),  # the folder for images that are decoded and resized once
+    # all training images in the GPU's memory, so that an epoch needs no loading; auto: where they take a fifth of it at
+    # most; on a CPU only with on
+    "DATASETS.DEVICE_CACHE": ("auto", one_of("auto", "on", "off")),
     # people in the training set of the generated benchmark (NAMES synthetic)
     "DATASETS.SYNTHETIC.NUM_TRAIN_PIDS": (64, integer(2)),
     "DATASETS.SYNTHETIC.NUM_TEST_PIDS": (48, integer(2)),  # people in its query and gallery

@@ -27,10 +27,12 @@ class Preparation:
     Args:
         cfg: the whole configuration; INPUT and SOLVER.PRECISION are read.
         device: of the model.
+        images: all images of the data set, uint8 [N, H, W, 3], where they lie on the device; None where each batch
+            brings its own.
     """
 
-    def __init__(self, cfg: CfgNode, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, cfg: CfgNode, device: torch.device, images: Tensor | None = None) -> None:
+        self._device, self._images = device, images
         dtype = torch.float64 if cfg.SOLVER.PRECISION == "fp64" else torch.float32
         self._mean = torch.tensor(cfg.INPUT.PIXEL_MEAN, dtype=dtype, device=device)
         self._std = torch.tensor(cfg.INPUT.PIXEL_STD, dtype=dtype, device=device)
@@ -41,7 +43,11 @@ class Preparation:
 
     def for_training(self, batch: Batch) -> Tensor:
         """Augmented images [B, 3, H, W]."""
-        images, drawn = self.to_device(batch.images), self.to_device(batch.drawn)
+        drawn = self.to_device(batch.drawn)
+        if self._images is None:
+            images = self.to_device(batch.images)
+        else:
+            images = self._images.index_select(0, self.to_device(batch.sample_ids))
         return augment(images, drawn, self._padding, self._mean, self._std)
 
     def for_evaluation(self, batch: Batch) -> Tensor:

@@ -49,7 +49,7 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     folder = RunDirectory(Path(cfg.OUTPUT_DIR))
     folder.claim()
     data = _open_data(cfg, train=True)
-    train_data, dataset = build_train_data(cfg, data.train), data.fingerprint_of_training()
+    train_data, dataset = build_train_data(cfg, data.train, accelerator.device), data.fingerprint_of_training()
 
     model = _new_model(cfg, accelerator, train_data.num_pids, folder)
     wrapped, optimizer = wrap(accelerator, model, build_optimizer(cfg.SOLVER, model), compiled=cfg.MODEL.COMPILE)
@@ -60,7 +60,7 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
         Criterion(cfg),
         optimizer,
         accelerator,
-        Preparation(cfg, accelerator.device),
+        Preparation(cfg, accelerator.device, train_data.on_device),
         num_parts=cfg.SOLVER.ACCUMULATE,
         max_grad_norm=cfg.SOLVER.CLIP_GRAD_NORM,
     )

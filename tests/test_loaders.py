@@ -13,6 +13,7 @@ from reid.data.loaders import StoredImages, build_test_data, build_train_data
 from reid.data.samplers import EvaluationBatches, PlannedBatch, TrainBatches
 from reid.data.sets import open_data_sets
 from reid.data.store import decode
+from reid.engine import Preparation
 from reid.errors import DataError
 
 SIZE = (8, 8)
@@ -171,3 +172,23 @@ def test_an_image_that_changes_makes_a_new_store(folder, benchmark, tmp_path):
     paths[number].write_bytes(paths[number - 1].read_bytes())
     after = batches(build_train_data(settings(folder), [moved]).loader)
     assert not torch.equal(before[0][0][0], after[0][0][0])
+
+
+# ---- all images on the device ----
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_are_the_same_with_all_images_on_the_device(folder, benchmark, num_workers):
+    cfg = settings(folder, f"DATALOADER.NUM_WORKERS={num_workers}")
+    cached_cfg = settings(folder, f"DATALOADER.NUM_WORKERS={num_workers}", "DATASETS.DEVICE_CACHE=on")
+    usual, cached = build_train_data(cfg, [benchmark, benchmark]), build_train_data(cached_cfg, [benchmark, benchmark])
+    assert usual.on_device is None
+    assert cached.on_device.shape == (2 * len(benchmark.train), 32, 16, 3)
+    device = torch.device("cpu")
+    preparations = Preparation(cfg, device), Preparation(cfg, device, cached.on_device)
+    assert len(usual.loader) == len(cached.loader) > 1
+    for one, other in zip(usual.loader, cached.loader, strict=True):
+        assert other.images.shape == (16, 0)
+        assert torch.equal(one.pids, other.pids)
+        expected, got = (way.for_training(batch) for way, batch in zip(preparations, (one, other), strict=True))
+        assert torch.equal(got, expected)

@@ -29,11 +29,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("reid.data")
 
+_DEVICE_CACHE_SHARE = 0.2  # of a GPU's memory that DATASETS.DEVICE_CACHE auto takes at most
+_CHUNK = 1024  # images copied to the device at once
+
 
 class Batch(NamedTuple):
     """This rank's part of a batch, in host memory."""
 
-    images: Tensor  # uint8 [B, H, W, 3]
+    images: Tensor  # uint8 [B, H, W, 3]; [B, 0] where all images lie on the device already
     pids: Tensor  # int64 [B]; of training images 0..C-1
     sample_ids: Tensor  # int64 [B] positions in the data set
     drawn: Tensor  # int32 [B, 7] what augmentation does to each image; [B, 0] in evaluation
@@ -46,11 +49,18 @@ class StoredImages(Dataset[Batch]):
         stores: uint8 [N_i, H, W, 3] each; the data set is all of them, one behind the other.
         pids: [N].
         recipe: of the augmentation; None for evaluation.
+        with_images: whether a batch holds its images, or only says which they are.
     """
 
     def __init__(
-        self, stores: Sequence[NDArray[np.uint8]], pids: NDArray[np.int64], recipe: augment.Recipe | None
+        self,
+        stores: Sequence[NDArray[np.uint8]],
+        pids: NDArray[np.int64],
+        recipe: augment.Recipe | None,
+        *,
+        with_images: bool = True,
     ) -> None:
+        self._with_images = with_images
         # Plain arrays: indexing a memory map makes a new map object each time, which costs more than the copy.
         self._stores, self._pids, self._recipe = [np.asarray(images) for images in stores], pids, recipe
         self._starts = np.cumsum([0] + [len(images) for images in stores])
@@ -72,6 +82,8 @@ class StoredImages(Dataset[Batch]):
         )
 
     def _gather(self, sample_ids: NDArray[np.int64]) -> NDArray[np.uint8]:
+        if not self._with_images:
+            return np.empty((len(sample_ids), 0), dtype=np.uint8)
         images = np.empty((len(sample_ids), *self._stores[0].shape[1:]), dtype=np.uint8)
         parts = np.searchsorted(self._starts, sample_ids, side="right") - 1
         rows = sample_ids - self._starts[parts]
@@ -88,6 +100,7 @@ class TrainData:
     batches: TrainBatches
     num_pids: int  # C
     recipe: augment.Recipe
+    on_device: Tensor | None  # uint8 [N, H, W, 3], all images, where DATASETS.DEVICE_CACHE keeps them there
 
 
 @dataclass(frozen=True)
@@ -129,8 +142,8 @@ def test_splits(benchmark: Benchmark) -> tuple[tuple[str, Split], ...]:
     return ("query", benchmark.query), ("gallery", benchmark.gallery)
 
 
-def build_train_data(cfg: CfgNode, benchmarks: Sequence[Benchmark]) -> TrainData:
-    """Of all the benchmarks together; called by all ranks.
+def build_train_data(cfg: CfgNode, benchmarks: Sequence[Benchmark], device: torch.device | None = None) -> TrainData:
+    """Of all the benchmarks together, for a model on the device; called by all ranks.
 
     Raises:
         DataError: fewer identities (or images) than a batch needs.
@@ -149,8 +162,32 @@ def build_train_data(cfg: CfgNode, benchmarks: Sequence[Benchmark]) -> TrainData
         num_ranks=distributed.num_ranks(),
     )
     stores = [_open_store(cfg, f"{b.name}-train", b.train, recipe.size) for b in benchmarks]
-    dataset = StoredImages(stores, joined.pids, recipe)
-    return TrainData(_build_loader(cfg, dataset, batches), batches, int(joined.pids.max()) + 1, recipe)
+    device = device or torch.device("cpu")
+    on_device = _on_device(stores, device) if _is_cached_on(device, stores, cfg.DATASETS.DEVICE_CACHE) else None
+    dataset = StoredImages(stores, joined.pids, recipe, with_images=on_device is None)
+    # Without images there is so little in a batch that processes would take longer to hand it over than to make it.
+    loader = _build_loader(cfg, dataset, batches, cfg.DATALOADER.NUM_WORKERS if on_device is None else 0)
+    return TrainData(loader, batches, int(joined.pids.max()) + 1, recipe, on_device)
+
+
+def _is_cached_on(device: torch.device, stores: Sequence[NDArray[np.uint8]], choice: str) -> bool:
+    if choice != "auto" or device.type != "cuda":
+        return choice == "on"
+    num_bytes = sum(images.nbytes for images in stores)
+    return num_bytes <= _DEVICE_CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory
+
+
+def _on_device(stores: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:
+    num_images = sum(map(len, stores))
+    images = torch.empty((num_images, *stores[0].shape[1:]), dtype=torch.uint8, device=device)
+    done = 0
+    for store_ in stores:
+        for start in range(0, len(store_), _CHUNK):
+            chunk = torch.from_numpy(np.array(store_[start : start + _CHUNK]))
+            images[done : done + len(chunk)] = chunk
+            done += len(chunk)
+    logger.info("all %d training images (%.1f GB) lie in the memory of %s", num_images, images.nbytes / 1e9, device)
+    return images
 
 
 def build_test_data(cfg: CfgNode, benchmark: Benchmark) -> TestData:
@@ -165,7 +202,7 @@ def build_test_data(cfg: CfgNode, benchmark: Benchmark) -> TestData:
         rank=distributed.rank(),
         num_ranks=distributed.num_ranks(),
     )
-    loader = _build_loader(cfg, StoredImages(stores, pids, None), batches)
+    loader = _build_loader(cfg, StoredImages(stores, pids, None), batches, cfg.DATALOADER.NUM_WORKERS)
     return TestData(loader, *(Labels.of(split.pids, split.camids) for _, split in splits))
 
 
@@ -198,13 +235,15 @@ def _store_file(cfg: CfgNode, name: str, split: Split, size: tuple[int, int]) ->
     return store.store_file(Path(cfg.DATASETS.CACHE_DIR), name, split.paths, size)
 
 
-def _build_loader(cfg: CfgNode, dataset: StoredImages, batches: TrainBatches | EvaluationBatches) -> DataLoader[Batch]:
+def _build_loader(
+    cfg: CfgNode, dataset: StoredImages, batches: TrainBatches | EvaluationBatches, num_workers: int
+) -> DataLoader[Batch]:
     return DataLoader(
         dataset,
         batch_sampler=batches,  # type: ignore[arg-type]  # yields PlannedBatch for a list of ids
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        num_workers=num_workers,
         # Python 3.14 would start them from a server instead, which imports torch anew and is sent the stores' pixels.
-        multiprocessing_context="fork" if cfg.DATALOADER.NUM_WORKERS else None,
+        multiprocessing_context="fork" if num_workers else None,
         collate_fn=_as_it_is,  # type: ignore[arg-type]
         pin_memory=torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu",
         worker_init_fn=_ignore_signals,
