@@ -9,6 +9,7 @@ assembly builds, gathers and wires.
     config.py                   the yacs tree: names, defaults, units, checks
     combinations.py             which losses the settings choose, and which settings do not fit
     checks.py                   from a file's or command line's words to plain values
+    data_settings.py            the settings that name benchmarks
     launcher.py                 from the command line to a running story
     preemption.py               signals that ask a run to stop
     distributed.py              everything that knows there is more than one process
@@ -30,7 +31,14 @@ assembly builds, gathers and wires.
     checkpoint_files.py         files that are whole or absent, written in the background
 
     the parts
-    data/benchmarks.py          folder -> train, query, gallery
+    data/names.py               what a benchmark may be called, and in which forms it comes
+    data/benchmarks.py          name -> train, query, gallery
+    data/splits.py              what these are, and what all readers share
+    data/folders.py             Market-1501, DukeMTMC-reID, Occluded-Duke, VeRi-776
+    data/lists.py               MSMT17, VehicleID
+    data/cuhk03.py              CUHK03, from its .mat file or extracted
+    data/tables.py              any CSV or Parquet table
+    data/sources.py             where each comes from, how it lies on disk, its documented numbers
     data/synthetic.py           a generated benchmark of people in the Market-1501 layout
     data/people.py              how its people look
     data/photographs.py         how its cameras see them

@@ -212,18 +212,21 @@ def optional(check: Check) -> Check:
     return check_or_none
 
 
-def sequence(item: Check, wanted: str, *, length: int | None = None, shortest: int = 0) -> Check:
-    """A tuple of `length` values, or of at least `shortest`, that each pass `item`."""
+def sequence(item: Check, wanted: str, *, length: int | None = None, least: int = 0) -> Check:
+    """A tuple of values that each pass `item`."""
 
     def check(value: Any) -> tuple[Any, ...]:
         elements = _elements(value)
-        if len(elements) < shortest or (length is not None and len(elements) != length):
+        if len(elements) < least or (length is not None and len(elements) != length):
             raise Refused(wanted)
-        try:
-            return tuple(item(element) for element in elements)
-        except Refused as refused:
-            # The remedy would be for one element, without saying which, unless there is only one.
-            raise Refused(wanted, refused.remedy if len(elements) == 1 else "") from None
+        passed = []
+        for element in elements:
+            try:
+                passed.append(item(element))
+            except Refused as refused:
+                of_which = f"{shown(element)}: " if refused.remedy and len(elements) > 1 else ""
+                raise Refused(wanted, of_which + refused.remedy) from None
+        return tuple(passed)
 
     return check
 

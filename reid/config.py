@@ -17,7 +17,6 @@ from reid.checks import (
     Given,
     Refused,
     as_list,
-    distinct,
     example,
     flag,
     increasing,
@@ -33,13 +32,14 @@ from reid.checks import (
     text,
 )
 from reid.combinations import check_combinations
+from reid.data.names import NUM_CLASSIC_SPLITS
+from reid.data_settings import benchmarks, benchmarks_or_none, vehicleid_test
 from reid.errors import SettingsError, UnknownKeyError
 
 _OPTIMIZERS = one_of("Adam", "AdamW", "SGD", "NAdam", "RAdam", "RMSprop", "Adagrad")
 _SIZE = sequence(integer(8), "height and width, two whole numbers >= 8", length=2)
 _MEAN = sequence(real(), "three numbers (red, green, blue)", length=3)
 _STD = sequence(real(above=0), "three numbers > 0 (red, green, blue)", length=3)
-_BENCHMARK = one_of("market1501", "synthetic")
 _EPOCHS = increasing(sequence(integer(0), "increasing whole numbers >= 0"))
 _TAGS = as_list(sequence(text(shortest=1, longest=64), "a list of texts of 1 to 64 characters"))
 
@@ -80,13 +80,23 @@ SETTINGS: dict[str, tuple[Any, Check]] = {
     "INPUT.PIXEL_STD": ((0.229, 0.224, 0.225), _STD),  # pixels in 0..1 are divided by it
     "INPUT.PADDING": (10, integer(0)),  # pixels of black border on each side before the random crop
     # ---- DATASETS ----
-    # the benchmarks to train on, as one training set; and to test on, unless TEST.DATASETS names others
-    "DATASETS.NAMES": (("market1501",), distinct(sequence(_BENCHMARK, "one or more benchmarks", shortest=1))),
+    # the benchmarks to train on, as one training set, and to test on, unless TEST.DATASETS names others; each a name or
+    # the path of a table (path, pid, camid, split)
+    "DATASETS.NAMES": (("market1501",), benchmarks),
     "DATASETS.ROOT_DIR": ("./data", text()),  # the folder that holds the benchmarks' folders
     "DATASETS.CACHE_DIR": ("./cache", text()),  # the folder for images that are decoded and resized once
     # all training images in the GPU's memory, so that an epoch needs no loading; auto: where they take a fifth of it at
     # most; on a CPU only with on
     "DATASETS.DEVICE_CACHE": ("auto", one_of("auto", "on", "off")),
+    # add the 500,000 distractors to the gallery of Market-1501
+    "DATASETS.MARKET1501.DISTRACTORS": (False, flag),
+    # train+val: train on MSMT17's validation images too, as most publications do; reid-strong-baseline does not
+    "DATASETS.MSMT17.TRAIN": ("train", one_of("train", "train+val")),
+    # new: 767 people to train, scored as Market-1501; classic: 1,367 people, one gallery image of each drawn many times
+    "DATASETS.CUHK03.PROTOCOL": ("new", one_of("new", "classic")),
+    "DATASETS.CUHK03.BOXES": ("detected", one_of("detected", "labeled")),  # boxes by a detector or by hand
+    "DATASETS.CUHK03.SPLIT": (0, integer(0, NUM_CLASSIC_SPLITS - 1)),  # which of the classic splits
+    "DATASETS.VEHICLEID.TEST": (800, vehicleid_test),  # vehicles in the test list of VehicleID
     # people in the training set of the generated benchmark (NAMES synthetic)
     "DATASETS.SYNTHETIC.NUM_TRAIN_PIDS": (64, integer(2)),
     "DATASETS.SYNTHETIC.NUM_TEST_PIDS": (48, integer(2)),  # people in its query and gallery
@@ -136,7 +146,7 @@ SETTINGS: dict[str, tuple[Any, Check]] = {
     "SOLVER.TIMEOUT_MINUTES": (30.0, real(minimum=0.01, maximum=10080)),
     # ---- TEST ----
     # the benchmarks to test on, whose first chooses the best checkpoint; empty: DATASETS.NAMES
-    "TEST.DATASETS": ((), distinct(sequence(_BENCHMARK, "a list of benchmarks"))),
+    "TEST.DATASETS": ((), benchmarks_or_none),
     "TEST.IMS_PER_BATCH": (128, integer(1)),  # images in an evaluation batch
     "TEST.RE_RANKING": (False, flag),  # k-reciprocal re-ranking
     "TEST.WEIGHT": ("", text()),  # the checkpoint to evaluate

@@ -29,15 +29,32 @@ MATHEMATICS = {
     "metrics.py",
     "data/augment.py",
     "data/benchmarks.py",
+    "data/cuhk03.py",
+    "data/folders.py",
+    "data/lists.py",
+    "data/names.py",
     "data/people.py",
     "data/photographs.py",
     "data/randomness.py",
     "data/samplers.py",
+    "data/sources.py",
+    "data/splits.py",
     "data/store.py",
     "data/synthetic.py",
+    "data/tables.py",
 }
 # Answer before torch is imported.
-LIGHT = {"errors.py", "world.py", "checks.py", "config.py", "launcher.py", "preemption.py", "combinations.py"}
+LIGHT = {
+    "errors.py",
+    "world.py",
+    "checks.py",
+    "config.py",
+    "launcher.py",
+    "preemption.py",
+    "combinations.py",
+    "data/names.py",
+    "data_settings.py",
+}
 
 
 def imports(name: str, *, only_at_run_time: bool = True) -> set[str]:

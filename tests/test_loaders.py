@@ -8,10 +8,10 @@ import torch
 
 from reid.config import load_config
 from reid.data import augment
-from reid.data.benchmarks import Benchmark, Split
 from reid.data.loaders import StoredImages, build_test_data, build_train_data
 from reid.data.samplers import EvaluationBatches, PlannedBatch, TrainBatches
 from reid.data.sets import open_data_sets
+from reid.data.splits import Benchmark, Split
 from reid.data.store import decode
 from reid.engine import Preparation
 from reid.errors import DataError

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from program import TINY, Place, names, newest, records
 
 from reid.config import load_config
-from reid.data.benchmarks import Benchmark, Split
 from reid.data.sets import DataSets, join_training, open_data_sets
+from reid.data.splits import Benchmark, Split
 from reid.errors import SettingsError
 
 NOTHING = Split((), np.zeros(0, np.int64), np.zeros(0, np.int64))

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from reid import distributed
 from reid.data import augment, store
-from reid.data.benchmarks import Benchmark, Split
 from reid.data.samplers import EvaluationBatches, IdentityPlan, PlannedBatch, ShufflePlan, TrainBatches
 from reid.data.sets import DataSets, join_training
+from reid.data.splits import Benchmark, Split
 from reid.errors import DataError
 from reid.metrics import Labels
 from reid.preemption import SIGNALS

@@ -13,7 +13,10 @@ import numpy as np
 
 from reid import distributed
 from reid.data import synthetic
-from reid.data.benchmarks import Benchmark, Split, fingerprint, load_benchmark
+from reid.data.benchmarks import load_benchmark, prepare_benchmark
+from reid.data.names import PARTS, BenchmarkOptions, Part
+from reid.data.splits import Benchmark, Split, fingerprint
+from reid.data_settings import benchmark_options
 from reid.errors import SettingsError, shared
 
 if TYPE_CHECKING:
@@ -56,15 +59,21 @@ def open_data_sets(cfg: CfgNode, *, train: bool) -> DataSets:
     """
     to_train = tuple(cfg.DATASETS.NAMES) if train else ()
     to_test = tuple(cfg.TEST.DATASETS or cfg.DATASETS.NAMES)
-    root_dir = Path(cfg.DATASETS.ROOT_DIR)
+    root_dir, options = Path(cfg.DATASETS.ROOT_DIR), benchmark_options(cfg)
     opened = {}
     for name in dict.fromkeys(to_train + to_test):
         if name == "synthetic":
             _generate(cfg, root_dir / name)
-        opened[name] = distributed.together(lambda name=name: load_benchmark(name, root_dir))  # type: ignore[misc]
+        parts: list[Part] = [part for part in PARTS if name in (to_train if part == "train" else to_test)]
+        opened[name] = _open(name, root_dir, options, parts)
         logger.info("%s", opened[name].statistics())
     _check_names(opened)
     return DataSets(tuple(opened[name] for name in to_train), tuple(opened[name] for name in to_test))
+
+
+def _open(name: str, root_dir: Path, options: BenchmarkOptions, parts: Sequence[Part]) -> Benchmark:
+    distributed.once_per_node(lambda: prepare_benchmark(name, root_dir, options))
+    return distributed.together(lambda: load_benchmark(name, root_dir, options, parts=parts))
 
 
 def _check_names(opened: Mapping[str, Benchmark]) -> None:

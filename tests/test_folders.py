@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reid.data.benchmarks import BENCHMARKS, FOLDERS, fingerprint, load_benchmark, market1501, parse_name
-from reid.errors import DataError, SettingsError
+from reid.data.folders import FOLDERS, dukemtmc, market1501, occluded_duke, parse_name, synthetic, veri
+from reid.data.names import BenchmarkOptions
+from reid.data.splits import fingerprint
+from reid.errors import DataError
 
 TRAIN_NAMES = ("0007_c1s1_000001_00.jpg", "0007_c2s1_000001_00.jpg", "0002_c3s1_000001_00.jpg")
 QUERY_NAMES = ("0010_c1s1_000001_00.jpg", "0011_c2s1_000001_00.jpg")
@@ -213,26 +215,122 @@ def test_identities_may_be_both_trained_and_tested(tmp_path):
     assert market1501(tmp_path).num_train_pids == 2
 
 
-def test_load_benchmark_by_name(tmp_path):
-    write(tmp_path / "market1501")
-    root = write(tmp_path / "synthetic", train=["1_c1.jpg", "2_c1.jpg", "3_c1.jpg"])
-    assert load_benchmark("market1501", tmp_path).num_train_pids == 2
-    benchmark = load_benchmark("synthetic", tmp_path)
-    assert (benchmark.name, benchmark.root, benchmark.num_train_pids) == ("synthetic", root, 3)
-    with pytest.raises(SettingsError, match=r"DATASETS.NAMES must be one of market1501, synthetic, got 'market'"):
-        load_benchmark("market", tmp_path)
-
-
 def test_a_data_set_of_another_name_is_not_taken_for_the_synthetic_one(tmp_path):
     write(tmp_path)
     with pytest.raises(DataError, match=r"point DATASETS.ROOT_DIR at the folder that holds synthetic"):
-        load_benchmark("synthetic", tmp_path)
+        synthetic(tmp_path)
 
 
-def test_every_benchmark_is_named_after_its_key(tmp_path):
-    for name in BENCHMARKS:
-        write(tmp_path / name)
-        assert load_benchmark(name, tmp_path).name == name
+@pytest.mark.parametrize(
+    ("reader", "folder"),
+    [
+        (market1501, "market1501/Market-1501-v15.09.15"),
+        (dukemtmc, "dukemtmc-reid/DukeMTMC-reID"),
+        (dukemtmc, "DukeMTMC-reID"),
+        (dukemtmc, "dukemtmc"),
+        (dukemtmc, "."),
+        (occluded_duke, "Occluded_Duke"),
+        (occluded_duke, "."),
+        (synthetic, "synthetic"),
+    ],
+)
+def test_where_other_folders_may_lie(tmp_path, reader, folder):
+    root = write(tmp_path / folder)
+    benchmark = reader(tmp_path)
+    assert (benchmark.name, benchmark.root) == (reader.__name__, root)
+    assert benchmark.gallery.pids.tolist() == [0, 10]
+
+
+def test_names_of_dukemtmc(tmp_path):
+    write(
+        tmp_path / "dukemtmc",
+        train=["0001_c2_f0046182.jpg", "0005_c8_f0046182.jpg", "7140_c1_f0000001.jpg"],
+        query=["0002_c1_f0046182.jpg"],
+        gallery=["0002_c8_f0046302.jpg", "0039_c4_f0000001.jpg"],
+    )
+    benchmark = dukemtmc(tmp_path)
+    assert benchmark.train.pids.tolist() == [0, 1, 2]
+    assert benchmark.train.camids.tolist() == [1, 7, 0]
+    assert benchmark.gallery.pids.tolist() == [2, 39]
+    assert not benchmark.single_gallery_shot
+
+
+@pytest.mark.parametrize("folder", ["veri", "VeRi", "."])
+def test_veri(tmp_path, folder):
+    names = {
+        "image_train": ["0001_c001_00016450_0.jpg", "0776_c020_00000001_0.jpg", "-1_c003_00000002_0.jpg"],
+        "image_query": ["0002_c002_00030600_0.jpg"],
+        "image_test": ["0002_c010_00030640_0.jpg", "-1_c010_00030640_1.jpg"],
+    }
+    for split, images in names.items():
+        (tmp_path / folder / split).mkdir(parents=True)
+        for name in images:
+            (tmp_path / folder / split / name).touch()
+    benchmark = veri(tmp_path)
+    assert benchmark.train.pids.tolist() == [0, 1]
+    assert benchmark.train.camids.tolist() == [0, 19]
+    assert benchmark.gallery.pids.tolist() == [2]
+    assert benchmark.gallery.camids.tolist() == [9]
+    with pytest.raises(DataError, match="must hold bounding_box_train, query, bounding_box_test, but lacks"):
+        market1501(tmp_path)
+
+
+# ---- parts ----
+
+
+def test_a_part_that_is_not_asked_for_need_not_be_there(tmp_path):
+    root = write(tmp_path / "market1501")
+    shutil.rmtree(root / "query")
+    (root / "bounding_box_test" / "nonsense.jpg").touch()
+    benchmark = market1501(tmp_path, parts=["train"])
+    assert benchmark.num_train_pids == 2
+    assert (len(benchmark.query), len(benchmark.gallery)) == (0, 0)
+    assert [line.split()[0] for line in benchmark.statistics().splitlines()] == ["market1501", "train"]
+    with pytest.raises(DataError, match="must hold query, bounding_box_test, but lacks query"):
+        market1501(tmp_path, parts=["test"])
+
+
+def test_a_benchmark_to_test_needs_no_training_folder(tmp_path):
+    root = write(tmp_path / "market1501")
+    shutil.rmtree(root / "bounding_box_train")
+    benchmark = market1501(tmp_path, parts=["test"])
+    assert (len(benchmark.train), benchmark.num_train_pids) == (0, 0)
+    assert benchmark.train.pids.dtype == np.int64
+    assert benchmark.query.pids.tolist() == [10, 11]
+    with pytest.raises(DataError, match="lacks bounding_box_train"):
+        market1501(tmp_path)
+
+
+def test_the_place_that_has_the_part_is_taken(tmp_path):
+    shutil.rmtree(write(tmp_path / "market1501") / "bounding_box_train")
+    whole = write(tmp_path / "Market-1501-v15.09.15")
+    assert market1501(tmp_path, parts=["train"]).root == whole
+    assert market1501(tmp_path, parts=["test"]).root == tmp_path / "market1501"
+
+
+# ---- the 500,000 distractors ----
+
+WITH_DISTRACTORS = BenchmarkOptions(market1501_distractors=True)
+
+
+@pytest.mark.parametrize("folder", ["images", "distractors_500k", "distractors"])
+def test_distractors_join_the_gallery_as_nobody(tmp_path, folder):
+    root = write(tmp_path / "market1501")
+    (root / folder).mkdir()
+    for name in ("0000_c3s1_000001_00.jpg", "0010_c1s1_000002_00.jpg", "-1_c2s1_000003_00.jpg", "anything.jpg"):
+        (root / folder / name).touch()
+    gallery = market1501(tmp_path, WITH_DISTRACTORS).gallery
+    assert names_of(gallery)[:2] == names_of(market1501(tmp_path).gallery)
+    assert gallery.pids.tolist() == [0, 10, 0, 0, 0, 0]
+    assert gallery.camids.tolist()[2:] == [1, 2, 0, 0]  # of -1, 0000, 0010, anything
+    assert len(gallery.paths) == len(set(gallery.paths))
+
+
+def test_distractors_that_are_not_there(tmp_path):
+    write(tmp_path / "market1501")
+    with pytest.raises(DataError, match=r"images, distractors_500k, distractors when DATASETS.MARKET1501.DISTRACTORS"):
+        market1501(tmp_path, WITH_DISTRACTORS)
+    assert len(market1501(tmp_path, WITH_DISTRACTORS, ["train"]).train) == 3
 
 
 def test_statistics(tmp_path):
@@ -271,7 +369,7 @@ def test_unreadable_folder_is_one_sentence(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("reid.data.benchmarks.os.scandir", refuse)  # root may read everything
+    monkeypatch.setattr("reid.data.splits.os.scandir", refuse)  # root may read everything
     assert "must be readable, but is not (Permission denied)" in message_of(tmp_path)
 
 
