@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from reid.data.store import build_store, decode, open_store, store_file
+from reid.data.store import build_store, decode, fault_of_image, open_store, store_file
 from reid.errors import DataError, WorldError
 
 GOLDEN = Path(__file__).parent / "golden" / "val_transform.npz"
@@ -209,6 +209,34 @@ def test_a_moved_data_set_keeps_its_store(tmp_path):
     file = store_file(tmp_path, "train", paths, SIZE)
     (tmp_path / "images").rename(tmp_path / "elsewhere")
     assert store_file(tmp_path, "train", [tmp_path / "elsewhere" / path.name for path in paths], SIZE) == file
+
+
+def test_images_of_one_name_in_other_folders_are_other_images(tmp_path):
+    for folder in "abc":
+        for path in write_images(tmp_path / folder, 2):
+            os.utime(path, ns=(1, 1))  # as an archive without times is unpacked
+    names = [path.name for path in sorted((tmp_path / "a").iterdir())]
+    files = {
+        store_file(tmp_path, "train", [tmp_path / one / names[0], tmp_path / other / names[1]], SIZE)
+        for one, other in ("ab", "ba", "bc", "aa")
+    }
+    assert len(files) == 4
+    (tmp_path / "away").mkdir()
+    first = store_file(tmp_path, "train", [tmp_path / "a" / names[0], tmp_path / "b" / names[0]], SIZE)
+    for folder in "ab":
+        (tmp_path / folder).rename(tmp_path / "away" / folder)
+    moved = [tmp_path / "away" / folder / names[0] for folder in "ab"]
+    assert store_file(tmp_path, "train", moved, SIZE) == first
+
+
+def test_the_fault_of_an_image_is_what_building_says(tmp_path):
+    good, cut = write_images(tmp_path / "images", 2)
+    cut.write_bytes(cut.read_bytes()[:-100])
+    assert fault_of_image(good) is None
+    for path in (cut, tmp_path / "images" / "absent.jpg", tmp_path / "images"):
+        with pytest.raises(DataError) as caught:
+            built(tmp_path, [path])
+        assert f"{path} ({fault_of_image(path)})" in str(caught.value)
 
 
 def test_a_replaced_image_is_decoded_again(tmp_path):

@@ -48,9 +48,10 @@ def store_file(cache_dir: Path, name: str, paths: Sequence[Path], size: tuple[in
 
     Returns:
         `cache_dir/NAME-HxW-FINGERPRINT.npy`. The fingerprint covers the names, lengths and times of modification
-        of the files, but not the folder above them: a data set that was moved keeps its store.
+        of the files, but not the folder above all of them: a data set that was moved keeps its store.
     """
     height, width = size
+    below = _names_below(paths)
     digest = hashlib.sha256(f"{FORMAT_VERSION} {height}x{width}\n".encode())
     for path in paths:
         try:
@@ -58,7 +59,7 @@ def store_file(cache_dir: Path, name: str, paths: Sequence[Path], size: tuple[in
             state = f"{status.st_size} {status.st_mtime_ns}"
         except OSError:
             state = "unreadable"  # build_store reports it, together with all others
-        digest.update(os.fsencode(path.name) + f"\0{state}\n".encode())
+        digest.update(os.fsencode(f"{below[path.parent]}{path.name}") + f"\0{state}\n".encode())
     return cache_dir / f"{name}-{height}x{width}-{digest.hexdigest()[:16]}.npy"
 
 
@@ -141,6 +142,23 @@ def decode(path: Path, size: tuple[int, int]) -> bytes:
         opaque = image.convert("RGBA") if image.mode == "P" else image
         rgb = opaque if opaque.mode == "RGB" else opaque.convert("RGB")
         return rgb.resize((width, height), Image.Resampling.BILINEAR).tobytes()
+
+
+def fault_of_image(path: Path) -> str | None:
+    """Why an image cannot be read, as building a store would say; None where it can be."""
+    try:
+        decode(path, (1, 1))
+    except Exception as error:  # a broken file makes PIL's decoders raise nearly anything
+        return _reason(error)
+    return None
+
+
+def _names_below(paths: Sequence[Path]) -> dict[Path, str]:
+    """For each folder of an image, what leads there from the folder above them all: "" or "NAME/.../"."""
+    folders = {path.parent: path.parent.absolute() for path in paths}
+    above = os.path.commonpath(folders.values()) if folders else ""
+    relative = {folder: os.path.relpath(absolute, above) for folder, absolute in folders.items()}
+    return {folder: "" if name == os.curdir else f"{name}/" for folder, name in relative.items()}
 
 
 def _write_images(
