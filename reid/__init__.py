@@ -48,6 +48,7 @@ assembly builds, gathers and wires.
     data/augment.py             whole uint8 batches to normalised float batches on the device
     data/sets.py                the benchmarks that the settings name, several training sets as one (assembly)
     data/loaders.py             from settings and folders to this rank's batches (assembly)
+    data_check.py               what is wrong with the benchmarks on disk
     backbones.py                trunks, a plain dict by name
     model.py                    backbone, pooling, BNNeck, classifier, centers
     weights.py                  weights from files, with a report
