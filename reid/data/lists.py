@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from reid.data.names import DEFAULTS, PARTS, BenchmarkOptions, Part
@@ -157,13 +157,14 @@ def _read_msmt17_lists(files: Sequence[Path], folder: Path) -> Split:
     lines = [line for file in files for line in _read_list(file)]
     pids = _pid_of_each(lines)
     camids = {line.name: _msmt17_camera(line) - 1 for line in lines}
-    check_present(" and ".join(map(str, files)), [folder / name for name in pids])
-    return make_split((folder / name, pid, camids[name]) for name, pid in pids.items())
+    rows = [(folder / name, pid, camids[name]) for name, pid in pids.items()]
+    check_present(" and ".join(map(str, files)), [path for path, _, _ in rows])
+    return make_split(rows)
 
 
 def _msmt17_camera(line: Line) -> int:
     """The third field of the file's own name; what stands in the folder's name means nothing."""
-    fields = PurePosixPath(line.name).stem.split("_")
+    fields = line.name.rpartition("/")[2].partition(".")[0].split("_")
     text = fields[2] if len(fields) > 2 else ""
     if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= INT64_MAX:
         raise DataError(
