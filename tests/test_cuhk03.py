@@ -225,6 +225,18 @@ def test_another_file_of_this_kind(root):
     assert not (root / "images_detected").exists()
 
 
+@pytest.mark.parametrize("image", [np.zeros((3, 4, 8)), np.zeros((1, 4, 8), dtype=np.uint8)])
+def test_images_of_another_kind(root, image):
+    with h5py.File(root / "cuhk03_release" / "cuhk-03.mat", "r+") as content:
+        place = content[content["detected"][0][0]][0, 0]
+        name = content[place].name
+        del content[name]
+        content[name] = image
+        content[content["detected"][0][0]][0, 0] = content[name].ref
+    assert "an image is" in message_of(root.parent)
+    assert not (root / "images_detected").exists()
+
+
 def test_images_that_were_not_all_extracted(root):
     cuhk03(root.parent)
     (root / "images_detected" / "2_002_2_10.png").unlink()

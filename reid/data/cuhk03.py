@@ -210,6 +210,8 @@ def _images_in(mat: Path, boxes: str) -> Iterator[tuple[str, np.ndarray]]:
                     for place, reference in enumerate(places):
                         pixels = np.asarray(content[reference][:]).T
                         if pixels.ndim == 3 and pixels.size:  # else a place without an image
+                            if pixels.dtype != np.uint8 or pixels.shape[2] != 3:
+                                raise ValueError(f"an image is {pixels.dtype} {list(pixels.shape)}")
                             view = 1 if place < _IMAGES_OF_VIEW_1 else 2
                             yield f"{pair}_{person:03d}_{view}_{place + 1:02d}.png", np.ascontiguousarray(pixels)
         except Exception as error:
