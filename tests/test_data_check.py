@@ -144,7 +144,7 @@ def test_settings_choose_the_form(tmp_path, capsys):
     ("arguments", "part"),
     [
         (["market"], "did you mean market1501?"),
-        (["market1501", "veri", "market1501"], "names each benchmark once"),
+        (["market1501", "veri", "market1501"], "a list without repetition"),
         (["market1501", "DATASETS.VEHICLEID.TEST=7"], "DATASETS.VEHICLEID.TEST must be one of 800"),
         (["DATASETS.ROOT=x"], "got DATASETS.ROOT on the command line; did you mean"),
     ],
