@@ -1,10 +1,12 @@
-"""Trunks that turn images into feature maps; a plain dict by name."""
+"""Trunks that turn images into feature maps, under the published parameter names; a plain dict by name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torchvision.models import resnet
 
 
@@ -30,9 +32,7 @@ class ResNetTrunk(resnet.ResNet):  # type: ignore[misc]  # torchvision ships no 
         self.num_features = 512 * block.expansion
         self.stem_relu = stem_relu
         del self.fc, self.avgpool
-        first = self.layer4[0]
-        strided = first.conv2 if isinstance(first, resnet.Bottleneck) else first.conv1
-        strided.stride = first.downsample[0].stride = (last_stride, last_stride)
+        _set_last_stride(self, last_stride)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] to a feature map [B, num_features, h, w], of 1/16 the size (last stride 1) or 1/32."""
@@ -44,19 +44,99 @@ class ResNetTrunk(resnet.ResNet):  # type: ignore[misc]  # torchvision ships no 
         return feature_map
 
 
-def _resnet(block: type[resnet.BasicBlock | resnet.Bottleneck], layers: list[int]) -> Callable[..., ResNetTrunk]:
+class IBN(nn.Module):
+    """InstanceNorm of the first half of the channels, BatchNorm of the others.
+
+    Args:
+        num_channels: of both halves.
+
+    Source: Pan et al., Two at Once: Enhancing Learning and Generalization Capacities via IBN-Net, arXiv 1807.09441.
+    """
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        self.num_instance_normed = num_channels // 2
+        self.IN = nn.InstanceNorm2d(self.num_instance_normed, affine=True)  # named as in published files
+        self.BN = nn.BatchNorm2d(num_channels - self.num_instance_normed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, num_channels, h, w] to the same shape."""
+        first, others = x.tensor_split([self.num_instance_normed], dim=1)
+        return torch.cat([self.IN(first), self.BN(others)], dim=1)
+
+
+class IBNTrunk(ResNetTrunk):
+    """ResNet-IBN-a: the first norm of every block of the first three stages is an `IBN`; the stem has its ReLU."""
+
+    def __init__(self, layers: list[int], *, last_stride: int) -> None:
+        super().__init__(resnet.Bottleneck, layers, last_stride=last_stride, stem_relu=True)
+        for stage in (self.layer1, self.layer2, self.layer3):
+            for block in stage:
+                block.bn1 = IBN(block.conv1.out_channels)
+        # Published checkpoints carry the ImageNet classifier, which plays no part. Kept as they have it, and frozen, as
+        # no loss reaches it.
+        self.fc = nn.Linear(self.num_features, 1000).requires_grad_(requires_grad=False)
+
+
+def _set_last_stride(trunk: Any, stride: int) -> None:
+    """Where the last stage's first block has its stride: in its 3x3 convolution, or, as in Caffe, in its first one."""
+    first = trunk.layer4[0]
+    for convolution in (first.conv1, first.conv2, first.downsample[0]):
+        if convolution.stride == (2, 2):
+            convolution.stride = (stride, stride)
+
+
+def _resnet(block: type[resnet.BasicBlock | resnet.Bottleneck], layers: list[int]) -> Callable[..., nn.Module]:
     def build(*, last_stride: int, stem_relu: bool) -> ResNetTrunk:
         return ResNetTrunk(block, layers, last_stride=last_stride, stem_relu=stem_relu)
 
     return build
 
 
-BACKBONES: dict[str, Callable[..., ResNetTrunk]] = {
+def _ibn(layers: list[int]) -> Callable[..., nn.Module]:
+    def build(*, last_stride: int, stem_relu: bool) -> IBNTrunk:
+        del stem_relu  # it always has the ReLU
+        return IBNTrunk(layers, last_stride=last_stride)
+
+    return build
+
+
+def _senet(block: str, layers: tuple[int, ...], *, groups: int, **stem: Any) -> Callable[..., nn.Module]:
+    def build(*, last_stride: int, stem_relu: bool) -> nn.Module:
+        from timm.models import senet  # takes seconds, and most runs do without it
+
+        del stem_relu  # it always has the ReLU
+        without_head: dict[str, Any] = {"num_classes": 0, "global_pool": "", "drop_rate": 0}
+        trunk = senet.SENet(getattr(senet, block), layers, groups=groups, reduction=16, **without_head, **stem)
+        _set_last_stride(trunk, last_stride)
+        return trunk
+
+    return build
+
+
+# Squeeze-and-excitation: Hu et al., arXiv 1709.01507, in the layout of Cadene's pretrained-models.pytorch.
+BACKBONES: dict[str, Callable[..., Any]] = {
     "resnet18": _resnet(resnet.BasicBlock, [2, 2, 2, 2]),
     "resnet34": _resnet(resnet.BasicBlock, [3, 4, 6, 3]),
     "resnet50": _resnet(resnet.Bottleneck, [3, 4, 6, 3]),
     "resnet101": _resnet(resnet.Bottleneck, [3, 4, 23, 3]),
     "resnet152": _resnet(resnet.Bottleneck, [3, 8, 36, 3]),
+    "se_resnet50": _senet("SEResNetBottleneck", (3, 4, 6, 3), groups=1),
+    "se_resnet101": _senet("SEResNetBottleneck", (3, 4, 23, 3), groups=1),
+    "se_resnet152": _senet("SEResNetBottleneck", (3, 8, 36, 3), groups=1),
+    "se_resnext50": _senet("SEResNeXtBottleneck", (3, 4, 6, 3), groups=32),
+    "se_resnext101": _senet("SEResNeXtBottleneck", (3, 4, 23, 3), groups=32),
+    "senet154": _senet(
+        "SEBottleneck",
+        (3, 8, 36, 3),
+        groups=64,
+        inplanes=128,
+        input_3x3=True,
+        downsample_kernel_size=3,
+        downsample_padding=1,
+    ),
+    "resnet50_ibn_a": _ibn([3, 4, 6, 3]),
+    "resnet101_ibn_a": _ibn([3, 4, 23, 3]),
 }
 
 # The ImageNet weights (V1, which the published numbers rest on) that torchvision fetches where the machine may.

@@ -152,14 +152,18 @@ def text(*, shortest: int = 0, longest: int | None = None, without: str = "") ->
     return check
 
 
-def one_of(*choices: str) -> Check:
+def one_of(*choices: str, or_prefix: str = "") -> Check:
+    """One of the choices, or any word that begins with `or_prefix` and goes on behind it."""
     wanted = "one of " + ", ".join(choice or "''" for choice in choices)
+    wanted += f", or {or_prefix}NAME" if or_prefix else ""
 
     def check(value: Any) -> str:
         word = _bare(value) if isinstance(value, str) else value
         if isinstance(value, bool):  # what YAML 1.1 reads an unquoted yes, no, on or off as
             word = next((meant for meant in (("yes", "on") if value else ("no", "off")) if meant in choices), value)
         if isinstance(word, str) and word in choices:
+            return word
+        if or_prefix and isinstance(word, str) and word.startswith(or_prefix) and word != or_prefix:
             return word
         near = nearest(str(word), choices)
         raise Refused(wanted, f"did you mean {near[0]}?" if near else "")

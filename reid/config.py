@@ -43,13 +43,17 @@ _STD = sequence(real(above=0), "three numbers > 0 (red, green, blue)", length=3)
 _EPOCHS = increasing(sequence(integer(0), "increasing whole numbers >= 0"))
 _TAGS = as_list(sequence(text(shortest=1, longest=64), "a list of texts of 1 to 64 characters"))
 
+_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+_SENETS = ("se_resnet50", "se_resnet101", "se_resnet152", "se_resnext50", "se_resnext101", "senet154")
+_IBN_RESNETS = ("resnet50_ibn_a", "resnet101_ibn_a")
+
 # Every setting once: full key, default, check. The defaults are the published recipe (configs/softmax_triplet.yml).
 SETTINGS: dict[str, tuple[Any, Check]] = {
     "SEED": (0, integer(0, 2**32 - 1)),  # where all of the run's random numbers come from
     # the run's folder; empty: runs/ and the name of the configuration file, or runs/default without one
     "OUTPUT_DIR": ("", text()),
     # ---- MODEL ----
-    "MODEL.NAME": ("resnet50", one_of("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")),  # the backbone
+    "MODEL.NAME": ("resnet50", one_of(*_RESNETS, *_SENETS, *_IBN_RESNETS, or_prefix="timm/")),  # the backbone
     "MODEL.DEVICE": ("auto", one_of("auto", "cuda", "cpu")),  # auto: cuda where there is a GPU, else cpu
     # stride of the last residual stage; 1 doubles the height and width of its map (16 x 8 for 256 x 128 images)
     "MODEL.LAST_STRIDE": (1, integer(1, 2)),
@@ -58,7 +62,8 @@ SETTINGS: dict[str, tuple[Any, Check]] = {
     "MODEL.PRETRAIN_CHOICE": ("imagenet", one_of("imagenet", "self", "none")),
     # bnneck: a BatchNorm between the feature that the metric losses see and the classifier
     "MODEL.NECK": ("bnneck", one_of("bnneck", "no")),
-    # ReLU after the backbone's first BatchNorm; reid-strong-baseline's published weights were trained without it
+    # ReLU after the first BatchNorm of a plain ResNet (resnet18 to resnet152); reid-strong-baseline's published weights
+    # were trained without it. The other backbones always have their own, so there it is yes, and no is warned of.
     "MODEL.STEM_RELU": (False, flag),
     # adds the center loss, and then DATALOADER.SAMPLER chooses the batches only, no longer the losses
     "MODEL.IF_WITH_CENTER": (False, flag),
@@ -188,6 +193,7 @@ log = logging.getLogger("reid.config")
 def load_config(config_file: str | None, overrides: list[str]) -> CfgNode:
     """The frozen settings: defaults, then the file, then the command line (KEY VALUE or KEY=VALUE; the last wins)."""
     values = {key: default for key, (default, _) in SETTINGS.items()}
+    places: dict[str, str] = {}  # where each key was given
     unused = {}
     from_file = read_file(config_file, _SECTIONS) if config_file else ()
     for given in chain(from_file, read_overrides(overrides, SETTINGS)):
@@ -195,6 +201,8 @@ def load_config(config_file: str | None, overrides: list[str]) -> CfgNode:
             unused[given.key] = given.where
         else:
             values[given.key] = _checked(given)
+            places[given.key] = given.where
+    _settle_backbone(values, places)
     values["OUTPUT_DIR"] = values["OUTPUT_DIR"] or f"runs/{Path(config_file).stem if config_file else 'default'}"
     cfg = _tree(values)
     check_combinations(cfg)
@@ -245,6 +253,19 @@ def _checked(given: Given) -> Any:
     except Refused as refused:
         remedy = refused.remedy or f"use for example {example(default)}"
         raise SettingsError(f"{key} must be {refused.wanted}, got {shown(value)} {where}; {remedy}") from None
+
+
+def _settle_backbone(values: dict[str, Any], places: dict[str, str]) -> None:
+    """Gives the settings that not every backbone leaves open the value that they have there."""
+    name = values["MODEL.NAME"]
+    if name in _RESNETS:
+        return
+    if "MODEL.STEM_RELU" in places and not values["MODEL.STEM_RELU"]:
+        log.warning(
+            "MODEL.STEM_RELU no has no effect (%s): the stem of %s always has its activation",
+            *(places["MODEL.STEM_RELU"], name),
+        )
+    values["MODEL.STEM_RELU"] = True
 
 
 def _tree(values: dict[str, Any]) -> CfgNode:

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torchvision.models import resnet
 
-from reid.backbones import BACKBONES
+from reid.backbones import BACKBONES, IBN
 from reid.config import load_config
+from reid.errors import SettingsError
 from reid.model import ReIDOutput, build_model
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -45,7 +46,18 @@ def shapes(model):
 # ---- the published models ----
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+SLOW = ("senet154",)  # 115 million parameters
+FAST = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SHAPES]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_parameters_have_the_published_names(name):
+    with torch.device("meta"):
+        model = build_model(config(name), 751)
+    assert list(shapes(model).items()) == list(SHAPES[name].items())
+
+
+@pytest.fixture(scope="module", params=FAST)
 def published(request):
     """A backbone's name, and a function that builds the recorded float64 model in eval mode with other settings."""
     weights = {}
@@ -63,28 +75,47 @@ def published(request):
     return request.param, build
 
 
-def test_parameters_have_the_published_names(published):
+def test_features_are_the_published_ones(golden, published):
     name, build = published
-    assert list(shapes(build()).items()) == list(SHAPES[name].items())
+    model, maps = build(), []
+    model.base.register_forward_hook(lambda module, images, output: maps.append(output))
+    with torch.no_grad():
+        after = model(torch.from_numpy(golden["images"]))
+    np.testing.assert_allclose(after.numpy(), golden[f"{name}/after"], rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(maps[0].mean((2, 3)).numpy(), golden[f"{name}/before"], rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    ("figure", "settings"),
-    [
-        ("after", {}),
-        ("before", {"NECK_FEAT": "before"}),
-        ("before_last_stride_2", {"NECK_FEAT": "before", "LAST_STRIDE": 2}),
-    ],
-)
-def test_features_are_the_published_ones(golden, published, figure, settings):
+def test_features_with_last_stride_2_are_the_published_ones(golden, published):
     name, build = published
     with torch.no_grad():
-        feat = build(**settings)(torch.from_numpy(golden["images"]))
-    np.testing.assert_allclose(feat, golden[f"{name}/{figure}"], rtol=1e-9, atol=1e-10)
+        before = build(NECK_FEAT="before", LAST_STRIDE=2)(torch.from_numpy(golden["images"]))
+    np.testing.assert_allclose(before.numpy(), golden[f"{name}/before_last_stride_2"], rtol=1e-9, atol=1e-10)
 
 
 def test_the_backbones_are_those_with_recorded_features():
-    assert set(BACKBONES) == set(SHAPES)
+    assert set(BACKBONES) == {*SHAPES, "resnet101_ibn_a"}
+
+
+def test_every_backbone_can_be_chosen_and_no_other():
+    assert [config(name).MODEL.NAME for name in BACKBONES] == list(BACKBONES)
+    with pytest.raises(SettingsError) as error:
+        config("resnet50_ibn_b")
+    named = str(error.value).split("one of ")[1].split(", or timm/NAME")[0]
+    assert named.split(", ") == list(BACKBONES)
+
+
+def test_the_larger_ibn_resnet_is_the_smaller_one_with_more_of_the_same_blocks():
+    """Of the third stage, as resnet101 is to resnet50."""
+    with torch.device("meta"):
+        small, large, plain = (
+            shapes(BACKBONES[name](last_stride=1, stem_relu=True))
+            for name in ("resnet50_ibn_a", "resnet101_ibn_a", "resnet101")
+        )
+    more = {name: shape for name, shape in large.items() if name not in small}
+    assert {name: shape for name, shape in large.items() if name in small} == small
+    assert {name.split(".bn1.")[0] for name in more if ".bn1." in name} == {f"layer3.{i}" for i in range(6, 23)}
+    outside = {name: shape for name, shape in large.items() if ".bn1." not in name and not name.startswith("fc.")}
+    assert outside == {name: shape for name, shape in plain.items() if ".bn1." not in name}
 
 
 # ---- training and retrieval ----
@@ -113,7 +144,7 @@ def test_retrieval_compares_the_feature_after_or_before_the_neck(neck_feat, afte
 
 
 @pytest.mark.parametrize(("last_stride", "size"), [(1, (16, 8)), (2, (8, 4))])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", BACKBONES)
 def test_the_last_stride_sets_the_size_of_the_feature_map(name, last_stride, size):
     with torch.device("meta"):
         trunk = BACKBONES[name](last_stride=last_stride, stem_relu=False)
@@ -200,3 +231,23 @@ def test_with_a_relu_in_the_stem_the_trunk_is_torchvisions_and_without_it_is_not
         model.base.stem_relu = False
         assert not torch.allclose(model(pictures()), expected, rtol=0.1)
     assert small(name=name).base.stem_relu is False
+
+
+@pytest.mark.parametrize("name", ["se_resnet50", "resnet50_ibn_a", "timm/resnet18"])
+def test_the_key_of_the_stem_says_what_the_others_have(name, caplog):
+    assert config(name).MODEL.STEM_RELU is True
+    assert config(name, STEM_RELU="yes").MODEL.STEM_RELU is True
+    assert caplog.messages == []
+    assert config(name, STEM_RELU="no").MODEL.STEM_RELU is True
+    said = f"MODEL.STEM_RELU no has no effect (on the command line): the stem of {name} always has its activation"
+    assert caplog.messages == [said]
+
+
+def test_half_of_an_ibn_norm_is_over_each_image_alone():
+    norm, x = IBN(5).train(), pictures()[:, :1] + torch.arange(5.0).view(1, 5, 1, 1)
+    x = x * torch.arange(1.0, 5).view(4, 1, 1, 1)
+    output = norm(x)
+    assert (norm.IN.num_features, norm.BN.num_features) == (2, 3)
+    torch.testing.assert_close(output[:, :2].mean((2, 3)), torch.zeros(4, 2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(output[:, 2:].mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+    assert output[:, 2:].mean((2, 3)).abs().min() > 0.01
