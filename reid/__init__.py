@@ -50,6 +50,7 @@ assembly builds, gathers and wires.
     data/loaders.py             from settings and folders to this rank's batches (assembly)
     data_check.py               what is wrong with the benchmarks on disk
     backbones.py                trunks, a plain dict by name
+    timm_models.py              any other trunk that timm has
     model.py                    backbone, pooling, BNNeck, classifier, centers
     weights.py                  weights from files, with a report
     losses.py                   identity, batch-hard triplet, center (mathematics)

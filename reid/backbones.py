@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import resnet
+
+from reid import timm_models
+
+if TYPE_CHECKING:
+    from yacs.config import CfgNode
+
+Colour = tuple[float, ...]  # red, green, blue
 
 
 class ResNetTrunk(resnet.ResNet):  # type: ignore[misc]  # torchvision ships no types
@@ -138,6 +145,43 @@ BACKBONES: dict[str, Callable[..., Any]] = {
     "resnet50_ibn_a": _ibn([3, 4, 6, 3]),
     "resnet101_ibn_a": _ibn([3, 4, 23, 3]),
 }
+
+
+def check(cfg: CfgNode) -> None:
+    """Refuses a backbone that there is not, or that does not take images of these sizes.
+
+    Raises:
+        SettingsError: naming what would do.
+    """
+    if cfg.MODEL.NAME not in BACKBONES:
+        timm_models.plan_for(cfg)
+
+
+def build_trunk(cfg: CfgNode) -> tuple[Any, int]:
+    """The trunk that MODEL.NAME names, with randomly initialised weights, and its number of features D.
+
+    It gives a feature map [B, D, h, w], or features [B, D] where it pools itself.
+    """
+    if cfg.MODEL.NAME not in BACKBONES:
+        plan = timm_models.plan_for(cfg)
+        return timm_models.build(plan), plan.num_features
+    trunk = BACKBONES[cfg.MODEL.NAME](last_stride=cfg.MODEL.LAST_STRIDE, stem_relu=cfg.MODEL.STEM_RELU)
+    return trunk, trunk.num_features
+
+
+def normalisation(cfg: CfgNode) -> tuple[Colour, Colour]:
+    """Mean and standard deviation of the backbone's input, of pixels in 0..1: as set, or else the backbone's own."""
+    mean, std = cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD
+    own_mean, own_std = own_normalisation(cfg.MODEL.NAME) if mean is None or std is None else (mean, std)
+    return own_mean if mean is None else mean, own_std if std is None else std
+
+
+def own_normalisation(name: str) -> tuple[Colour, Colour]:
+    """Mean and standard deviation that the backbone's pretrained weights want."""
+    if name not in BACKBONES:
+        return timm_models.normalisation(name)
+    return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+
 
 # The ImageNet weights (V1, which the published numbers rest on) that torchvision fetches where the machine may.
 IMAGENET_WEIGHTS: dict[str, resnet.WeightsEnum] = {

@@ -53,9 +53,11 @@ SETTINGS: dict[str, tuple[Any, Check]] = {
     # the run's folder; empty: runs/ and the name of the configuration file, or runs/default without one
     "OUTPUT_DIR": ("", text()),
     # ---- MODEL ----
-    "MODEL.NAME": ("resnet50", one_of(*_RESNETS, *_SENETS, *_IBN_RESNETS, or_prefix="timm/")),  # the backbone
+    # the backbone: one of reid-strong-baseline's, resnet101_ibn_a, or any that timm has, as timm/vit_small_patch16_224
+    "MODEL.NAME": ("resnet50", one_of(*_RESNETS, *_SENETS, *_IBN_RESNETS, or_prefix="timm/")),
     "MODEL.DEVICE": ("auto", one_of("auto", "cuda", "cpu")),  # auto: cuda where there is a GPU, else cpu
-    # stride of the last residual stage; 1 doubles the height and width of its map (16 x 8 for 256 x 128 images)
+    # stride of the last residual stage; 1 doubles the height and width of its map (16 x 8 for 256 x 128 images). Of
+    # timm/NAME: 1 is timm's output_stride 16 where the model has that, and nothing where it has not, which is logged
     "MODEL.LAST_STRIDE": (1, integer(1, 2)),
     "MODEL.PRETRAIN_PATH": ("", text()),  # the file of weights to start from; imagenet can do without one, self cannot
     # imagenet: the backbone only; self: a checkpoint of ours or of reid-strong-baseline; none: random weights
@@ -80,9 +82,10 @@ SETTINGS: dict[str, tuple[Any, Check]] = {
     "INPUT.SIZE_TEST": ((256, 128), _SIZE),  # pixels of a test image: height, width
     "INPUT.PROB": (0.5, real(minimum=0, maximum=1)),  # probability of a horizontal flip
     "INPUT.RE_PROB": (0.5, real(minimum=0, maximum=1)),  # probability of random erasing
-    # subtracted from pixels in 0..1; also what random erasing writes, after normalisation as published
-    "INPUT.PIXEL_MEAN": ((0.485, 0.456, 0.406), _MEAN),
-    "INPUT.PIXEL_STD": ((0.229, 0.224, 0.225), _STD),  # pixels in 0..1 are divided by it
+    # subtracted from pixels in 0..1; also what random erasing writes, after normalisation as published. None: what the
+    # backbone's pretrained weights want, and so it is for a MODEL.NAME timm/NAME where it is not given
+    "INPUT.PIXEL_MEAN": ((0.485, 0.456, 0.406), optional(_MEAN)),
+    "INPUT.PIXEL_STD": ((0.229, 0.224, 0.225), optional(_STD)),  # pixels in 0..1 are divided by it; None: as above
     "INPUT.PADDING": (10, integer(0)),  # pixels of black border on each side before the random crop
     # ---- DATASETS ----
     # the benchmarks to train on, as one training set, and to test on, unless TEST.DATASETS names others; each a name or
@@ -266,6 +269,8 @@ def _settle_backbone(values: dict[str, Any], places: dict[str, str]) -> None:
             *(places["MODEL.STEM_RELU"], name),
         )
     values["MODEL.STEM_RELU"] = True
+    if name.startswith("timm/"):
+        values |= {key: None for key in ("INPUT.PIXEL_MEAN", "INPUT.PIXEL_STD") if key not in places}
 
 
 def _tree(values: dict[str, Any]) -> CfgNode:

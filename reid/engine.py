@@ -10,6 +10,7 @@ from ignite.engine import Engine
 from torch import Tensor, nn
 
 from reid.accumulation import backward_in_parts
+from reid.backbones import normalisation
 from reid.criterion import Criterion, Losses
 from reid.data.augment import augment, normalise
 from reid.model import ReIDModel
@@ -25,7 +26,7 @@ class Preparation:
     """From uint8 images in host memory to what the model takes, on the device.
 
     Args:
-        cfg: the whole configuration; INPUT and SOLVER.PRECISION are read.
+        cfg: the whole configuration; INPUT, MODEL.NAME and SOLVER.PRECISION are read.
         device: of the model.
         images: all images of the data set, uint8 [N, H, W, 3], where they lie on the device; None where each batch
             brings its own.
@@ -34,8 +35,7 @@ class Preparation:
     def __init__(self, cfg: CfgNode, device: torch.device, images: Tensor | None = None) -> None:
         self._device, self._images = device, images
         dtype = torch.float64 if cfg.SOLVER.PRECISION == "fp64" else torch.float32
-        self._mean = torch.tensor(cfg.INPUT.PIXEL_MEAN, dtype=dtype, device=device)
-        self._std = torch.tensor(cfg.INPUT.PIXEL_STD, dtype=dtype, device=device)
+        self._mean, self._std = (torch.tensor(value, dtype=dtype, device=device) for value in normalisation(cfg))
         self._padding: int = cfg.INPUT.PADDING
 
     def to_device(self, tensor: Tensor) -> Tensor:

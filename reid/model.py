@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from reid.backbones import BACKBONES
+from reid.backbones import build_trunk
 from reid.combinations import use_center_loss, use_identity_loss
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ class ReIDModel(nn.Module):
     """Images to embeddings (eval mode) or to features and logits (training mode).
 
     Args:
-        base: a trunk with `num_features` D.
+        base: a trunk: images to a feature map [B, D, h, w], or to features [B, D].
+        num_features: D.
         num_pids: C, training identities.
         bnneck: BatchNorm between feature and classifier, which then has no bias.
         embed_after_neck: whether retrieval compares what comes after the BNNeck or before.
@@ -79,7 +80,9 @@ class ReIDModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor | ReIDOutput:
         """Images [B, 3, H, W] to an embedding [B, D] in eval mode, to `ReIDOutput` in training mode."""
-        feat: Tensor = self.base(images).mean((2, 3))  # [B, D]
+        feat: Tensor = self.base(images)
+        if feat.dim() == 4:
+            feat = feat.mean((2, 3))  # [B, D]
         if self.training:
             return ReIDOutput(feat, self.classifier(self.bottleneck(feat)))
         return self.bottleneck(feat) if self.embed_after_neck else feat
@@ -92,10 +95,10 @@ def build_model(cfg: CfgNode, num_pids: int) -> ReIDModel:
         cfg: the whole configuration; MODEL, TEST.NECK_FEAT and what decides the losses are read.
         num_pids: C, training identities.
     """
-    base = BACKBONES[cfg.MODEL.NAME](last_stride=cfg.MODEL.LAST_STRIDE, stem_relu=cfg.MODEL.STEM_RELU)
+    base, num_features = build_trunk(cfg)
     model = ReIDModel(
         base,
-        base.num_features,
+        num_features,
         num_pids,
         bnneck=cfg.MODEL.NECK == "bnneck",
         embed_after_neck=cfg.TEST.NECK_FEAT == "after",

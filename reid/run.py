@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from reid import distributed, weights
+from reid import backbones, distributed, weights
 from reid.checkpoint_files import checkpoints_in
 from reid.config import by_full_key
 from reid.criterion import Criterion
@@ -45,7 +45,7 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     Raises:
         Preempted: on all ranks, when a signal came; all is saved.
     """
-    distributed.agree(_facts(cfg))
+    _check_start(cfg)
     folder = RunDirectory(Path(cfg.OUTPUT_DIR))
     folder.claim()
     data = _open_data(cfg, train=True)
@@ -150,7 +150,7 @@ def _log_table(scores: dict[str, Any]) -> None:
 def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     """Evaluates the checkpoint TEST.WEIGHT and writes result.json."""
     del signals  # there is nothing to save: the first one ends it
-    distributed.agree(_facts(cfg))
+    _check_start(cfg)
     if not cfg.TEST.WEIGHT:
         found = checkpoints_in(Path(cfg.OUTPUT_DIR) / "checkpoints", "best")
         remedy = f"the best of this run is {found[-1]}" if found else "add TEST.WEIGHT FILE to the command"
@@ -199,12 +199,18 @@ def place(model: ReIDModel, cfg: CfgNode, accelerator: Accelerator) -> None:
         model.to(memory_format=torch.channels_last)
 
 
+def _check_start(cfg: CfgNode) -> None:
+    """What would be found out late: ranks that differ, and a backbone that there is not."""
+    distributed.agree(_facts(cfg))
+    distributed.together(lambda: backbones.check(cfg))
+
+
 def _facts(cfg: CfgNode) -> dict[str, object]:
     """What must be the same on all ranks; each node may have data and caches in folders of its own."""
     own_folders = ("DATASETS.ROOT_DIR", "DATASETS.CACHE_DIR")
     settings = {key: value for key, value in by_full_key(cfg).items() if key not in own_folders}
     return settings | {
-        **{name: version(name) for name in ("torch", "torchvision", "accelerate", "numpy")},
+        **{name: version(name) for name in ("torch", "torchvision", "timm", "accelerate", "numpy")},
         "the commit of reid": commit(),
         "the source code of reid": source_fingerprint(),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -15,13 +16,28 @@ def synchronise_batchnorm(model: nn.Module) -> nn.Module:
     if distributed.num_ranks() == 1:
         return model
     if any(parameter.is_cuda for parameter in model.parameters()):
-        return cast("nn.Module", nn.SyncBatchNorm.convert_sync_batchnorm(model))  # type: ignore[no-untyped-call]
+        return _synchronise_on_gpus(model)
     for name, child in model.named_children():
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
-            setattr(model, name, _CPUSyncBatchNorm.like(child))
+            kind = _CPUSyncBatchNormAct if _is_fused(child) else _CPUSyncBatchNorm
+            setattr(model, name, kind.like(child))
         else:
             synchronise_batchnorm(child)
     return model
+
+
+def _is_fused(layer: nn.Module) -> bool:
+    """Whether it is timm's BatchNormAct2d, which applies the activation behind it too."""
+    return hasattr(layer, "act")
+
+
+def _synchronise_on_gpus(model: nn.Module) -> nn.Module:
+    convert: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
+    if any(_is_fused(layer) for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)):
+        from timm import layers
+
+        convert = layers.convert_sync_batchnorm  # type: ignore[attr-defined]  # torch's would drop the activations
+    return convert(model)
 
 
 class _CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -56,6 +72,23 @@ class _CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.running_var.lerp_(variance * (count / max(count - 1, 1)), self.momentum)
             self.num_batches_tracked.add_(1)
         return output.to(input.dtype)  # type: ignore[no-any-return]
+
+
+class _CPUSyncBatchNormAct(_CPUSyncBatchNorm):
+    """The same with what timm's BatchNormAct2d has behind it."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    @classmethod
+    def like(cls, original: nn.modules.batchnorm._BatchNorm) -> _CPUSyncBatchNormAct:
+        layer = cast("_CPUSyncBatchNormAct", super().like(original))
+        layer.drop, layer.act = cast("nn.Module", original.drop), cast("nn.Module", original.act)
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = self.act(self.drop(super().forward(input)))
+        return output
 
 
 class _GlobalBatchNorm(torch.autograd.Function):

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from reid import distributed
-from reid.backbones import BACKBONES
+from reid.backbones import BACKBONES, IBN
 from reid.checkpoint_files import host_copy
 from reid.config import load_config
 from reid.criterion import Criterion
@@ -77,6 +77,9 @@ VARIANTS = {
     ],
     "triplet_no_batchnorm": ["MODEL.NAME=resnet34", "MODEL.NECK=no", "DATALOADER.SAMPLER=triplet"],
     "accumulated_no_batchnorm": ["MODEL.NAME=resnet34", "MODEL.NECK=no", "SOLVER.ACCUMULATE=4"],
+    "ibn": ["MODEL.NAME=resnet50_ibn_a"],
+    "timm_batchnorm_with_activation": ["MODEL.NAME=timm/test_efficientnet", "SOLVER.OPTIMIZER_NAME=SGD"],
+    "timm_vit": ["MODEL.NAME=timm/test_vit", "SOLVER.OPTIMIZER_NAME=SGD"],
 }
 EVALUATION_SIZES = (2, 7, 30, 61)  # images, in batches of 8: fewer batches than ranks, and fewer images
 # Those that see the same mathematics another way.
@@ -95,6 +98,16 @@ class TinyTrunk(nn.Sequential):
         del last_stride, stem_relu
         layers = [nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.BatchNorm2d(16)]
         super().__init__(*layers)
+
+
+class TrunkWithIBN(nn.Sequential):
+    """The same with half an InstanceNorm."""
+
+    num_features = 16
+
+    def __init__(self, *, last_stride: int, stem_relu: bool) -> None:
+        del last_stride, stem_relu
+        super().__init__(nn.Conv2d(3, 8, 3, 2), IBN(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.BatchNorm2d(16))
 
 
 class TrunkWithoutBatchNorm(nn.Sequential):
@@ -346,6 +359,7 @@ def main(folder: Path) -> None:
             if world.num_ranks <= 2:  # a ResNet-18 in float64 is much for small machines
                 outcome["trajectories"] = {name: trajectory(accelerator, name) for name in TRAJECTORIES}
             BACKBONES["resnet18"], BACKBONES["resnet34"] = TinyTrunk, TrunkWithoutBatchNorm
+            BACKBONES["resnet50_ibn_a"] = TrunkWithIBN
             equal, unequal = [4] * 20, [2 + 3 * i % 11 for i in range(20)]
             outcome["equal"] = {name: variant(accelerator, options, equal) for name, options in VARIANTS.items()}
             outcome["unequal"] = {name: variant(accelerator, options, unequal) for name, options in VARIANTS.items()}

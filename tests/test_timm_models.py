@@ -1,0 +1,208 @@
+"""timm's models as trunks: what is asked for, what is refused, and that they train in the real program."""
+
+import json
+import logging
+
+import pytest
+import timm
+import torch
+from program import names, newest, records
+from torch import nn
+
+from reid import backbones, timm_models
+from reid.config import dump, load_config
+from reid.engine import Preparation
+from reid.errors import SettingsError
+from reid.model import build_model
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def settings(name, *overrides):
+    return load_config(None, [f"MODEL.NAME=timm/{name}", "MODEL.PRETRAIN_CHOICE=none", *overrides])
+
+
+def pictures(*size):
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+# ---- the name ----
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("vit_tiny_patch16_225", "timm/vit_tiny_patch16_224"),
+        ("resnet50.a1_in2k", "timm/resnet50.a1_in1k"),
+        ("resnet18.of_mine", "timm/resnet18.tv_in1k"),
+    ],
+)
+def test_a_name_that_timm_does_not_know_is_refused_with_those_like_it(name, near):
+    with pytest.raises(SettingsError) as error:
+        backbones.check(settings(name))
+    said, meant = str(error.value).split("; did you mean ")
+    assert said == f"MODEL.NAME must be timm/ and the name of a model of timm {timm.__version__}, got timm/{name}"
+    assert near in meant.rstrip("?").split(" or ")
+
+
+@pytest.mark.parametrize("name", ["hf-hub:someone/resnet18", "§§§§"])
+def test_where_nothing_is_like_it_the_list_is_named(name):
+    with pytest.raises(SettingsError, match=r"MODEL\.NAME must be timm/ and the name of a model of timm"):
+        timm_models.normalisation(f"timm/{name}")
+
+
+def test_the_user_reads_of_a_wrong_name_before_any_data_is_touched(place):
+    said = place.refusal("train", "OUTPUT_DIR", "misspelt", "MODEL.NAME", "timm/resnet52", num_ranks=2, code=2)
+    assert "got timm/resnet52; did you mean timm/resnet152 or " in said
+    assert "misspelt" not in names(place.folder)
+
+
+# ---- what is asked for ----
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "stride", "options"),
+    [
+        ("test_resnet", ((256, 128), (256, 128)), 1, {"output_stride": 16}),
+        ("test_resnet", ((256, 128), (256, 128)), 2, {}),
+        ("test_vit", ((256, 128), (256, 128)), 1, {"img_size": (256, 128)}),
+        ("test_vit", ((256, 128), (384, 128)), 1, {"img_size": (256, 128), "dynamic_img_size": True}),
+        ("test_convnext", ((256, 128), (384, 128)), 2, {}),
+    ],
+)
+def test_a_model_is_asked_for_what_it_can(name, sizes, stride, options):
+    sizes = [f"INPUT.{key}={size}" for key, size in zip(("SIZE_TRAIN", "SIZE_TEST"), sizes, strict=True)]
+    assert timm_models.plan_for(settings(name, *sizes, f"MODEL.LAST_STRIDE={stride}")).options == options
+
+
+def test_what_becomes_of_the_last_stride_is_said(caplog):
+    caplog.set_level(logging.INFO, "reid.timm_models")
+    backbones.check(settings("test_resnet", "INPUT.SIZE_TRAIN=(40,40)"))
+    backbones.check(settings("test_vit", "INPUT.SIZE_TRAIN=(48,48)"))
+    backbones.check(settings("test_vit", "INPUT.SIZE_TRAIN=(64,48)", "MODEL.LAST_STRIDE=2"))
+    assert caplog.messages == [
+        "MODEL.LAST_STRIDE 1: timm/test_resnet keeps its map at 1/16 of the image's size, with dilation for stride",
+        "MODEL.LAST_STRIDE 1: timm cannot build timm/test_vit with another stride, so it stays as it is",
+    ]
+
+
+def test_the_last_stride_is_seen_in_the_map():
+    maps = {}
+    for stride in (1, 2):
+        trunk = build_model(settings("test_resnet", f"MODEL.LAST_STRIDE={stride}"), 2).base
+        maps[stride] = trunk.forward_features(pictures(256, 128)).shape[2:]
+    assert maps == {1: (16, 8), 2: (8, 4)}
+
+
+def test_a_size_that_the_model_does_not_take_is_refused():
+    with pytest.raises(SettingsError) as error:
+        backbones.check(settings("nest_tiny", "INPUT.SIZE_TRAIN=(64,32)"))
+    assert str(error.value) == (
+        "INPUT.SIZE_TRAIN must be a size that timm/nest_tiny takes, got (64, 32) (Input height (64) doesn't match "
+        "model (224)); its own is 224x224, and another model may take any"
+    )
+
+
+# ---- what it computes ----
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "mobilenetv3_small_050", "test_vit4"])
+def test_features_are_those_that_the_models_own_classifier_sees(name):
+    """Whatever pooling, head or norm the model has behind its blocks."""
+    cfg = settings(name, "INPUT.SIZE_TRAIN=(64,32)", "INPUT.SIZE_TEST=(64,32)", "TEST.NECK_FEAT=before")
+    plan = timm_models.plan_for(cfg)
+    whole = plan.create().eval()  # with a classifier
+    model = build_model(cfg, num_pids=3).eval()
+    assert model.num_features == plan.num_features == model.bottleneck.num_features
+    model.base.load_state_dict({name: whole.state_dict()[name] for name in model.base.state_dict()})
+    seen = []
+    whole.get_classifier().register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        embedding = model(pictures(64, 32))
+        whole(pictures(64, 32))
+    assert embedding.shape == (2, plan.num_features)
+    torch.testing.assert_close(embedding, seen[0].flatten(1))
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "legacy_seresnet18", "rexnet_100"])
+def test_no_dropout_or_stochastic_depth_makes_ranks_differ(name):
+    """These come with some."""
+    model = build_model(settings(name, "INPUT.SIZE_TRAIN=(64,64)", "INPUT.SIZE_TEST=(64,64)"), 3).base.train()
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eval()
+    assert torch.equal(model(pictures(64, 64)), model(pictures(64, 64)))
+
+
+# ---- normalisation ----
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "expected"),
+    [
+        ("timm/test_vit", [], ((0.5,) * 3, (0.5,) * 3)),
+        ("timm/test_vit", ["INPUT.PIXEL_STD=(1,2,3)"], ((0.5,) * 3, (1.0, 2.0, 3.0))),
+        ("timm/test_vit", ["INPUT.PIXEL_MEAN=(0,0,0)", "INPUT.PIXEL_STD=(1,2,3)"], ((0.0,) * 3, (1.0, 2.0, 3.0))),
+        ("timm/test_efficientnet", [], IMAGENET),
+        ("timm/vit_base_patch16_clip_224.openai", [], (timm.data.OPENAI_CLIP_MEAN, timm.data.OPENAI_CLIP_STD)),
+        ("resnet18", [], IMAGENET),
+        ("resnet18", ["INPUT.PIXEL_MEAN=None", "INPUT.PIXEL_STD=None"], IMAGENET),
+    ],
+)
+def test_input_is_normalised_as_set_or_else_as_the_model_wants_it(tmp_path, name, overrides, expected):
+    cfg = load_config(None, [f"MODEL.NAME={name}", *overrides])
+    assert backbones.normalisation(cfg) == expected
+    (tmp_path / "config.yaml").write_text(dump(cfg))
+    again = load_config(str(tmp_path / "config.yaml"), [])
+    assert dump(again) == dump(cfg)
+    assert backbones.normalisation(again) == expected
+
+
+def test_the_normalisation_reaches_the_pixels():
+    cfg = settings("test_vit")
+    batch = type("Batch", (), {"images": torch.tensor([0, 255], dtype=torch.uint8).view(1, 2, 1, 1).expand(1, 2, 1, 3)})
+    pixels = Preparation(cfg, torch.device("cpu")).for_evaluation(batch)
+    assert pixels.flatten().unique().tolist() == [-1, 1]
+
+
+# ---- in the real program ----
+
+
+@pytest.mark.parametrize("name", ["timm/test_efficientnet", "timm/vit_tiny_patch16_224"])
+def test_it_trains_and_is_evaluated(place, name):
+    """On two ranks, whose DistributedDataParallel would wait for a parameter without a gradient."""
+    folder = name.replace("/", "_")
+    place.train("OUTPUT_DIR", folder, "MODEL.NAME", name, "SOLVER.MAX_EPOCHS", 1, num_ranks=2)
+    trained = json.loads((place.folder / folder / "result.json").read_text())
+    assert records(place.folder / folder, "val")[-1]["mAP"] == trained["mAP"]
+    (best,) = (place.folder / folder / "checkpoints").glob("best_*.pt")
+    (evaluated,) = place.run(
+        "evaluate",
+        *("--config_file", f"{folder}/config.yaml", "OUTPUT_DIR", f"{folder}_again", "TEST.WEIGHT", best),
+        bare=True,
+    )
+    assert evaluated.code == 0, evaluated
+    assert json.loads((place.folder / f"{folder}_again" / "result.json").read_text())["mAP"] == trained["mAP"]
+    assert "INPUT.PIXEL_MEAN" not in evaluated.err
+    assert newest(place.folder / folder)["config"].count("PIXEL_MEAN: null") == 1
+
+
+def test_it_trains_with_frozen_batchnorm(place):
+    state = []
+    for epochs in (1, 2):
+        place.train(
+            *("OUTPUT_DIR", "frozen", "MODEL.NAME", "timm/test_efficientnet", "MODEL.FREEZE_BN", "yes"),
+            *("SOLVER.MAX_EPOCHS", epochs),
+        )
+        state.append(newest(place.folder / "frozen")["model"])
+    changed = {name for name in state[0] if not torch.equal(state[0][name], state[1][name])}
+    model = build_model(settings("test_efficientnet"), 2)
+    of_norms = {
+        f"base.{name}.{part}"
+        for name, layer in model.base.named_modules()
+        if isinstance(layer, nn.BatchNorm2d)
+        for part in layer.state_dict()
+    }
+    assert not changed & of_norms
+    assert len(of_norms) > 50
+    assert "base.conv_stem.weight" in changed
