@@ -57,6 +57,9 @@ assembly builds, gathers and wires.
     criterion.py                which losses, over the global batch (assembly)
     optim.py                    parameter groups, optimiser, learning rate by the epoch
     metrics.py                  CMC, mAP, mINP (mathematics)
+    ranking.py                  the positions of the matches, by counting
+    verification.py             TPR at FPR over all pairs
+    single_shot.py              CUHK03's protocol of one gallery image of each identity
     evaluation.py               embeddings of all ranks to scores (assembly)
 
 Letters in shape comments: B batch, C training identities (or channels), D feature, G gallery, H height, K images per

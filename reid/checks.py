@@ -186,8 +186,14 @@ def integer(minimum: int, maximum: int | None = None) -> Check:
     return check
 
 
-def real(*, minimum: float = -math.inf, above: float = -math.inf, maximum: float = math.inf) -> Check:
-    """A finite number; `above` is a minimum that is itself left out."""
+def real(
+    *,
+    minimum: float = -math.inf,
+    above: float = -math.inf,
+    maximum: float = math.inf,
+    below: float = math.inf,
+) -> Check:
+    """A finite number; `above` is a minimum and `below` a maximum that is itself left out."""
     bounds = (
         f" from {minimum:g} to {maximum:g}" if maximum < math.inf else f" >= {minimum:g}" if minimum > above else ""
     )
@@ -195,7 +201,7 @@ def real(*, minimum: float = -math.inf, above: float = -math.inf, maximum: float
 
     def check(value: Any) -> float:
         number = _number(value)
-        if not math.isfinite(number) or number < minimum or number <= above or number > maximum:
+        if not math.isfinite(number) or number < minimum or not above < number < below or number > maximum:
             raise Refused(wanted)
         return number
 

@@ -41,6 +41,7 @@ _SIZE = sequence(integer(8), "height and width, two whole numbers >= 8", length=
 _MEAN = sequence(real(), "three numbers (red, green, blue)", length=3)
 _STD = sequence(real(above=0), "three numbers > 0 (red, green, blue)", length=3)
 _EPOCHS = increasing(sequence(integer(0), "increasing whole numbers >= 0"))
+_RATES = sequence(real(above=0, below=1), "numbers between 0 and 1, as [0.0001,0.001,0.01]")
 _TAGS = as_list(sequence(text(shortest=1, longest=64), "a list of texts of 1 to 64 characters"))
 
 _RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -160,6 +161,11 @@ SETTINGS: dict[str, tuple[Any, Check]] = {
     "TEST.WEIGHT": ("", text()),  # the checkpoint to evaluate
     "TEST.NECK_FEAT": ("after", one_of("after", "before")),  # compare features after the BNNeck or before it
     "TEST.FEAT_NORM": (True, flag),  # L2-normalise features, so that they compare by cosine
+    "TEST.FLIP": (False, flag),  # the embedding is the mean of those of the image and of its mirror image
+    # false positive rates at which the true positive rate over all pairs is reported; empty: none
+    "TEST.FPR": ((), _RATES),
+    # CMC over one random image of each identity, ten times for each query; auto: as the benchmark says
+    "TEST.SINGLE_GALLERY_SHOT": ("auto", one_of("auto", "yes", "no")),
     # ---- WANDB ----
     "WANDB.ENABLE": (True, flag),  # record the run with Weights & Biases
     "WANDB.PROJECT": ("reid-strong-baseline", text(longest=128, without="/\\#?%:")),  # the W&B project

@@ -108,21 +108,30 @@ class Embedded(NamedTuple):
     sample_ids: Tensor  # [B] in host memory
 
 
-def build_embedder(model: ReIDModel, accelerator: Accelerator, preparation: Preparation) -> Engine:
+def build_embedder(
+    model: ReIDModel, accelerator: Accelerator, preparation: Preparation, *, flip: bool = False
+) -> Engine:
     """An engine whose output is `Embedded`.
 
     Args:
         model: not wrapped, as ranks have different numbers of batches and none may wait for another.
         accelerator: whose precision is used.
         preparation: of the batch's images.
+        flip: the embedding is the mean of those of the image and of its mirror image, before any normalisation.
     """
     dtype = next(model.parameters()).dtype
+
+    def embed(images: Tensor) -> Tensor:
+        with accelerator.autocast():
+            return model(images).to(dtype)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def step(engine: Engine, batch: Batch) -> Embedded:
         del engine
-        with accelerator.autocast():
-            embedding = model(preparation.for_evaluation(batch))
-        return Embedded(embedding.to(dtype), batch.sample_ids)
+        images = preparation.for_evaluation(batch)
+        embedding = embed(images)
+        if flip:
+            embedding = (embedding + embed(images.flip(-1))) / 2
+        return Embedded(embedding, batch.sample_ids)
 
     return Engine(step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,17 +15,18 @@ from reid.data.sets import DataSets
 from reid.engine import Embedded, Preparation, build_embedder
 from reid.errors import DataError, shared
 from reid.metrics import (
+    Distances,
     Labels,
-    QueryScores,
+    NoMatchError,
     RetrievalScores,
-    concatenate,
+    embedding_distances,
     prepare_embeddings,
     query_blocks,
-    score_block,
-    summarise,
+    score,
 )
 from reid.model import ReIDModel
 from reid.preemption import Preempted
+from reid.ranking import QueryScores
 from reid.wrapping import unsharded
 
 if TYPE_CHECKING:
@@ -61,7 +62,11 @@ class Evaluator:
         self._beat, self._is_stopped = beat, is_stopped
         self._distance: Distance = "cosine" if cfg.TEST.FEAT_NORM else "euclidean"
         self._num_features = model.num_features
-        self._embedder = build_embedder(model, accelerator, Preparation(cfg, accelerator.device))
+        self._fprs: tuple[float, ...] = cfg.TEST.FPR
+        choice = cfg.TEST.SINGLE_GALLERY_SHOT
+        self._single_gallery_shot = data.single_gallery_shot if choice == "auto" else choice == "yes"
+        preparation = Preparation(cfg, accelerator.device)
+        self._embedder = build_embedder(model, accelerator, preparation, flip=cfg.TEST.FLIP)
         self._embedder.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
         self._collected: list[Embedded] = []
 
@@ -74,15 +79,23 @@ class Evaluator:
             Preempted: stopped on some rank, and hence on all.
         """
         distributed.broadcast_buffers(self._model)
-        embedding = self._embed()
-        num_queries = len(self._data.query.pids)
-        scores = score_queries(
-            embedding[:num_queries], embedding[num_queries:], self._data.query, self._data.gallery, self._distance
+        return score_queries(
+            self._distances(self._embed()),
+            self._data.query,
+            self._data.gallery,
+            fprs=self._fprs,
+            single_gallery_shot=self._single_gallery_shot,
         )
+
+    def _distances(self, embedding: Tensor) -> Distances:
+        num_queries = len(self._data.query.pids)
         try:
-            return summarise(scores)
+            embedding = prepare_embeddings(embedding, self._distance)
         except ValueError as error:
-            raise shared(DataError(f"{error}; check the camera and identity numbers in the file names")) from error
+            raise shared(
+                FloatingPointError(f"the model's {error}; its weights or BatchNorm statistics are broken")
+            ) from error
+        return embedding_distances(embedding[:num_queries], embedding[num_queries:], self._distance)
 
     def _embed(self) -> Tensor:
         """Embeddings of query and gallery in the data set's order, on every rank: [Q + G, D]."""
@@ -128,29 +141,47 @@ class Evaluators:
 
 
 def score_queries(
-    q_embedding: Tensor, g_embedding: Tensor, query: Labels, gallery: Labels, distance: Distance
-) -> QueryScores:
-    """Scores of all queries, each computed on one rank; called by all ranks with the same arguments.
+    distances: Distances,
+    query: Labels,
+    gallery: Labels,
+    *,
+    fprs: Sequence[float] = (),
+    single_gallery_shot: bool = False,
+) -> RetrievalScores:
+    """Scores of all queries, each block computed on one rank; called by all ranks with the same arguments.
+
+    Args:
+        distances: from any of the functions that give them.
+        query: of Q images.
+        gallery: of G images.
+        fprs: as in `retrieval_scores`.
+        single_gallery_shot: as in `retrieval_scores`.
 
     Raises:
-        FloatingPointError: an embedding is not finite.
+        DataError: no query has a match.
     """
-    device = q_embedding.device
-    query, gallery = query.to(device), gallery.to(device)
+    device = distances.offset.device
+    num_queries = len(query.pids)
+    own_blocks = list(query_blocks(num_queries))[distributed.rank() :: distributed.num_ranks()]
     try:
-        q_embedding, g_embedding = (prepare_embeddings(part, distance) for part in (q_embedding, g_embedding))
-    except ValueError as error:
-        raise shared(
-            FloatingPointError(f"the model's {error}; its weights or BatchNorm statistics are broken")
-        ) from error
-    blocks = list(query_blocks(len(query.pids)))
-    own_blocks = blocks[distributed.rank() :: distributed.num_ranks()]
-    own = concatenate(
-        [score_block(q_embedding, g_embedding, query, gallery, block, distance=distance) for block in own_blocks]
-    )
-    places = torch.cat(
-        [torch.arange(block.start, block.stop) for block in own_blocks] or [torch.zeros(0, dtype=torch.int64)]
-    )
-    rows = torch.stack([own.average_precision, own.inverse_negative_penalty, own.first_match.double()], dim=1)
-    rows = distributed.gather_rows(rows.to(device), places.to(device), len(query.pids)).cpu()
-    return QueryScores(rows[:, 0], rows[:, 1], rows[:, 2].long())
+        return score(
+            distances,
+            query.to(device),
+            gallery.to(device),
+            blocks=own_blocks,
+            gather=lambda own: _gather(own, own_blocks, num_queries, device),
+            add_up=distributed.sum_over_ranks,
+            fprs=fprs,
+            single_gallery_shot=single_gallery_shot,
+        )
+    except NoMatchError as error:
+        raise shared(DataError(f"{error}; check the camera and identity numbers in the file names")) from error
+
+
+def _gather(own: QueryScores, own_blocks: Sequence[slice], num_queries: int, device: torch.device) -> QueryScores:
+    """The scores of all queries, on the CPU of every rank."""
+    places = torch.cat([torch.zeros(0, dtype=torch.int64), *(torch.arange(b.start, b.stop) for b in own_blocks)])
+    columns = [own.average_precision, own.inverse_negative_penalty, own.first_match.double(), own.num_matches.double()]
+    rows = torch.cat([torch.stack(columns, dim=1), own.single_shot.double()], dim=1)
+    rows = distributed.gather_rows(rows.to(device), places.to(device), num_queries).cpu()
+    return QueryScores(rows[:, 0], rows[:, 1], rows[:, 2].long(), rows[:, 3].long(), rows[:, 4:].long())

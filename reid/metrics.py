@@ -1,15 +1,15 @@
-"""CMC, mAP and mINP from embeddings or distances, exact, in blocks of queries, without sorting a distance matrix; pure.
+"""CMC, mAP, mINP and TPR at FPR from embeddings or distances, exact, in blocks of queries, without sorting; pure.
 
 The protocol of Market-1501 as reid-strong-baseline computes it: gallery images of the query's identity on the query's
-own camera are left out; a query without any other match is not valid and counts nowhere; distractors stay as negatives;
-AP is the mean precision at the matches (not interpolated). Among gallery images at equal distance the one that stands
-first comes first.
+own camera are left out; a query without any other match is not valid and counts nowhere, but for its pairs in TPR at
+FPR; distractors stay as negatives; AP is the mean precision at the matches (not interpolated). Among gallery images at
+equal distance the one that stands first comes first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -18,18 +18,17 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from reid.ranking import QueryScores, concatenate, rank_matches
+from reid.single_shot import NUM_REPEATS, single_shot_positions
+from reid.verification import count_digits, no_counts, num_digits, ordered_keys, tpr_at_fpr
+
 # Queries are ranked in blocks of a fixed size, so that the matrix product of a query never depends on how queries are
 # shared out.
 QUERY_BLOCK = 256
 
 
-@dataclass(frozen=True)
-class QueryScores:
-    """What each of Q queries contributes; NaN and -1 where it is not valid."""
-
-    average_precision: Tensor  # float64 [Q]
-    inverse_negative_penalty: Tensor  # float64 [Q] matches / position of the last match
-    first_match: Tensor  # int64 [Q] position of the first match, from 0
+class NoMatchError(ValueError):
+    """No query has a match."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,14 @@ class RetrievalScores:
     num_valid_queries: int
     num_queries: int
     per_query: QueryScores
+    tpr_at_fpr: Mapping[float, float] = field(default_factory=dict)  # over all pairs that the protocol keeps
 
     def summary(self) -> dict[str, float]:
-        """mAP, mINP, rank-1, rank-5, rank-10 and the numbers of queries, by the keys of result.json."""
+        """mAP, mINP, rank-1, rank-5, rank-10, TPR at FPR and the numbers of queries, by the keys of result.json."""
         ranks = {f"rank-{k}": float(self.cmc[k - 1]) for k in (1, 5, 10) if k <= len(self.cmc)}
+        rates = {f"TPR@FPR={fpr!r}": tpr for fpr, tpr in self.tpr_at_fpr.items()}
         counts = {"num_valid_queries": self.num_valid_queries, "num_queries": self.num_queries}
-        return {"mAP": self.mAP, "mINP": self.mINP, **ranks, **counts}
+        return {"mAP": self.mAP, "mINP": self.mINP, **ranks, **rates, **counts}
 
 
 def retrieval_scores(
@@ -60,6 +61,8 @@ def retrieval_scores(
     *,
     distance: Literal["cosine", "euclidean"] = "cosine",
     max_rank: int = 50,
+    fprs: Sequence[float] = (),
+    single_gallery_shot: bool = False,
 ) -> RetrievalScores:
     """Ranks the gallery for every query by the distance of embeddings.
 
@@ -72,6 +75,9 @@ def retrieval_scores(
         g_camids: [G].
         distance: "cosine" compares directions only.
         max_rank: length of the CMC curve; beyond the gallery's size the curve stays at its last value.
+        fprs: the false positive rates, from 0 to less than 1, at which TPR is wanted, see `reid.verification`.
+        single_gallery_shot: the CMC curve is that of one image of each identity, see `reid.single_shot`; all else
+            stays over the whole gallery.
 
     Raises:
         ValueError: no query has a match, shapes disagree, an embedding is not finite, or the distance is unknown.
@@ -88,8 +94,8 @@ def retrieval_scores(
             f"embeddings must be [Q, D] and [G, D] with Q = {len(query.pids)} and G = {len(gallery.pids)} pids, "
             f"got {list(q.shape)} and {list(g.shape)}"
         )
-    parts = [score_block(q, g, query, gallery, block, distance=distance) for block in query_blocks(len(q))]
-    return summarise(concatenate(parts), max_rank=max_rank)
+    distances = embedding_distances(q, g, distance)
+    return score(distances, query, gallery, max_rank=max_rank, fprs=fprs, single_gallery_shot=single_gallery_shot)
 
 
 def scores_from_distmat(
@@ -100,21 +106,21 @@ def scores_from_distmat(
     g_camids: ArrayLike | Tensor,
     *,
     max_rank: int = 50,
+    fprs: Sequence[float] = (),
+    single_gallery_shot: bool = False,
 ) -> RetrievalScores:
     """The same from a distance matrix [Q, G], where smaller is closer; see `retrieval_scores`."""
-    distances = _as_tensor(distmat)
-    if not distances.is_floating_point():
-        distances = distances.double()
-    device = distances.device
+    matrix = _as_tensor(distmat)
+    if not matrix.is_floating_point():
+        matrix = matrix.double()
+    device = matrix.device
     query, gallery = Labels.of(q_pids, q_camids).to(device), Labels.of(g_pids, g_camids).to(device)
-    if distances.shape != (len(query.pids), len(gallery.pids)):
-        raise ValueError(
-            f"distmat must be [Q, G] = {[len(query.pids), len(gallery.pids)]}, got {list(distances.shape)}"
-        )
-    if distances.isnan().any():
+    if matrix.shape != (len(query.pids), len(gallery.pids)):
+        raise ValueError(f"distmat must be [Q, G] = {[len(query.pids), len(gallery.pids)]}, got {list(matrix.shape)}")
+    if matrix.isnan().any():
         raise ValueError("distmat must not hold NaN")
-    parts = [rank_matches(distances[block], query.take(block), gallery) for block in query_blocks(len(distances))]
-    return summarise(concatenate(parts), max_rank=max_rank)
+    distances = Distances(lambda block: matrix[block], matrix.new_zeros(len(matrix)))
+    return score(distances, query, gallery, max_rank=max_rank, fprs=fprs, single_gallery_shot=single_gallery_shot)
 
 
 def _as_tensor(values: ArrayLike | Tensor) -> Tensor:
@@ -146,6 +152,19 @@ class Labels:
         return Labels(self.pids.to(device), self.camids.to(device))
 
 
+@dataclass(frozen=True)
+class Distances:
+    """Distances of Q queries to the gallery, computed a block of queries at a time.
+
+    Attributes:
+        of_block: from a block of queries to [b, G], the same whenever it is asked; comparable within a row.
+        offset: [Q]; added to their rows, the distances of different queries are comparable too.
+    """
+
+    of_block: Callable[[slice], Tensor]
+    offset: Tensor
+
+
 def query_blocks(num_queries: int) -> Iterator[slice]:
     """The blocks of queries that are ranked together."""
     for start in range(0, num_queries, QUERY_BLOCK):
@@ -167,121 +186,115 @@ def prepare_embeddings(embedding: Tensor, distance: Literal["cosine", "euclidean
     return F.normalize(embedding) if distance == "cosine" else embedding
 
 
-def score_block(
-    q_embedding: Tensor,
-    g_embedding: Tensor,
+def embedding_distances(
+    q_embedding: Tensor, g_embedding: Tensor, distance: Literal["cosine", "euclidean"]
+) -> Distances:
+    """Negative cosines or squared Euclidean distances, of embeddings as `prepare_embeddings` gives them.
+
+    The squared length of a query is its offset: it does not change its ranking, but would round it.
+    """
+    if distance == "cosine":
+        return Distances(lambda block: -q_embedding[block] @ g_embedding.T, q_embedding.new_zeros(len(q_embedding)))
+    squared_lengths = g_embedding.square().sum(1)
+    return Distances(
+        lambda block: torch.addmm(squared_lengths, q_embedding[block], g_embedding.T, alpha=-2),
+        q_embedding.square().sum(1),
+    )
+
+
+def score(
+    distances: Distances,
     query: Labels,
     gallery: Labels,
-    block: slice,
     *,
-    distance: Literal["cosine", "euclidean"],
-) -> QueryScores:
-    """Scores of one block of queries; embeddings as `prepare_embeddings` gives them, all on one device.
-
-    The distances are shifted by a constant of each query (its squared length), which does not change its ranking.
-    """
-    own = q_embedding[block]
-    if distance == "cosine":
-        distances = -own @ g_embedding.T
-    else:
-        distances = torch.addmm(g_embedding.square().sum(1), own, g_embedding.T, alpha=-2)
-    return rank_matches(distances, query.take(block), gallery)
-
-
-def rank_matches(distances: Tensor, query: Labels, gallery: Labels) -> QueryScores:
-    """Finds the position of every match by counting what is closer.
+    blocks: Sequence[slice] | None = None,
+    gather: Callable[[QueryScores], QueryScores] = lambda own: own,
+    add_up: Callable[[Tensor], Tensor] = lambda own: own,
+    max_rank: int = 50,
+    fprs: Sequence[float] = (),
+    single_gallery_shot: bool = False,
+) -> RetrievalScores:
+    """Scores of all queries, of which some blocks may be ranked elsewhere.
 
     Args:
-        distances: [b, G].
-        query: of the b queries.
-        gallery: of the G gallery images.
+        distances: on the device of the labels.
+        query: of Q images.
+        gallery: of G images.
+        blocks: the ones of `query_blocks` to rank here; None: all of them.
+        gather: from the scores of these blocks to those of all queries.
+        add_up: from counts of the pairs of these blocks to those of all pairs.
+        max_rank: as in `retrieval_scores`.
+        fprs: as in `retrieval_scores`.
+        single_gallery_shot: as in `retrieval_scores`.
+
+    Raises:
+        NoMatchError: no query is valid.
+        ValueError: a rate is not one.
     """
-    same_pid = query.pids[:, None] == gallery.pids  # [b, G]
-    left_out = same_pid & (query.camids[:, None] == gallery.camids)
-    is_match = same_pid & ~left_out
-    distances = distances.masked_fill(left_out, torch.inf)
-    num_matches = is_match.sum(1)  # [b]
-    matched = _matched_distances(distances, is_match, num_matches)  # [b, M]
-    positions, has_ties = _positions(distances, matched, is_match)
-    for row in has_ties.nonzero()[:, 0].tolist():
-        kept = (~left_out[row]).nonzero()[:, 0]
-        order = distances[row, kept].argsort(stable=True)
-        positions[row, : int(num_matches[row])] = is_match[row, kept][order].nonzero()[:, 0]
-    return _scores_from_positions(positions, num_matches)
+    blocks = list(query_blocks(len(query.pids))) if blocks is None else blocks
+    pair_counts = no_counts(1, distances.offset.device)
+    parts = []
+    for block in blocks:
+        rows = distances.of_block(block)
+        same_pid, is_match = _pairs(query.take(block), gallery)
+        part = rank_matches(rows, same_pid, is_match)
+        if single_gallery_shot:
+            query_ids = np.arange(block.start, block.stop)
+            positions = single_shot_positions(rows, is_match, query.pids[block], query_ids, gallery.pids)
+            part = replace(part, single_shot=positions)
+        if fprs:
+            pair_counts += count_digits(_keys(rows, distances, block), same_pid, is_match, 0, [0])
+        parts.append(part)
+    scores = gather(concatenate(parts, NUM_REPEATS if single_gallery_shot else 0))
+
+    def count(level: int, prefixes: Sequence[int]) -> Tensor:
+        own = pair_counts if level == 0 else _count_pairs(distances, query, gallery, blocks, level, prefixes)
+        return add_up(own)
+
+    means = summarise(scores, max_rank=max_rank)
+    return replace(means, tpr_at_fpr=tpr_at_fpr(count, fprs, num_digits(distances.offset.dtype))) if fprs else means
 
 
-def _matched_distances(distances: Tensor, is_match: Tensor, num_matches: Tensor) -> Tensor:
-    """The distances of each query's matches, ascending, filled up with infinity: [b, M]."""
-    rows, columns = is_match.nonzero(as_tuple=True)  # row by row
-    starts = num_matches.cumsum(0) - num_matches
-    places = torch.arange(len(rows), device=rows.device) - starts[rows]
-    width = max(int(num_matches.max()), 1) if len(num_matches) else 1
-    matched = distances.new_full((len(distances), width), torch.inf)
-    matched[rows, places] = distances[rows, columns]
-    return matched.sort(dim=1).values
+def _count_pairs(
+    distances: Distances, query: Labels, gallery: Labels, blocks: Sequence[slice], level: int, prefixes: Sequence[int]
+) -> Tensor:
+    counts = no_counts(len(prefixes), distances.offset.device)
+    for block in blocks:
+        keys = _keys(distances.of_block(block), distances, block)
+        counts += count_digits(keys, *_pairs(query.take(block), gallery), level, prefixes)
+    return counts
 
 
-def _positions(distances: Tensor, matched: Tensor, is_match: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions [b, M] of the matches, from 0; and the queries [b] where they are not settled, as other images tie."""
-    num_queries, width = matched.shape
-    # An image is closer than the matches from number `closer_than` on.
-    closer_than = torch.searchsorted(matched, distances, right=True)  # [b, G]
-    equals_a_match = matched.gather(1, (closer_than - 1).clamp(min=0)) == distances
-    at_infinity = distances == torch.inf  # what is left out, or an infinite distance given by the caller
-    has_ties = ((equals_a_match & ~at_infinity & ~is_match) | (is_match & at_infinity)).any(1)
-    offsets = torch.arange(num_queries, device=distances.device)[:, None] * (width + 1)
-    counts = torch.bincount((closer_than + offsets).flatten(), minlength=num_queries * (width + 1))
-    num_closer = counts.view(num_queries, width + 1).cumsum(1)[:, :width]
-    # Matches at equal distance follow each other.
-    first_equal = torch.searchsorted(matched, matched)
-    return num_closer + torch.arange(width, device=matched.device) - first_equal, has_ties
+def _keys(rows: Tensor, distances: Distances, block: slice) -> Tensor:
+    return ordered_keys(rows + distances.offset[block, None])
 
 
-def _scores_from_positions(positions: Tensor, num_matches: Tensor) -> QueryScores:
-    number = torch.arange(1, positions.shape[1] + 1, device=positions.device)  # [M]
-    is_real = number <= num_matches[:, None]
-    precision = (number / (positions + 1).double()).masked_fill(~is_real, 0)
-    is_valid = num_matches > 0
-    last = positions.gather(1, (num_matches - 1).clamp(min=0)[:, None])[:, 0]
-    return QueryScores(
-        average_precision=(precision.sum(1) / num_matches).masked_fill(~is_valid, torch.nan),
-        inverse_negative_penalty=(num_matches / (last + 1).double()).masked_fill(~is_valid, torch.nan),
-        first_match=positions[:, 0].masked_fill(~is_valid, -1),
-    )
-
-
-def concatenate(parts: list[QueryScores]) -> QueryScores:
-    """The scores of consecutive blocks as one."""
-    if not parts:
-        nothing = torch.zeros(0, dtype=torch.float64)
-        return QueryScores(nothing, nothing, nothing.long())
-    return QueryScores(
-        torch.cat([part.average_precision for part in parts]),
-        torch.cat([part.inverse_negative_penalty for part in parts]),
-        torch.cat([part.first_match for part in parts]),
-    )
+def _pairs(query: Labels, gallery: Labels) -> tuple[Tensor, Tensor]:
+    """Which pairs are of one identity, and which of them on different cameras, matches: bool [b, G] each."""
+    same_pid = query.pids[:, None] == gallery.pids
+    return same_pid, same_pid & (query.camids[:, None] != gallery.camids)
 
 
 def summarise(scores: QueryScores, *, max_rank: int = 50) -> RetrievalScores:
     """Means over the valid queries.
 
     Raises:
-        ValueError: no query is valid.
+        NoMatchError: no query is valid.
     """
     if max_rank < 1:
         raise ValueError(f"max_rank must be at least 1, got {max_rank}")
-    is_valid = scores.first_match >= 0
+    is_valid = scores.is_valid
     num_valid = int(is_valid.sum())
     if num_valid == 0:
-        raise ValueError(
+        raise NoMatchError(
             f"none of {len(is_valid)} queries has an image of its identity on another camera in the gallery"
         )
-    first = scores.first_match[is_valid]
-    hits = torch.bincount(first[first < max_rank], minlength=max_rank)
+    positions = scores.cmc_positions[is_valid]  # [num_valid, R]
+    hits = torch.bincount(positions[positions < max_rank], minlength=max_rank)
     return RetrievalScores(
         mAP=float(scores.average_precision[is_valid].mean()),
         mINP=float(scores.inverse_negative_penalty[is_valid].mean()),
-        cmc=hits.cumsum(0).double() / num_valid,
+        cmc=hits.cumsum(0).double() / positions.numel(),
         num_valid_queries=num_valid,
         num_queries=len(is_valid),
         per_query=scores,

@@ -5,8 +5,10 @@ import os
 # Before torch is imported: small tensors gain nothing from threads, which wait for each other on busy machines.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from program import Place
@@ -22,3 +24,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     yield Place(folder)
     for file in folder.rglob("*.pt"):  # hundreds of megabytes; pytest keeps the folders of three runs
         file.unlink()
+
+
+@pytest.fixture(scope="session")
+def golden() -> Mapping[str, np.ndarray]:
+    """Embeddings, labels and scores recorded of reid-strong-baseline."""
+    return np.load(Path(__file__).parent / "golden" / "evaluation.npz")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from reid import distributed
+from reid import distributed, metrics
 from reid.backbones import BACKBONES, IBN
 from reid.checkpoint_files import host_copy
 from reid.config import load_config
@@ -232,8 +232,10 @@ def variant(accelerator: Any, options: list[str], num_images_of_pid: list[int]) 
 
 
 def evaluated(accelerator: Any, num_images: int) -> dict[str, Any]:
-    """Scores of a fixed model on random images; the first quarter are queries."""
-    cfg = load_config(None, [*BASE, "TEST.IMS_PER_BATCH=8"])
+    """Scores of a fixed model on random images; the first quarter are queries, ranked in blocks of four."""
+    metrics.QUERY_BLOCK = 4
+    options = ["TEST.IMS_PER_BATCH=8", "TEST.FPR=[0.01,0.3]", "TEST.FLIP=yes", "TEST.SINGLE_GALLERY_SHOT=yes"]
+    cfg = load_config(None, [*BASE, *options])
     model, _, _ = built(accelerator, cfg)
     generator = np.random.default_rng(num_images)
     images = generator.integers(0, 256, (num_images, 32, 16, 3), dtype=np.uint8)
@@ -245,7 +247,7 @@ def evaluated(accelerator: Any, num_images: int) -> dict[str, Any]:
     loader = DataLoader(StoredImages(stores, pids, None), batch_sampler=batches, collate_fn=lambda batch: batch)
     query, gallery = (Labels.of(pids[part], camids[part]) for part in (slice(num_queries), slice(num_queries, None)))
     scores = Evaluator(model, accelerator, TestData(loader, query, gallery), cfg).run()
-    return {"summary": scores.summary(), "average_precision": scores.per_query.average_precision, "cmc": scores.cmc}
+    return {"summary": scores.summary(), "cmc": scores.cmc, **vars(scores.per_query)}
 
 
 def gathered_rows() -> dict[str, Any]:

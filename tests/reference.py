@@ -95,6 +95,40 @@ def retrieval(distmat, q_pids, q_camids, g_pids, g_camids, max_rank: int = 50) -
     )
 
 
+def tpr_at_fpr(distmat, q_pids, q_camids, g_pids, g_camids, fpr: float) -> float:
+    """Every distance is tried as the threshold, none of them included."""
+    same, other = [], []
+    for row, pid, camid in zip(distmat, q_pids, q_camids, strict=True):
+        for distance, g_pid, g_camid in zip(row, g_pids, g_camids, strict=True):
+            if g_pid != pid:
+                other.append(distance)
+            elif g_camid != camid:
+                same.append(distance)
+    accepted = 0
+    for threshold in same + other:
+        if not other or sum(d <= threshold for d in other) / len(other) <= fpr:
+            accepted = max(accepted, sum(d <= threshold for d in same))
+    return accepted / len(same)
+
+
+def single_shot_positions(distmat, q_pids, q_camids, g_pids, g_camids, num_repeats: int, draw) -> list[list[int]]:
+    """Of every query its identity's positions among one image of each; draw(repeat, query, identity) is in [0, 1)."""
+    result = []
+    for query, (row, pid, camid) in enumerate(zip(distmat, q_pids, q_camids, strict=True)):
+        kept = [g for g in range(len(g_pids)) if not (g_pids[g] == pid and g_camids[g] == camid)]
+        positions = []
+        for repeat in range(num_repeats):
+            chosen = []
+            for number, identity in enumerate(sorted(set(g_pids))):
+                images = [g for g in kept if g_pids[g] == identity]
+                if images:
+                    chosen.append(images[int(draw(repeat, query, number) * len(images))])
+            ranking = [g_pids[g] for g in sorted(chosen, key=lambda g: (row[g], g))]
+            positions.append(ranking.index(pid) if pid in ranking else -1)
+        result.append(positions)
+    return result
+
+
 # ---- batches ----
 
 

@@ -27,6 +27,9 @@ OWNERS = {
 MATHEMATICS = {
     "losses.py",
     "metrics.py",
+    "ranking.py",
+    "single_shot.py",
+    "verification.py",
     "data/augment.py",
     "data/benchmarks.py",
     "data/cuhk03.py",

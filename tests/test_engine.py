@@ -11,7 +11,7 @@ from reid.combinations import check_ranks
 from reid.config import load_config
 from reid.criterion import Criterion
 from reid.data.loaders import Batch
-from reid.engine import Preparation, build_trainer
+from reid.engine import Preparation, build_embedder, build_trainer
 from reid.errors import SettingsError, WorldError
 from reid.model import ReIDModel
 from reid.optim import build_optimizer
@@ -148,3 +148,22 @@ def test_compiling_needs_a_compiler(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(WorldError, match=r"MODEL\.COMPILE needs a C\+\+ compiler on a CPU, but there is none; install"):
         trained("MODEL.COMPILE=yes")
+
+
+# ---- TEST.FLIP ----
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_flipped_embedding_is_the_mean_of_the_images_and_its_mirror_images(precision):
+    cfg = load_config(None, [*BASE, f"SOLVER.PRECISION={precision}"])
+    accelerator = build_accelerator(cfg, on_gpu=False, num_ranks=1)
+    model, (batch,) = tiny_model().eval(), batches(1)
+
+    def embedded(batch: Batch, *, flip: bool = False) -> torch.Tensor:
+        embedder = build_embedder(model, accelerator, Preparation(cfg, accelerator.device), flip=flip)
+        return embedder.run([batch]).output.embedding
+
+    mirrored = embedded(batch._replace(images=batch.images.flip(2)))
+    assert not torch.equal(mirrored, embedded(batch))
+    torch.testing.assert_close(embedded(batch, flip=True), (embedded(batch) + mirrored) / 2, rtol=0, atol=0)
+    assert embedded(batch, flip=True).dtype == torch.float32

@@ -110,6 +110,8 @@ class TestData:
     loader: DataLoader[Batch]
     query: Labels
     gallery: Labels
+    query_paths: tuple[Path, ...] = ()  # as many as queries where the images are files
+    single_gallery_shot: bool = False  # whether the benchmark's CMC curve is that of one image of each identity
 
 
 def build_stores(cfg: CfgNode, data: DataSets) -> None:
@@ -203,7 +205,8 @@ def build_test_data(cfg: CfgNode, benchmark: Benchmark) -> TestData:
         num_ranks=distributed.num_ranks(),
     )
     loader = _build_loader(cfg, StoredImages(stores, pids, None), batches, cfg.DATALOADER.NUM_WORKERS)
-    return TestData(loader, *(Labels.of(split.pids, split.camids) for _, split in splits))
+    query, gallery = (Labels.of(split.pids, split.camids) for _, split in splits)
+    return TestData(loader, query, gallery, benchmark.query.paths, benchmark.single_gallery_shot)
 
 
 def _build_plan(cfg: CfgNode, train: Split) -> IdentityPlan | ShufflePlan:

@@ -72,7 +72,8 @@ def score_table(scores: dict[str, Any]) -> str:
 
 
 def _describe(scores: dict[str, Any]) -> str:
-    percentages = [f"{name} {100 * scores[name]:.1f} %" for name in _PERCENTAGES if name in scores]
+    names = [*(name for name in _PERCENTAGES if name in scores), *(name for name in scores if name.startswith("TPR@"))]
+    percentages = [f"{name} {100 * scores[name]:.1f} %" for name in names]
     left_out = scores["num_queries"] - scores["num_valid_queries"]
     note = f" ({left_out} without a match left out)" if left_out else ""
     return f"{', '.join(percentages)}, {scores['num_valid_queries']} queries{note}"
