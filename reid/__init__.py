@@ -60,6 +60,7 @@ assembly builds, gathers and wires.
     ranking.py                  the positions of the matches, by counting
     verification.py             TPR at FPR over all pairs
     single_shot.py              CUHK03's protocol of one gallery image of each identity
+    per_query.py                the scores of every query as rows, of every camera as a table
     evaluation.py               embeddings of all ranks to scores (assembly)
 
 Letters in shape comments: B batch, C training identities (or channels), D feature, G gallery, H height, K images per

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -25,8 +26,10 @@ from reid.metrics import (
     score,
 )
 from reid.model import ReIDModel
+from reid.per_query import camera_table, per_query_rows, scores_by_camera
 from reid.preemption import Preempted
 from reid.ranking import QueryScores
+from reid.run_directory import RunDirectory
 from reid.wrapping import unsharded
 
 if TYPE_CHECKING:
@@ -34,6 +37,9 @@ if TYPE_CHECKING:
     from yacs.config import CfgNode
 
 Distance = Literal["cosine", "euclidean"]
+Scores = Mapping[str, RetrievalScores]  # by the name of the test set
+
+logger = logging.getLogger("reid.evaluation")
 
 
 class Evaluator:
@@ -130,14 +136,24 @@ class Evaluators:
     def __init__(
         self, data: DataSets, model: ReIDModel, accelerator: Accelerator, cfg: CfgNode, **options: Callable[[], Any]
     ) -> None:
+        self.data = {benchmark.name: build_test_data(cfg, benchmark) for benchmark in data.test}
         self._evaluators = {
-            benchmark.name: Evaluator(model, accelerator, build_test_data(cfg, benchmark), cfg, **options)
-            for benchmark in data.test
+            name: Evaluator(model, accelerator, of_one, cfg, **options) for name, of_one in self.data.items()
         }
 
-    def run(self) -> dict[str, RetrievalScores]:
-        """Benchmark -> scores of the model as it is now, in the order of TEST.DATASETS; raises what theirs do."""
+    def run(self) -> Scores:
+        """Scores of the model as it is now, in the order of TEST.DATASETS; raises what theirs do."""
         return {name: evaluator.run() for name, evaluator in self._evaluators.items()}
+
+
+def report_queries(folder: RunDirectory, data: Mapping[str, TestData], scores: Scores) -> None:
+    """What each camera contributes, to the console, and each query, to per_query.csv (of several sets one each)."""
+    for name, of_one in scores.items():
+        test = data[name]
+        file = "per_query.csv" if len(scores) == 1 else f"per_query_{name}.csv"
+        folder.write_rows(file, per_query_rows(of_one.per_query, test.query, test.query_paths))
+        heading = f"{name}, by camera of the query:\n" if len(scores) > 1 else ""
+        logger.info("%s%s", heading, camera_table(scores_by_camera(of_one.per_query, test.query.camids)))
 
 
 def score_queries(

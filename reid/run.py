@@ -17,7 +17,7 @@ from reid.data.loaders import TrainData, build_stores, build_train_data
 from reid.data.sets import DataSets, open_data_sets
 from reid.engine import Preparation, build_trainer
 from reid.errors import SettingsError, shared
-from reid.evaluation import Evaluators
+from reid.evaluation import Evaluators, Scores, report_queries
 from reid.handlers import console, guards, interruption, schedule
 from reid.handlers.checkpoint import Checkpoints
 from reid.handlers.meters import TrainMeter
@@ -97,10 +97,7 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     _announce(cfg, accelerator, model, train_data)
     with tracker.running(progress), watchdog.watching(), signals.deferred():
         _run(trainer, train_data, num_steps, evaluations, checkpoints, folder)
-    assert progress.best is not None  # the last epoch is evaluated
-    best = progress.best
-    _log_table(best)
-    logger.info("best mAP %.1f %% after epoch %d; all is in %s", 100 * best["mAP"], best["epoch"], folder.path)
+    _report_end(folder, progress, evaluator, evaluations.scores)
 
 
 def _run(
@@ -142,13 +139,17 @@ def _open_data(cfg: CfgNode, *, train: bool) -> DataSets:
     return data
 
 
-def _log_table(scores: dict[str, Any]) -> None:
-    if "datasets" in scores:
-        logger.info("%s", console.score_table(scores))
+def _report_end(folder: RunDirectory, progress: Progress, evaluator: Evaluators, scores: Scores) -> None:
+    """After training: the latest scores in detail, where this process has evaluated, and the best ones."""
+    report_queries(folder, evaluator.data, scores)
+    assert progress.best is not None  # the last epoch is evaluated
+    console.report_test_sets(progress.best)
+    best = progress.best
+    logger.info("best mAP %.1f %% after epoch %d; all is in %s", 100 * best["mAP"], best["epoch"], folder.path)
 
 
 def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
-    """Evaluates the checkpoint TEST.WEIGHT and writes result.json."""
+    """Evaluates the checkpoint TEST.WEIGHT and writes result.json and per_query.csv."""
     del signals  # there is nothing to save: the first one ends it
     _check_start(cfg)
     if not cfg.TEST.WEIGHT:
@@ -166,18 +167,21 @@ def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     place(model, cfg, accelerator)
     watchdog = Watchdog(cfg.SOLVER.TIMEOUT_MINUTES)
     with watchdog.watching():
-        scores = summary_of_all(Evaluators(data, model, accelerator, cfg, beat=watchdog.beat).run())
+        evaluators = Evaluators(data, model, accelerator, cfg, beat=watchdog.beat)
+        scores = evaluators.run()
+    summary = summary_of_all(scores)
     epoch = content.get("epoch")
     result: dict[str, Any] = {
         "epoch": epoch if isinstance(epoch, int) else None,  # a file of others may have anything there
-        **scores,
+        **summary,
         "weight": cfg.TEST.WEIGHT,
     }
     if distributed.is_main():
         folder.write_result(result)
-    for line in console.describe_scores(scores):
+    for line in console.describe_scores(summary):
         logger.info("%s: %s", cfg.TEST.WEIGHT, line)
-    _log_table(scores)
+    report_queries(folder, evaluators.data, scores)
+    console.report_test_sets(summary)
 
 
 def _new_model(cfg: CfgNode, accelerator: Accelerator, num_pids: int, folder: RunDirectory) -> ReIDModel:

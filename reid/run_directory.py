@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import logging
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -150,6 +152,26 @@ class RunDirectory:
             self._write_result()
         except WorldError as error:
             logger.warning("warning: %s; training goes on", error)
+
+    def write_rows(self, name: str, rows: Sequence[NamedTuple]) -> None:
+        """The rows as a CSV file, under their fields' names; called by all ranks.
+
+        Args:
+            name: of the file.
+            rows: at least one, all of one kind.
+
+        Raises:
+            WorldError: the disk is full or not writable.
+        """
+
+        def write() -> None:
+            if not distributed.is_main():
+                return
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows([rows[0]._fields, *rows])
+            write_atomically(self.path / name, text.getvalue())
+
+        distributed.together(write)
 
     def _write_result(self) -> None:
         if self._unwritten_result is not None:

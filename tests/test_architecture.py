@@ -27,6 +27,7 @@ OWNERS = {
 MATHEMATICS = {
     "losses.py",
     "metrics.py",
+    "per_query.py",
     "ranking.py",
     "single_shot.py",
     "verification.py",

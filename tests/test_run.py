@@ -1,5 +1,6 @@
 """The program from its command line to the files that it leaves behind."""
 
+import csv
 import json
 import re
 import shutil
@@ -206,6 +207,35 @@ def test_evaluation_on_one_process_equals_that_on_two(place, best):
     assert (ended.code, ended.err) == (0, "")
     result = json.loads((place.folder / "evaluated_by_one" / "result.json").read_text())
     assert result["mAP"] == pytest.approx(reported, abs=1e-6)
+
+
+ALL_SCORES = ("TEST.FPR", "[0.01,0.5]", "TEST.FLIP", "yes", "TEST.SINGLE_GALLERY_SHOT", "yes")
+
+
+def test_all_that_can_be_scored_is_the_same_on_one_process_and_two(place, best):
+    file, reported = best
+    found = []
+    for num_ranks in (1, 2):
+        settings = ("TEST.WEIGHT", file, "OUTPUT_DIR", f"scored_by_{num_ranks}", *ALL_SCORES)
+        first, *others = place.run("evaluate", *settings, num_ranks=num_ranks)
+        assert (first.code, first.err, [other.out for other in others]) == (0, "", [""] * (num_ranks - 1))
+        folder = place.folder / f"scored_by_{num_ranks}"
+        with (folder / "per_query.csv").open(encoding="utf-8", newline="") as rows:
+            found.append((json.loads((folder / "result.json").read_text()), list(csv.DictReader(rows)), first.out))
+    (alone, rows, said), (shared, shared_rows, _) = found
+    assert shared == pytest.approx(alone, abs=1e-6)
+    assert alone["mAP"] != pytest.approx(reported, abs=1e-6)  # because of the mirror images
+    assert {"TPR@FPR=0.01", "TPR@FPR=0.5"} < alone.keys()
+    assert f"TPR@FPR=0.5 {100 * alone['TPR@FPR=0.5']:.1f} %" in said
+    assert [row["path"] for row in shared_rows] == [row["path"] for row in rows]
+    assert all(Path(row["path"]).name.startswith(f"{int(row['pid']):04d}_") for row in rows)
+    precisions = [[float(row["AP"]) for row in table] for table in (rows, shared_rows)]
+    assert precisions[1] == pytest.approx(precisions[0], abs=1e-6)
+    assert sum(precisions[0]) / len(rows) == pytest.approx(alone["mAP"], rel=1e-12)
+    cameras = [line.split() for line in said.splitlines() if re.match(r"camid|\d+ ", line)]
+    assert cameras[0] == ["camid", "queries", "valid", "mAP", "rank-1"]
+    assert [int(camera[0]) for camera in cameras[1:]] == sorted({int(row["camid"]) for row in rows})
+    assert sum(int(camera[1]) for camera in cameras[1:]) == len(rows) == alone["num_queries"]
 
 
 # ---- the same command again ----

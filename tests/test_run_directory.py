@@ -1,8 +1,10 @@
 """The files of a run: whole or as they were, one training at a time."""
 
+import csv
 import json
 import logging
 import resource
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -70,6 +72,24 @@ def test_a_write_that_fails_leaves_the_old_text_and_no_other_file(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("result.json", "old")]
+
+
+class Row(NamedTuple):
+    path: str
+    pid: int
+    AP: float | None
+
+
+def test_rows_are_read_back_from_their_file(folder):
+    rows = [Row('a, "b".jpg', 2**60, 1 / 3), Row("two\nlines, ü", -1, None)]
+    folder.write_rows("rows.csv", rows)
+    folder.write_rows("rows.csv", rows)  # in place of the other
+    with (folder.path / "rows.csv").open(encoding="utf-8", newline="") as file:
+        assert list(csv.reader(file)) == [
+            ["path", "pid", "AP"],
+            ['a, "b".jpg', str(2**60), repr(1 / 3)],
+            ["two\nlines, ü", "-1", ""],
+        ]
 
 
 def test_a_training_clears_away_what_a_killed_one_was_writing(folder):

@@ -61,6 +61,12 @@ def describe_scores(scores: dict[str, Any]) -> list[str]:
     return [_describe(scores)]
 
 
+def report_test_sets(scores: dict[str, Any]) -> None:
+    """A table of all test sets where there are several."""
+    if "datasets" in scores:
+        logger.info("%s", score_table(scores))
+
+
 def score_table(scores: dict[str, Any]) -> str:
     """All test sets below each other, in percent."""
     width = max(map(len, ["test set", *scores["datasets"]]))

@@ -9,8 +9,8 @@ import torch
 from ignite.engine import Engine, Events
 
 from reid.data.samplers import TrainBatches
+from reid.evaluation import Scores
 from reid.handlers.records import Progress, Records, summary_of_all
-from reid.metrics import RetrievalScores
 from reid.optim import learning_rate, set_learning_rate
 
 if TYPE_CHECKING:
@@ -47,8 +47,9 @@ class Evaluations:
         solver: the SOLVER section.
     """
 
-    def __init__(self, evaluate: Callable[[], dict[str, RetrievalScores]], progress: Progress, solver: CfgNode) -> None:
+    def __init__(self, evaluate: Callable[[], Scores], progress: Progress, solver: CfgNode) -> None:
         self._evaluate, self._progress, self._solver = evaluate, progress, solver
+        self.scores: Scores = {}  # of the latest evaluation of this process
 
     def attach(self, trainer: Engine) -> None:
         @trainer.on(Events.EPOCH_COMPLETED)
@@ -57,7 +58,8 @@ class Evaluations:
                 self.run(engine)
 
     def run(self, trainer: Engine) -> None:
-        self._progress.add_validation(trainer.state.epoch, trainer.state.iteration, summary_of_all(self._evaluate()))
+        self.scores = self._evaluate()
+        self._progress.add_validation(trainer.state.epoch, trainer.state.iteration, summary_of_all(self.scores))
         trainer.fire_event(Records.VALIDATION)
 
     def is_missing(self, trainer: Engine) -> bool:
