@@ -109,8 +109,8 @@ def test_checkpoints_are_the_last_two_and_the_best_and_nothing_else_is_left(firs
         "last_0002_00000004.pt",
     ]
     assert names(output_dir) == [
-        *("checkpoints", "config.yaml", "environment.json", "log.txt", "metrics.jsonl", "result.json"),
-        *("wandb", "wandb_run_id"),
+        *("checkpoints", "config.yaml", "environment.json", "log.txt", "metrics.jsonl", "per_query.csv"),
+        *("result.json", "wandb", "wandb_run_id"),
     ]
 
 
