@@ -61,6 +61,8 @@ assembly builds, gathers and wires.
     verification.py             TPR at FPR over all pairs
     single_shot.py              CUHK03's protocol of one gallery image of each identity
     per_query.py                the scores of every query as rows, of every camera as a table
+    neighbours.py               exact nearest neighbours among N images (mathematics)
+    reranking.py                k-reciprocal re-ranking, sparse (mathematics)
     evaluation.py               embeddings of all ranks to scores (assembly)
 
 Letters in shape comments: B batch, C training identities (or channels), D feature, G gallery, H height, K images per

@@ -129,6 +129,43 @@ def single_shot_positions(distmat, q_pids, q_camids, g_pids, g_camids, num_repea
     return result
 
 
+def squared_distances(x: np.ndarray) -> np.ndarray:
+    """[N, D] to [N, N], without cancellation."""
+    return np.array([np.square(own - x).sum(1) for own in x.astype(np.float64)])
+
+
+def mutual_neighbours(ranking: np.ndarray, i: int, k: int) -> np.ndarray:
+    """R(i, k): of the k nearest images besides i itself those that have i among theirs."""
+    forward = ranking[i, : k + 1]
+    return np.array([j for j in forward if i in ranking[j, : k + 1]], dtype=int)
+
+
+def k_reciprocal(distances: np.ndarray, num_queries: int, k1: int, k2: int, lambda_value: float) -> np.ndarray:
+    """Zhong et al., CVPR 2017, with all that is N x N written out; queries first, among equal distances by place."""
+    ranking = np.argsort(distances, axis=1, kind="stable")
+    farthest = distances.max(axis=1, keepdims=True)
+    original = np.divide(distances, farthest, out=np.zeros_like(distances), where=farthest > 0)
+    weights = np.zeros_like(distances)
+    for i in range(len(distances)):
+        reciprocal = mutual_neighbours(ranking, i, k1)
+        expanded = set(reciprocal)
+        for candidate in reciprocal:
+            half = mutual_neighbours(ranking, candidate, int(np.around(k1 / 2)))
+            if len(np.intersect1d(half, reciprocal)) > 2 / 3 * len(half):
+                expanded |= set(half)
+        members = np.array(sorted(expanded), dtype=int)
+        gauss = np.exp(-original[i, members])
+        weights[i, members] = gauss / gauss.sum()
+    if k2 > 1:
+        weights = np.array([weights[nearest[:k2]].mean(axis=0) for nearest in ranking])
+    jaccard = np.zeros_like(distances[:num_queries])
+    for i in range(num_queries):
+        common = np.minimum(weights[i], weights).sum(axis=1)
+        jaccard[i] = 1 - common / (2 - common)
+    final = jaccard * (1 - lambda_value) + original[:num_queries] * lambda_value
+    return final[:, num_queries:]
+
+
 # ---- batches ----
 
 

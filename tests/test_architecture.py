@@ -31,6 +31,8 @@ MATHEMATICS = {
     "ranking.py",
     "single_shot.py",
     "verification.py",
+    "neighbours.py",
+    "reranking.py",
     "data/augment.py",
     "data/benchmarks.py",
     "data/cuhk03.py",
