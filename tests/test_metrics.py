@@ -211,6 +211,43 @@ def test_half_precision_is_computed_in_float32(golden, distance):
     assert_equal(retrieval_scores(*halves, distance=distance), retrieval_scores(*singles, distance=distance))
 
 
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_bfloat16_is_computed_in_float32(golden, distance):
+    halves = [torch.from_numpy(values) for values in sides(golden)]
+    halves = [values.bfloat16() if values.is_floating_point() else values for values in halves]
+    singles = [values.float() if values.is_floating_point() else values for values in halves]
+    options = {"distance": distance, "fprs": [0.01, 0.1]}
+    one, other = (retrieval_scores(*given, **options) for given in (halves, singles))
+    assert_equal(one, other)
+    assert one.tpr_at_fpr == other.tpr_at_fpr
+
+
+@pytest.mark.parametrize("pid", [0, 2**31, 2**62, 2**63 - 1, -(2**63)])
+def test_any_whole_number_is_a_pid(pid):
+    """Its neighbour, which a float could not tell from it, is another person."""
+    neighbour = pid - 1 if pid > 0 else pid + 1
+    scores = scores_from_distmat([[0.1, 0.2]], [pid], [0], [neighbour, pid], [1, 1])
+    assert scores.per_query.first_match.tolist() == [1]
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_one_query_and_one_gallery_image(distance):
+    scores = retrieval_scores([[3.0]], [1], [0], [[2.0]], [1], [1], distance=distance, fprs=[0.1], max_rank=3)
+    assert (scores.mAP, scores.mINP, scores.cmc.tolist(), scores.tpr_at_fpr) == (1, 1, [1, 1, 1], {0.1: 1})
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_copies_of_an_image_come_in_the_gallerys_order(distance):
+    """Query and gallery hold one image 60 times, of length 8, so that nothing is rounded; one in the middle matches."""
+    embedding = np.tile(np.random.default_rng(0).choice([-1.0, 1.0], 64), (60, 1))
+    g_pids = np.where(np.arange(60) == 30, 1, 2)
+    scores = retrieval_scores(
+        embedding, np.ones(60), np.zeros(60), embedding, g_pids, np.ones(60), distance=distance, fprs=[0.0, 0.99]
+    )
+    assert scores.per_query.first_match.tolist() == [30] * 60
+    assert scores.tpr_at_fpr == {0.0: 0, 0.99: 0}
+
+
 def test_float64_embeddings_are_told_apart_in_float64():
     g_embedding = np.array([[1 + 1e-12], [1.0]])
     scores = retrieval_scores(np.zeros((1, 1)), [1], [0], g_embedding, [2, 1], [1, 1], distance="euclidean")
