@@ -107,8 +107,6 @@ def _check_values(cfg: CfgNode) -> None:
             "SOLVER.PRECISION must be fp32, fp64 or bf16 when MODEL.DEVICE is cpu, got fp16; "
             "use fp32, or MODEL.DEVICE cuda"
         )
-    if cfg.TEST.RE_RANKING:
-        raise SettingsError("TEST.RE_RANKING yes is not available yet; use no")
 
 
 def check_ranks(cfg: CfgNode, num_ranks: int) -> None:

@@ -157,7 +157,10 @@ SETTINGS: dict[str, tuple[Any, Check]] = {
     # the benchmarks to test on, whose first chooses the best checkpoint; empty: DATASETS.NAMES
     "TEST.DATASETS": ((), benchmarks_or_none),
     "TEST.IMS_PER_BATCH": (128, integer(1)),  # images in an evaluation batch
-    "TEST.RE_RANKING": (False, flag),  # k-reciprocal re-ranking
+    "TEST.RE_RANKING": (False, flag),  # k-reciprocal re-ranking, in training's evaluations too
+    "TEST.RE_RANKING_K1": (20, integer(1)),  # nearest images that must be mutual
+    "TEST.RE_RANKING_K2": (6, integer(1)),  # nearest images whose weights are averaged, the image itself among them
+    "TEST.RE_RANKING_LAMBDA": (0.3, real(minimum=0, maximum=1)),  # share of the original distance
     "TEST.WEIGHT": ("", text()),  # the checkpoint to evaluate
     "TEST.NECK_FEAT": ("after", one_of("after", "before")),  # compare features after the BNNeck or before it
     "TEST.FEAT_NORM": (True, flag),  # L2-normalise features, so that they compare by cosine

@@ -26,9 +26,11 @@ from reid.metrics import (
     score,
 )
 from reid.model import ReIDModel
+from reid.neighbours import row_blocks
 from reid.per_query import camera_table, per_query_rows, scores_by_camera
 from reid.preemption import Preempted
 from reid.ranking import QueryScores
+from reid.reranking import KReciprocal
 from reid.run_directory import RunDirectory
 from reid.wrapping import unsharded
 
@@ -71,6 +73,9 @@ class Evaluator:
         self._fprs: tuple[float, ...] = cfg.TEST.FPR
         choice = cfg.TEST.SINGLE_GALLERY_SHOT
         self._single_gallery_shot = data.single_gallery_shot if choice == "auto" else choice == "yes"
+        test = cfg.TEST
+        parameters = test.RE_RANKING_K1, test.RE_RANKING_K2, test.RE_RANKING_LAMBDA
+        self._re_ranking: tuple[int, int, float] | None = parameters if test.RE_RANKING else None
         preparation = Preparation(cfg, accelerator.device)
         self._embedder = build_embedder(model, accelerator, preparation, flip=cfg.TEST.FLIP)
         self._embedder.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
@@ -101,7 +106,10 @@ class Evaluator:
             raise shared(
                 FloatingPointError(f"the model's {error}; its weights or BatchNorm statistics are broken")
             ) from error
-        return embedding_distances(embedding[:num_queries], embedding[num_queries:], self._distance)
+        queries, gallery = embedding[:num_queries], embedding[num_queries:]
+        if self._re_ranking is None:
+            return embedding_distances(queries, gallery, self._distance)
+        return reranked_distances(queries, gallery, *self._re_ranking)
 
     def _embed(self) -> Tensor:
         """Embeddings of query and gallery in the data set's order, on every rank: [Q + G, D]."""
@@ -144,6 +152,23 @@ class Evaluators:
     def run(self) -> Scores:
         """Scores of the model as it is now, in the order of TEST.DATASETS; raises what theirs do."""
         return {name: evaluator.run() for name, evaluator in self._evaluators.items()}
+
+
+def reranked_distances(q_embedding: Tensor, g_embedding: Tensor, k1: int, k2: int, lambda_value: float) -> Distances:
+    """k-reciprocal distances (see `reranking`), each image's neighbours sought on one rank; called by all ranks.
+
+    Args:
+        q_embedding: [Q, D], the same on all ranks, as `prepare_embeddings` gives it.
+        g_embedding: [G, D], likewise.
+        k1: at least 1.
+        k2: at least 1.
+        lambda_value: 0 to 1.
+    """
+    own_blocks = row_blocks(len(q_embedding) + len(g_embedding))[distributed.rank() :: distributed.num_ranks()]
+    reranked = KReciprocal(
+        *(q_embedding, g_embedding, k1, k2, lambda_value), own_blocks=own_blocks, gather=distributed.gather_rows
+    )
+    return Distances(reranked.distances, q_embedding.new_zeros(len(q_embedding)))
 
 
 def report_queries(folder: RunDirectory, data: Mapping[str, TestData], scores: Scores) -> None:

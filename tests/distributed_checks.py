@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from reid import distributed, metrics
+from reid import distributed, metrics, neighbours
 from reid.backbones import BACKBONES, IBN
 from reid.checkpoint_files import host_copy
 from reid.config import load_config
@@ -232,8 +232,8 @@ def variant(accelerator: Any, options: list[str], num_images_of_pid: list[int]) 
 
 
 def evaluated(accelerator: Any, num_images: int) -> dict[str, Any]:
-    """Scores of a fixed model on random images; the first quarter are queries, ranked in blocks of four."""
-    metrics.QUERY_BLOCK = 4
+    """Scores of a fixed model on random images; the first quarter are queries; worked off in blocks of four."""
+    metrics.QUERY_BLOCK = neighbours.PRODUCT_ROWS = 4
     options = ["TEST.IMS_PER_BATCH=8", "TEST.FPR=[0.01,0.3]", "TEST.FLIP=yes", "TEST.SINGLE_GALLERY_SHOT=yes"]
     cfg = load_config(None, [*BASE, *options])
     model, _, _ = built(accelerator, cfg)
@@ -246,8 +246,16 @@ def evaluated(accelerator: Any, num_images: int) -> dict[str, Any]:
     stores = [images[:num_queries], images[num_queries:]]
     loader = DataLoader(StoredImages(stores, pids, None), batch_sampler=batches, collate_fn=lambda batch: batch)
     query, gallery = (Labels.of(pids[part], camids[part]) for part in (slice(num_queries), slice(num_queries, None)))
-    scores = Evaluator(model, accelerator, TestData(loader, query, gallery), cfg).run()
-    return {"summary": scores.summary(), "cmc": scores.cmc, **vars(scores.per_query)}
+    data = TestData(loader, query, gallery)
+    scores = Evaluator(model, accelerator, data, cfg).run()
+    settings = ["TEST.RE_RANKING=yes", "TEST.RE_RANKING_K1=3", "TEST.RE_RANKING_K2=2"]
+    reranked = Evaluator(model, accelerator, data, load_config(None, [*BASE, *options, *settings])).run()
+    return {
+        "summary": {"plain": scores.summary(), "re-ranked": reranked.summary()},
+        "cmc": scores.cmc,
+        "re-ranked AP": reranked.per_query.average_precision,
+        **vars(scores.per_query),
+    }
 
 
 def gathered_rows() -> dict[str, Any]:

@@ -526,10 +526,6 @@ def test_a_wrong_value_in_a_file(key, yaml_value, parts, write):
         assert part in message
 
 
-def test_re_ranking_is_refused_for_now():
-    assert refusal(None, ["TEST.RE_RANKING", "'yes'"]) == "TEST.RE_RANKING yes is not available yet; use no"
-
-
 # ---- refused: keys ----
 
 

@@ -141,7 +141,7 @@ def test_the_equality_would_notice_a_wrong_way(outcomes, wrong, num_ranks):
 @pytest.mark.parametrize("num_images", EVALUATION_SIZES)
 def test_evaluation_does_not_depend_on_the_number_of_ranks(outcomes, num_images, num_ranks):
     alone = outcomes(1)[0]["evaluation"][num_images]
-    assert {"TPR@FPR=0.01", "TPR@FPR=0.3"} < alone["summary"].keys()
+    assert {"TPR@FPR=0.01", "TPR@FPR=0.3"} < alone["summary"]["plain"].keys()
     for outcome in outcomes(num_ranks):
         assert outcome["evaluation"][num_images]["summary"] == alone["summary"]
         for name in alone.keys() - {"summary"}:
