@@ -52,6 +52,8 @@ assembly builds, gathers and wires.
     backbones.py                trunks, a plain dict by name
     timm_models.py              any other trunk that timm has
     model.py                    backbone, pooling, BNNeck, classifier, centers
+    layouts.py                  what the names in a file of weights say of its model (mathematics)
+    imagenet.py                 where ImageNet weights lie or come from
     weights.py                  weights from files, with a report
     losses.py                   identity, batch-hard triplet, center (mathematics)
     criterion.py                which losses, over the global batch (assembly)

@@ -181,13 +181,3 @@ def own_normalisation(name: str) -> tuple[Colour, Colour]:
     if name not in BACKBONES:
         return timm_models.normalisation(name)
     return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-
-
-# The ImageNet weights (V1, which the published numbers rest on) that torchvision fetches where the machine may.
-IMAGENET_WEIGHTS: dict[str, resnet.WeightsEnum] = {
-    "resnet18": resnet.ResNet18_Weights.IMAGENET1K_V1,
-    "resnet34": resnet.ResNet34_Weights.IMAGENET1K_V1,
-    "resnet50": resnet.ResNet50_Weights.IMAGENET1K_V1,
-    "resnet101": resnet.ResNet101_Weights.IMAGENET1K_V1,
-    "resnet152": resnet.ResNet152_Weights.IMAGENET1K_V1,
-}

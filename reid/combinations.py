@@ -87,15 +87,12 @@ def _check_batch(cfg: CfgNode) -> None:
 
 
 def _check_values(cfg: CfgNode) -> None:
-    if cfg.MODEL.PRETRAIN_CHOICE == "self" and not cfg.MODEL.PRETRAIN_PATH:
-        raise SettingsError(
-            "MODEL.PRETRAIN_PATH must name a checkpoint when MODEL.PRETRAIN_CHOICE is self, got ''; "
-            "set it, or use MODEL.PRETRAIN_CHOICE imagenet"
-        )
+    if not cfg.TEST.WEIGHT:  # evaluation commands of reid-strong-baseline say self and have no such path
+        check_pretrain_path(cfg)
     if cfg.MODEL.PRETRAIN_CHOICE == "none" and cfg.MODEL.PRETRAIN_PATH:
         raise SettingsError(
             f"MODEL.PRETRAIN_PATH must be '' when MODEL.PRETRAIN_CHOICE is none, got {cfg.MODEL.PRETRAIN_PATH!r}; "
-            "use MODEL.PRETRAIN_CHOICE imagenet or self to start from the file"
+            "use MODEL.PRETRAIN_CHOICE imagenet, self or finetune to start from the file"
         )
     if min(cfg.INPUT.SIZE_TRAIN) < cfg.INPUT.PADDING:
         raise SettingsError(
@@ -106,6 +103,20 @@ def _check_values(cfg: CfgNode) -> None:
         raise SettingsError(
             "SOLVER.PRECISION must be fp32, fp64 or bf16 when MODEL.DEVICE is cpu, got fp16; "
             "use fp32, or MODEL.DEVICE cuda"
+        )
+
+
+def check_pretrain_path(cfg: CfgNode) -> None:
+    """Refuses to start from a whole model without one.
+
+    Raises:
+        SettingsError: naming both keys.
+    """
+    choice = cfg.MODEL.PRETRAIN_CHOICE
+    if choice in ("self", "finetune") and not cfg.MODEL.PRETRAIN_PATH:
+        raise SettingsError(
+            f"MODEL.PRETRAIN_PATH must name a checkpoint when MODEL.PRETRAIN_CHOICE is {choice}, got ''; "
+            "set it, or use MODEL.PRETRAIN_CHOICE imagenet"
         )
 
 

@@ -60,9 +60,13 @@ SETTINGS: dict[str, tuple[Any, Check]] = {
     # stride of the last residual stage; 1 doubles the height and width of its map (16 x 8 for 256 x 128 images). Of
     # timm/NAME: 1 is timm's output_stride 16 where the model has that, and nothing where it has not, which is logged
     "MODEL.LAST_STRIDE": (1, integer(1, 2)),
-    "MODEL.PRETRAIN_PATH": ("", text()),  # the file of weights to start from; imagenet can do without one, self cannot
-    # imagenet: the backbone only; self: a checkpoint of ours or of reid-strong-baseline; none: random weights
-    "MODEL.PRETRAIN_CHOICE": ("imagenet", one_of("imagenet", "self", "none")),
+    # The file of weights to start from. imagenet can do without one; where there is none at a path that ends in the
+    # name of the backbone's own file, as in reid-strong-baseline's YAML files, this machine's own copy is taken.
+    "MODEL.PRETRAIN_PATH": ("", text()),
+    # imagenet: the backbone only; self: a whole model of the same identities, ours or reid-strong-baseline's, whose
+    # NAME_model_N.pth goes on behind epoch N with a new optimiser; finetune: a whole model but for its classifier and
+    # centers, for other identities; none: random weights. A run's own checkpoints come before all of them.
+    "MODEL.PRETRAIN_CHOICE": ("imagenet", one_of("imagenet", "self", "finetune", "none")),
     # bnneck: a BatchNorm between the feature that the metric losses see and the classifier
     "MODEL.NECK": ("bnneck", one_of("bnneck", "no")),
     # ReLU after the first BatchNorm of a plain ResNet (resnet18 to resnet152); reid-strong-baseline's published weights

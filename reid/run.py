@@ -24,6 +24,7 @@ from reid.handlers.meters import TrainMeter
 from reid.handlers.records import Progress, summary_of_all
 from reid.handlers.tracking import Tracker
 from reid.handlers.watchdog import Watchdog
+from reid.layouts import epoch_in_name
 from reid.model import ReIDModel, build_model
 from reid.optim import build_optimizer
 from reid.preemption import Preempted, Signals
@@ -87,7 +88,7 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     tracker.attach(trainer, progress)
     interruption.save_and_stop_when_asked(trainer, checkpoints, signals)
 
-    checkpoints.resume(trainer)
+    _find_place(trainer, checkpoints, cfg, len(train_data.loader))
     folder.go_on_from(trainer.state.iteration, progress.last["iteration"] if progress.last else 0)
     num_steps = cfg.SOLVER.MAX_EPOCHS * len(train_data.loader)
     if trainer.state.iteration >= num_steps and not evaluations.is_missing(trainer):
@@ -98,6 +99,20 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     with tracker.running(progress), watchdog.watching(), signals.deferred():
         _run(trainer, train_data, num_steps, evaluations, checkpoints, folder)
     _report_end(folder, progress, evaluator, evaluations.scores)
+
+
+def _find_place(trainer: Engine, checkpoints: Checkpoints, cfg: CfgNode, epoch_length: int) -> None:
+    """Where the run goes on: at its newest checkpoint, or behind the epoch of one of reid-strong-baseline's."""
+    if checkpoints.resume(trainer) or cfg.MODEL.PRETRAIN_CHOICE != "self":
+        return
+    epoch = epoch_in_name(Path(cfg.MODEL.PRETRAIN_PATH).name)
+    if epoch:
+        logger.info(
+            "MODEL.PRETRAIN_CHOICE self: going on behind epoch %d, as %s says, with a new optimiser",
+            *(epoch, Path(cfg.MODEL.PRETRAIN_PATH).name),
+        )
+        max_epochs = max(cfg.SOLVER.MAX_EPOCHS, epoch)  # Ignite wants no less
+        trainer.load_state_dict({"epoch": epoch, "epoch_length": epoch_length, "max_epochs": max_epochs})
 
 
 def _run(

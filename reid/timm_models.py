@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import difflib
 import logging
+from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from reid.errors import SettingsError
+from reid.errors import SettingsError, WorldError
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
@@ -119,6 +123,82 @@ def build(plan: Plan) -> nn.Module:
         for rate in rates & vars(module).keys():
             setattr(module, rate, 0.0)
     return model
+
+
+def pretrained(cfg: CfgNode, state: dict[str, Tensor] | None, source: str) -> dict[str, Tensor]:
+    """The state dict of the model with its classifier, made to fit by timm: positions to the size of the images.
+
+    Args:
+        cfg: the whole configuration, as for `plan_for`.
+        state: in timm's layout for this model; None: timm's own, from this machine or the network.
+        source: of the state, for the error.
+
+    Raises:
+        WorldError: an entry is missing or does not fit, or there are no weights, or they cannot be fetched.
+    """
+    plan = plan_for(cfg)
+    if state is None:
+        return _fetched(plan)
+    try:
+        return _adapted(plan, state)
+    except Exception as error:  # each model has its own way to read a file, and to stumble over another's
+        reason = " ".join(str(error).split())[:300]
+        raise WorldError(f"{source} does not fit {cfg.MODEL.NAME}: {reason}; give timm's file of that model") from error
+
+
+def _adapted(plan: Plan, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    if not state:  # which timm would take for none given
+        raise ValueError("it is empty")
+    own = _pretrained_cfg(plan.name)
+    classifiers = [own["classifier"]] if isinstance(own["classifier"], str) else list(own["classifier"] or ())
+    sizes = [len(state[f"{name}.weight"]) for name in classifiers if f"{name}.weight" in state]
+    try:
+        return _strictly(plan, state, num_classes=sizes[0] if sizes else own["num_classes"])
+    except RuntimeError:
+        if sizes:
+            raise
+        return _strictly(plan, state, num_classes=0)  # a file without a classifier
+
+
+def _strictly(plan: Plan, state: dict[str, Tensor], num_classes: int) -> dict[str, Tensor]:
+    # timm is strict only where the file has as many classes as the model; else what is missing would stay random.
+    overlay = {"state_dict": state, "num_classes": num_classes, "label_offset": 0}
+    return plan.create(pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay).state_dict()
+
+
+def _fetched(plan: Plan) -> dict[str, Tensor]:
+    own = _pretrained_cfg(plan.name)
+    address = f"https://huggingface.co/{own['hf_hub_id']}" if own["hf_hub_id"] else own["url"]
+    if not address:
+        raise WorldError(
+            f"MODEL.PRETRAIN_CHOICE is imagenet, but timm has no weights of {PREFIX}{plan.name}; name a file by "
+            "MODEL.PRETRAIN_PATH, or use MODEL.PRETRAIN_CHOICE none"
+        )
+    cached = _in_cache(own)
+    if cached is not None:
+        return _adapted(plan, load_file(cached))
+    try:
+        with suppress(HTTPError):  # some answer is all that is wanted: without any, the hub is tried for a minute
+            urlopen(Request(address, method="HEAD"), timeout=10).close()
+        return plan.create(pretrained=True).state_dict()
+    except OSError as error:
+        reason = error.reason if isinstance(error, URLError) else (str(error).splitlines() or [type(error).__name__])[0]
+        raise WorldError(
+            f"MODEL.PRETRAIN_CHOICE is imagenet, but the weights of {PREFIX}{plan.name} cannot be fetched here "
+            f"({reason}); download them from {address} elsewhere and name the file by MODEL.PRETRAIN_PATH, or train "
+            "from scratch with MODEL.PRETRAIN_CHOICE none"
+        ) from error
+
+
+def _in_cache(own: dict[str, Any]) -> str | None:
+    """The file of the hub that this machine already has, where there is one; the network is not asked."""
+    from huggingface_hub import try_to_load_from_cache
+
+    file = own["hf_hub_filename"] or "model.safetensors"
+    if not own["hf_hub_id"] or not file.endswith(".safetensors"):
+        return None
+    found = try_to_load_from_cache(own["hf_hub_id"], file)
+    return found if isinstance(found, str) else None
 
 
 def normalisation(full_name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from reid import distributed
-from reid.backbones import IMAGENET_WEIGHTS
+from reid import distributed, imagenet, timm_models
+from reid.backbones import own_normalisation
+from reid.combinations import check_pretrain_path
 from reid.config import as_plain_dict
 from reid.errors import WorldError
+from reid.layouts import CLASSIFIERS, holds_whole_model, inner, is_optimizer, likely_backbone
 from reid.model import ReIDModel
 from reid.wrapping import shared_out
 
@@ -26,9 +29,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("reid.weights")
 
+_OF_IDENTITIES = ("classifier.", "centers")  # entries that are of use with the same identities only
+_UNUSED = tuple(f"base.{name}" for name in CLASSIFIERS)
+
 
 def read_file(path: Path, setting: str) -> dict[str, Any]:
-    """What torch.save wrote, if it is tensors and plain values only, and whole to the last bit.
+    """What torch.save or safetensors wrote, if it is tensors and plain values only, and whole to the last bit.
 
     Args:
         path: of the file.
@@ -40,34 +46,43 @@ def read_file(path: Path, setting: str) -> dict[str, Any]:
     if not path.is_file():
         raise WorldError(f"{setting} must name a file with weights, but there is none at {path}; correct the path")
     try:
-        if zipfile.is_zipfile(path):  # with a CRC-32 of every tensor, which torch.load does not look at
-            with zipfile.ZipFile(path) as archive:
-                broken = archive.testzip()
-            if broken is not None:
-                raise zipfile.BadZipFile(f"the checksum of {broken} is wrong")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickles that it then refuses
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
     except pickle.UnpicklingError as error:
         raise WorldError(
             f"{setting}={path} is refused: it is damaged, or holds Python objects, which could run any code when "
-            "loaded; give a file that holds a state dict only"
+            "loaded, and not a state dict only; where it is a model that reid-strong-baseline has saved as a whole, "
+            f"take out its weights with: python launch/convert.py {path} OUT.pth"
         ) from error
     except Exception as error:  # a damaged file makes the unpickler raise nearly anything
         reason = "; ".join(str(error).splitlines()[:1]) or type(error).__name__
         raise WorldError(
             f"{setting}={path} cannot be read as a file of weights, it is damaged or none: {reason}; give another file"
         ) from error
-    state = content.get("model", content) if isinstance(content, dict) else content
+    if isinstance(content, dict) and is_optimizer(content):
+        raise WorldError(
+            f"{setting}={path} must hold a model, and it holds the state of an optimiser; give the file with the "
+            "model, which reid-strong-baseline calls NAME_model_N.pth"
+        )
+    state = inner(content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise WorldError(f"{setting}={path} must hold a state dict, got {type(state).__name__}; give another file")
-    return content  # type: ignore[no-any-return]
+    return content
+
+
+def _unpickled(path: Path) -> Any:
+    if zipfile.is_zipfile(path):  # with a CRC-32 of every tensor, which torch.load does not look at
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            raise zipfile.BadZipFile(f"the checksum of {broken} is wrong")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about pickles that it then refuses
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def state_dict_of(content: dict[str, Any]) -> dict[str, Tensor]:
-    """The model's state dict in one of our checkpoints, or the content itself where it is one; "module." taken off."""
-    state: dict[str, Any] = content.get("model", content)
-    return {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
+    """The state dict in a checkpoint of ours or others, or the content itself where it is one; "module." taken off."""
+    return {name.removeprefix("module."): value for name, value in inner(content).items() if isinstance(value, Tensor)}
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor], source: str, *, optional: tuple[str, ...] = ()) -> None:
@@ -84,9 +99,13 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: str, *, opti
         WorldError: an entry that is not optional is missing, has another shape, or is one that the module lacks: a
             smaller ResNet would fit into a larger one's weights.
     """
-    wanted = module.state_dict()
-    # Absent from files written before PyTorch 0.4.1; only counts batches.
-    missing = [name for name in wanted if name not in state and not name.endswith("num_batches_tracked")]
+    wanted = {
+        name: value
+        for name, value in module.state_dict().items()
+        # Absent from files written before PyTorch 0.4.1; only counts batches.
+        if name in state or not name.endswith("num_batches_tracked")
+    }
+    missing = [name for name in wanted if name not in state]
     mismatched = [name for name in wanted if name in state and state[name].shape != wanted[name].shape]
     unexpected = [name for name in state if name not in wanted]
     wrong = [name for name in missing + mismatched + unexpected if not name.startswith(optional)]
@@ -102,14 +121,9 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: str, *, opti
         if name in wanted and name not in mismatched
     }
     module.load_state_dict(fitting, strict=False)
-    kept = [*missing, *mismatched]
     logger.info(
-        "weights from %s: %d of %d entries loaded%s%s",
-        source,
-        len(fitting),
-        len(wanted),
-        f"; kept as they were: {_some(kept)}" if kept else "",
-        f"; not used: {_some(unexpected)}" if unexpected else "",
+        "weights from %s: %d of %d entries loaded, %s missing, %s of another shape, %s not used",
+        *(source, len(fitting), len(wanted), *map(_counted, (missing, mismatched, unexpected))),
     )
 
 
@@ -117,12 +131,20 @@ def _remedy(wrong: list[str], state: dict[str, Tensor], wanted: dict[str, Tensor
     if all(name.startswith("classifier.") for name in wrong) and "classifier.weight" in wrong:
         shapes = [tuple(part["classifier.weight"].shape) for part in (state, wanted) if "classifier.weight" in part]
         return (
-            f"its classifier is {shapes[0]} and the training set's {shapes[-1]}; give a file of the same training set"
+            f"its classifier is {shapes[0]} and the training set's {shapes[-1]}; give a file of the same training set, "
+            "or use MODEL.PRETRAIN_CHOICE finetune"
         )
-    if any(name.startswith("base.") for name in state) and not any(name.startswith("base.") for name in wanted):
-        return "it holds a whole model and not a backbone: use MODEL.PRETRAIN_CHOICE self"
-    if any(name.startswith("base.") for name in wanted) and not any(name.startswith("base.") for name in state):
+    if holds_whole_model(state) and not holds_whole_model(wanted):
+        return "it holds a whole model and not a backbone: use MODEL.PRETRAIN_CHOICE self, or finetune"
+    theirs, own = likely_backbone(state), likely_backbone(wanted)
+    if theirs is not None and theirs != own:
+        return f"by its names and shapes it is of a {theirs}: set MODEL.NAME {theirs}, or give another file"
+    if theirs is not None and not any(name.startswith("base.") for name in wrong):
+        return "set MODEL.NECK to the file's"
+    if holds_whole_model(wanted) and not holds_whole_model(state):
         return "it holds no whole model (base.*, bottleneck.*, classifier.*): give a checkpoint of one"
+    if all("pos_embed" in name or "rel_pos" in name for name in wrong):
+        return "set INPUT.SIZE_TRAIN to the one that it was trained with"
     return "set MODEL.NAME and MODEL.NECK to the file's"
 
 
@@ -130,52 +152,89 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
+def _counted(names: list[str]) -> str:
+    return f"{len(names)} ({_some(names)})" if names else "0"
+
+
+# ---- what a training starts from ----
+
+
 def initialise(model: ReIDModel, cfg: CfgNode) -> None:
     """Gives a new model the weights that MODEL.PRETRAIN_CHOICE names; called by all ranks.
 
     Raises:
         WorldError: the file is missing or does not fit.
+        SettingsError: a file is needed and none is named.
     """
-    choice, path = cfg.MODEL.PRETRAIN_CHOICE, cfg.MODEL.PRETRAIN_PATH
-    if choice == "none":
-        return
-    source = f"MODEL.PRETRAIN_PATH={path}"
-    if choice == "self":
-        content = distributed.together(lambda: read_file(Path(path), "MODEL.PRETRAIN_PATH"))
-        distributed.together(lambda: check_settings(content, cfg, source))
-        distributed.together(lambda: load_state(model, state_dict_of(content), source, optional=("centers",)))
-        return
-    if path:
-        state = distributed.together(lambda: state_dict_of(read_file(Path(path), "MODEL.PRETRAIN_PATH")))
-    else:
-        source = f"torchvision's ImageNet weights of {cfg.MODEL.NAME}"
-        state = _fetch_imagenet(cfg.MODEL.NAME)
-    distributed.together(lambda: load_state(model.base, state, source, optional=("fc.",)))
+    choice = cfg.MODEL.PRETRAIN_CHOICE
+    if choice == "imagenet":
+        _initialise_backbone(model, cfg)
+    elif choice != "none":
+        distributed.together(lambda: check_pretrain_path(cfg))
+        distributed.together(lambda: _initialise_whole(model, cfg))
 
 
-def _fetch_imagenet(name: str) -> dict[str, Tensor]:
-    """torchvision's own weights, from its cache or the network, fetched by one process of every node.
+def _initialise_whole(model: ReIDModel, cfg: CfgNode) -> None:
+    path, source = Path(cfg.MODEL.PRETRAIN_PATH), f"MODEL.PRETRAIN_PATH={cfg.MODEL.PRETRAIN_PATH}"
+    content = read_file(path, "MODEL.PRETRAIN_PATH")
+    check_settings(content, cfg, source)
+    state = state_dict_of(content)
+    if cfg.MODEL.PRETRAIN_CHOICE == "self":
+        load_state(model, state, source, optional=("centers", *_UNUSED))
+        return
+    others = {name: value for name, value in state.items() if not name.startswith(_OF_IDENTITIES)}
+    load_state(model, others, source, optional=(*_OF_IDENTITIES, *_UNUSED))
+    logger.info(
+        "MODEL.PRETRAIN_CHOICE finetune: the classifier is new, for %d identities; that of the file was for %d",
+        *(model.classifier.out_features, num_pids_of(content)),
+    )
+
+
+def _initialise_backbone(model: ReIDModel, cfg: CfgNode) -> None:
+    name, path, setting = cfg.MODEL.NAME, cfg.MODEL.PRETRAIN_PATH, "MODEL.PRETRAIN_PATH"
+    if name not in imagenet.SOURCES:
+        source = f"{setting}={path}" if path else f"timm's pretrained weights of {name}"
+
+        def read() -> dict[str, Tensor]:
+            content = read_file(Path(path), setting) if path else None
+            return timm_models.pretrained(cfg, content and state_dict_of(content), source)
+
+        if not path:
+            distributed.once_per_node(read)
+        state = distributed.together(read)
+        optional = tuple(set(state) - set(model.base.state_dict()))  # its classifier
+        distributed.together(lambda: load_state(model.base, state, source, optional=optional))
+        return
+    if distributed.together(lambda: _takes_own(name, path)):
+        distributed.once_per_node(lambda: imagenet.fetch(name))
+        path = str(distributed.together(lambda: imagenet.fetch(name)))
+        setting = "MODEL.PRETRAIN_CHOICE imagenet: the file"
+    state = distributed.together(lambda: state_dict_of(read_file(Path(path), setting)))
+    distributed.together(lambda: load_state(model.base, state, f"{setting}={path}", optional=CLASSIFIERS))
+
+
+def _takes_own(name: str, path: str) -> bool:
+    """Whether the machine's own copy of the backbone's weights is meant, wherever that lies.
+
+    Files of reid-strong-baseline name one in their author's home.
 
     Raises:
-        WorldError: they can be had from neither; says which file to put where.
+        WorldError: MODEL.PRETRAIN_PATH is not there, and not by another name either.
     """
-    url = IMAGENET_WEIGHTS[name].url
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    if not path or Path(path).exists():
+        return not path
+    owner = imagenet.owner_of(Path(path).name)
+    if owner == name:
+        logger.warning("MODEL.PRETRAIN_PATH=%s is not there; taking this machine's own copy of these weights", path)
+        return True
+    whose = f", and by its name it would be of {owner}" if owner else ""
+    raise WorldError(
+        f"MODEL.PRETRAIN_PATH must name a file with weights of {name}, but there is none at {path}{whose}; correct the "
+        f"path, or set it to '' for the weights from {imagenet.SOURCES[name].url}"
+    )
 
-    def fetch() -> dict[str, Tensor]:
-        try:
-            state: dict[str, Tensor] = torch.hub.load_state_dict_from_url(url, progress=False, weights_only=True)
-        except OSError as error:
-            raise WorldError(
-                f"MODEL.PRETRAIN_CHOICE is imagenet, but the weights cannot be fetched here ({error}); download {url} "
-                f"elsewhere and put it into {folder}, or name the file by MODEL.PRETRAIN_PATH, or train from scratch "
-                "with MODEL.PRETRAIN_CHOICE none"
-            ) from error
-        return state
 
-    distributed.once_per_node(fetch)
-    return distributed.together(fetch)
-
+# ---- made with other settings ----
 
 # What decides how images become embeddings; another value gives other embeddings, or nonsense, without a word.
 _DECISIVE = (
@@ -192,11 +251,10 @@ def check_settings(content: dict[str, Any], cfg: CfgNode, source: str) -> None:
     """
     if not isinstance(content.get("config"), str):
         return  # of reid-strong-baseline
-    made_with, used_with = yaml.safe_load(content["config"]), as_plain_dict(cfg)
+    made_with, used_with = _decisive(yaml.safe_load(content["config"])), _decisive(as_plain_dict(cfg))
     differences = []
     for key in _DECISIVE:
-        section, name = key.split(".")
-        before, now = made_with.get(section, {}).get(name), used_with[section][name]
+        before, now = made_with[key], used_with[key]
         if before != now:
             differences.append(f"{key} was {before!r} and is now {now!r}")
     if differences:
@@ -204,6 +262,21 @@ def check_settings(content: dict[str, Any], cfg: CfgNode, source: str) -> None:
             f"{source} is a model of other settings: {'; '.join(differences)}; use the --config_file that it was "
             "trained with (config.yaml in its run's folder)"
         )
+
+
+def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
+    """The decisive ones by full key; a normalisation that was left to the backbone is written out."""
+    values = {}
+    for key in _DECISIVE:
+        section, name = key.split(".")
+        values[key] = settings.get(section, {}).get(name)
+    for key, place in (("INPUT.PIXEL_MEAN", 0), ("INPUT.PIXEL_STD", 1)):
+        if values[key] is None:
+            values[key] = list(own_normalisation(values["MODEL.NAME"])[place])
+    return values
+
+
+# ---- what is in a file ----
 
 
 def num_pids_of(content: dict[str, Any]) -> int:
@@ -224,4 +297,4 @@ def checksum(content: dict[str, Any]) -> str:
 def load_for_evaluation(model: ReIDModel, content: dict[str, Any], source: str) -> None:
     """Backbone and neck from a checkpoint, as the classifier plays no part in retrieval; called by all ranks."""
     state = state_dict_of(content)
-    distributed.together(lambda: load_state(model, state, source, optional=("classifier", "centers")))
+    distributed.together(lambda: load_state(model, state, source, optional=(*_OF_IDENTITIES, *_UNUSED)))

@@ -385,7 +385,7 @@ def test_output_dir_is_named_after_the_file(write):
         ("MODEL.NAME", "vit", ["one of resnet18", "use for example resnet50"]),
         ("MODEL.LAST_STRIDE", "3", ["from 1 to 2", "use for example 1"]),
         ("MODEL.NECK", "BNNeck", ["bnneck, no", "did you mean bnneck?"]),
-        ("MODEL.PRETRAIN_CHOICE", "None", ["imagenet, self, none", "did you mean none?"]),
+        ("MODEL.PRETRAIN_CHOICE", "None", ["imagenet, self, finetune, none", "did you mean none?"]),
         ("MODEL.IF_LABELSMOOTH", "maybe", ["yes or no", "use for example yes"]),
         ("MODEL.IF_WITH_CENTER", "1", ["yes or no", "use for example no"]),
         ("INPUT.SIZE_TRAIN", "256", ["height and width", "use for example [256,128]"]),
@@ -670,6 +670,10 @@ def test_a_broken_file(text, parts, write):
             ["MODEL.PRETRAIN_PATH must name a checkpoint", "MODEL.PRETRAIN_CHOICE is self", "got ''; set it"],
         ),
         (
+            ["MODEL.PRETRAIN_CHOICE", "finetune"],
+            ["MODEL.PRETRAIN_PATH must name a checkpoint", "MODEL.PRETRAIN_CHOICE is finetune", "got ''; set it"],
+        ),
+        (
             ["SOLVER.PRECISION", "fp16", "MODEL.DEVICE", "cpu"],
             ["SOLVER.PRECISION must be fp32, fp64 or bf16 when MODEL.DEVICE is cpu, got fp16; use fp32"],
         ),
@@ -707,6 +711,7 @@ def test_settings_that_do_not_fit_together(overrides, parts):
         ["SOLVER.PRECISION", "fp16"],
         ["SOLVER.STEPS", "40,700"],
         ["MODEL.PRETRAIN_CHOICE", "self", "MODEL.PRETRAIN_PATH", "x.pt"],
+        ["MODEL.PRETRAIN_CHOICE", "('self')", "TEST.WEIGHT", "('x.pth')"],
     ],
 )
 def test_settings_that_do_fit_together(overrides, caplog):

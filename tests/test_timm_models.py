@@ -7,13 +7,15 @@ import pytest
 import timm
 import torch
 from program import names, newest, records
+from safetensors.torch import save_file
 from torch import nn
 
 from reid import backbones, timm_models
 from reid.config import dump, load_config
 from reid.engine import Preparation
-from reid.errors import SettingsError
+from reid.errors import SettingsError, WorldError
 from reid.model import build_model
+from reid.weights import initialise
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -163,6 +165,102 @@ def test_the_normalisation_reaches_the_pixels():
     batch = type("Batch", (), {"images": torch.tensor([0, 255], dtype=torch.uint8).view(1, 2, 1, 1).expand(1, 2, 1, 3)})
     pixels = Preparation(cfg, torch.device("cpu")).for_evaluation(batch)
     assert pixels.flatten().unique().tolist() == [-1, 1]
+
+
+# ---- pretrained weights ----
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    """timm's own layout, for 160x160 pixels and 1000 classes; and what is in it."""
+    torch.manual_seed(5)
+    state = timm.create_model("test_vit").state_dict()
+    file = tmp_path_factory.mktemp("vit") / "model.safetensors"
+    save_file(state, file)
+    return file, state
+
+
+SMALL = ("INPUT.SIZE_TRAIN=(64,32)", "INPUT.SIZE_TEST=(64,32)")
+
+
+def start(name, file, choice="imagenet"):
+    overrides = (*SMALL, f"MODEL.PRETRAIN_CHOICE={choice}", f"MODEL.PRETRAIN_PATH={file}")
+    model = build_model(settings(name, *overrides), 3)
+    initialise(model, settings(name, *overrides))
+    return model
+
+
+def saved(folder, state):
+    torch.save(state, folder / "w.pth")
+    return folder / "w.pth"
+
+
+def test_weights_of_timm_are_made_to_fit_the_size_of_the_images(vit, caplog):
+    caplog.set_level(logging.INFO, "reid.weights")
+    loaded = start("test_vit", vit[0]).base.state_dict()
+    changed = {name for name, value in loaded.items() if not torch.equal(value, vit[1].get(name, torch.zeros(0)))}
+    assert changed == {"pos_embed"}
+    assert loaded["pos_embed"].shape == (1, 1 + 4 * 2, 64)
+    assert vit[1]["pos_embed"].shape == (1, 1 + 10 * 10, 64)
+    sentence = f"weights from MODEL.PRETRAIN_PATH={vit[0]}: {len(loaded)} of {len(loaded)} entries loaded, 0 missing, "
+    assert caplog.messages[-1].startswith(f"{sentence}0 of another shape, 2 (head.")
+
+
+@pytest.mark.parametrize("classes", [0, 7])
+def test_the_files_classifier_may_have_any_size_or_be_missing(vit, tmp_path, classes):
+    state = {name: value for name, value in vit[1].items() if not name.startswith("head.")}
+    if classes:
+        state |= {"head.weight": torch.ones(classes, 64), "head.bias": torch.ones(classes)}
+    loaded = start("test_vit", saved(tmp_path, {"state_dict": state})).base.state_dict()
+    assert torch.equal(loaded["blocks.0.attn.qkv.weight"], state["blocks.0.attn.qkv.weight"])
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("test_vit", lambda state: state.pop("blocks.1.mlp.fc1.bias")),
+        ("test_vit", lambda state: state.update({"blocks.0.mlp.fc1.bias": torch.ones(1)})),
+        ("test_vit", lambda state: state.update({"more": torch.ones(1)})),
+        ("test_vit", lambda state: state.clear()),
+        ("test_vit2", lambda state: None),
+        ("test_resnet", lambda state: None),
+    ],
+    ids=["missing", "another shape", "unexpected", "empty", "another vit", "another network"],
+)
+def test_weights_that_do_not_fit_are_refused(vit, tmp_path, name, change):
+    state = dict(vit[1])
+    change(state)
+    with pytest.raises(WorldError) as error:
+        start(name, saved(tmp_path, state))
+    assert str(error.value).startswith(f"MODEL.PRETRAIN_PATH={tmp_path / 'w.pth'} does not fit timm/{name}: ")
+    assert str(error.value).endswith("; give timm's file of that model")
+    assert "\n" not in str(error.value)
+
+
+def test_a_whole_model_goes_on_to_other_identities(vit, tmp_path):
+    source = start("test_vit", vit[0])
+    loaded = start("test_vit", saved(tmp_path, source.state_dict()), "finetune")
+    assert torch.equal(loaded.base.pos_embed, source.base.pos_embed)
+
+
+def test_a_whole_model_of_another_size_is_refused_with_the_remedy(vit, tmp_path):
+    larger = build_model(settings("test_vit"), 3).state_dict()
+    with pytest.raises(WorldError, match=r"\(base.pos_embed\); set INPUT.SIZE_TRAIN to the one that it was"):
+        start("test_vit", saved(tmp_path, larger), "self")
+
+
+def test_without_a_network_it_is_said_what_to_download(place):
+    settings = ("OUTPUT_DIR", "no_weights", "MODEL.NAME", "timm/test_vit", "MODEL.PRETRAIN_CHOICE", "imagenet")
+    said = place.refusal("train", *settings, num_ranks=2, code=1)
+    assert said.startswith("MODEL.PRETRAIN_CHOICE is imagenet, but the weights of timm/test_vit cannot be fetched here")
+    assert (
+        "download them from https://huggingface.co/timm/test_vit.r160_in1k elsewhere and name the file by MODEL" in said
+    )
+
+
+def test_a_model_without_pretrained_weights_says_so():
+    with pytest.raises(WorldError, match=r"timm has no weights of timm/test_vit4; name a file by MODEL.PRETRAIN_PATH"):
+        start("test_vit4", "")
 
 
 # ---- in the real program ----

@@ -1,17 +1,25 @@
 """Weights from files: what is taken, what is refused, and in which words."""
 
+import json
 import logging
 import pickle
 import random
+import shutil
+from pathlib import Path
+from urllib.error import URLError
 
+import golden_weights
 import pytest
 import torch
+from program import newest, records
+from safetensors.torch import save_file
 from torch import nn
-from torchvision.models import resnet18
+from torchvision.models import resnet18, resnext50_32x4d
 
 from reid.backbones import BACKBONES
 from reid.config import dump, load_config
-from reid.errors import WorldError
+from reid.errors import SettingsError, WorldError
+from reid.imagenet import SOURCES
 from reid.model import build_model
 from reid.weights import (
     check_settings,
@@ -24,6 +32,8 @@ from reid.weights import (
     state_dict_of,
 )
 
+SHAPES = json.loads((Path(__file__).parent / "golden" / "backbone_state_dict.json").read_text())
+
 
 def settings(*overrides):
     return load_config(None, ["MODEL.NAME=resnet18", "MODEL.PRETRAIN_CHOICE=none", *overrides])
@@ -31,6 +41,13 @@ def settings(*overrides):
 
 def model_of(*overrides, num_pids=5):
     return build_model(settings(*overrides), num_pids)
+
+
+def start(*overrides, num_pids=5):
+    """A model of these settings, initialised as they say."""
+    model = model_of(*overrides, num_pids=num_pids)
+    initialise(model, settings(*overrides))
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +118,8 @@ def test_what_was_loaded_and_what_was_not_is_reported(caplog):
     with caplog.at_level(logging.INFO, "reid.weights"):
         load_state(module, {name: torch.ones(shape) for name, shape in ones.items()}, "FILE", optional=("1.", "2."))
     assert caplog.messages == [
-        "weights from FILE: 2 of 4 entries loaded; kept as they were: 1.bias, 1.weight; not used: 2.weight"
+        "weights from FILE: 2 of 4 entries loaded, 1 (1.bias) missing, 1 (1.weight) of another shape, 1 (2.weight) not "
+        "used"
     ]
     assert torch.equal(module[0].weight, torch.ones(3, 2))
     assert torch.equal(module[1].weight, kept)
@@ -124,12 +142,14 @@ def test_the_prefix_of_a_wrapped_model_is_taken_off():
     assert state_dict_of(wrapped).keys() == {"weight", "bias"}
 
 
-def test_files_from_before_batches_were_counted_still_load():
+def test_files_from_before_batches_were_counted_still_load(caplog):
     source, target = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     nn.init.constant_(source.running_mean, 7)
     old = {name: value for name, value in source.state_dict().items() if name != "num_batches_tracked"}
+    caplog.set_level(logging.INFO, "reid.weights")
     load_state(target, old, "FILE")
     assert torch.equal(target.running_mean, source.running_mean)
+    assert caplog.messages == ["weights from FILE: 4 of 4 entries loaded, 0 missing, 0 of another shape, 0 not used"]
 
 
 # ---- what a training starts from ----
@@ -154,14 +174,157 @@ def test_torchvisions_layout_fills_the_whole_trunk(imagenet):
         ("resnet50", "resnet101", "layer3.6.conv1.weight"),
         ("resnet101", "resnet50", "layer3.6.conv1.weight"),
         ("resnet18", "resnet50", "layer1.0.conv3.weight"),
+        ("resnet50", "resnet50_ibn_a", "layer1.0.bn1.IN.weight"),
+        ("resnet50_ibn_a", "resnet50", "layer1.0.bn1.weight"),
+        ("resnet50_ibn_a", "resnet101_ibn_a", "layer3.6.conv1.weight"),
+        ("se_resnet50", "resnet50", "conv1.weight"),
+        ("resnet50", "se_resnet50", "layer0.conv1.weight"),
+        ("se_resnet50", "se_resnext50", "layer1.0.conv1.weight"),
+        ("se_resnet152", "senet154", "layer0.conv2.weight"),
     ],
 )
-def test_weights_of_another_architecture_are_refused_by_an_entry(tmp_path, of_file, of_model, entry):
-    file = tmp_path / "weights.pth"
-    torch.save(BACKBONES[of_file](last_stride=2, stem_relu=True).state_dict(), file)
-    model = model_of(f"MODEL.NAME={of_model}")
-    with pytest.raises(WorldError, match=rf"weights.pth does not fit this model: .*\({entry}.*; set MODEL.NAME"):
-        initialise(model, settings("MODEL.PRETRAIN_CHOICE=imagenet", f"MODEL.PRETRAIN_PATH={file}"))
+def test_weights_of_another_architecture_are_refused_by_an_entry_and_their_name(of_file, of_model, entry):
+    with torch.device("meta"):
+        file, model = (BACKBONES[name](last_stride=2, stem_relu=True) for name in (of_file, of_model))
+        whole_file, whole_model = (build_model(settings(f"MODEL.NAME={name}"), 3) for name in (of_file, of_model))
+    remedy = rf"; by its names and shapes it is of a {of_file}: set MODEL\.NAME {of_file}, or"
+    with pytest.raises(WorldError, match=rf"^X does not fit this model: .*\({entry}.*{remedy}"):
+        load_state(model, file.state_dict(), "X", optional=("fc.",))
+    with pytest.raises(WorldError, match=rf"^X does not fit this model: .*\(base\.{entry}.*{remedy}"):
+        load_state(whole_model, whole_file.state_dict(), "X", optional=("base.fc.",))
+
+
+@pytest.mark.parametrize(("of_file", "of_model"), [("resnet34", "resnet18"), ("resnet18", "resnet34")])
+def test_a_file_of_another_architecture_is_refused_where_it_is_named(tmp_path, of_file, of_model):
+    torch.save(BACKBONES[of_file](last_stride=2, stem_relu=True).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(WorldError, match=rf"^MODEL.PRETRAIN_PATH=.*w.pth does not fit .* set MODEL.NAME {of_file}, or"):
+        start(f"MODEL.NAME={of_model}", "MODEL.PRETRAIN_CHOICE=imagenet", f"MODEL.PRETRAIN_PATH={tmp_path / 'w.pth'}")
+
+
+def test_a_file_of_no_backbone_of_ours_is_refused_without_a_guess():
+    state = resnext50_32x4d(weights=None).state_dict()
+    with pytest.raises(WorldError, match=r"layer1.0.conv1.weight.*; set MODEL\.NAME and MODEL\.NECK to the file's"):
+        load_state(BACKBONES["resnet50"](last_stride=1, stem_relu=True), state, "X", optional=("fc.",))
+
+
+@pytest.mark.parametrize(
+    ("name", "classifier", "layout"),
+    [
+        ("resnet50_ibn_a", "fc", "plain"),
+        ("resnet50_ibn_a", "fc", "module."),
+        ("resnet50_ibn_a", "fc", "state_dict"),
+        ("se_resnet50", "last_linear", "plain"),
+        ("se_resnet50", "last_linear", "without counters"),
+        ("se_resnet50", "last_linear", "without classifier"),
+    ],
+)
+def test_every_layout_of_imagenet_weights_fills_the_whole_trunk(tmp_path, caplog, name, classifier, layout):
+    """torchvision's, Cadene's and IBN-Net's names, wrapped or not, and files from before batches were counted."""
+    trunk = BACKBONES[name](last_stride=2, stem_relu=True)
+    own = {key: value for key, value in trunk.state_dict().items() if not key.startswith("fc.")}
+    own["layer1.0.downsample.1.running_mean"] += 1  # what norms start with would not be missed
+    content = {**own, f"{classifier}.weight": torch.ones(1000, 2048), f"{classifier}.bias": torch.ones(1000)}
+    if layout == "without classifier":
+        content = dict(own)
+    if layout == "without counters":
+        content = {key: value for key, value in content.items() if not key.endswith("num_batches_tracked")}
+    if layout == "module.":
+        content = {f"module.{key}": value for key, value in content.items()}
+    if layout == "state_dict":
+        content = {"epoch": 90, "arch": name, "best_prec1": 77.2, "state_dict": content}
+    file = tmp_path / "w.pth"
+    torch.save(content, file, _use_new_zipfile_serialization=False)  # as those files are
+    caplog.set_level(logging.INFO, "reid.weights")
+    model = start(f"MODEL.NAME={name}", "MODEL.PRETRAIN_CHOICE=imagenet", f"MODEL.PRETRAIN_PATH={file}")
+    loaded = model.base.state_dict()
+    assert all(torch.equal(loaded[key], own[key]) for key in own)
+    assert f"weights from MODEL.PRETRAIN_PATH={file}: " in caplog.messages[0]
+    assert ", 0 of another shape, " in caplog.messages[0]
+
+
+def test_one_missing_entry_is_an_error(imagenet, tmp_path):
+    state = dict(imagenet[1])
+    del state["layer3.1.bn2.running_mean"]
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(WorldError, match=r"1 are missing .*\(layer3\.1\.bn2\.running_mean\)"):
+        start("MODEL.PRETRAIN_CHOICE=imagenet", f"MODEL.PRETRAIN_PATH={tmp_path / 'w.pth'}")
+
+
+# ---- the machine's own ImageNet weights ----
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home without any weights, and no network."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    return tmp_path
+
+
+def unreachable(*arguments, **options):
+    raise URLError("no network here")
+
+
+@pytest.mark.parametrize("folder", ["torch/hub/checkpoints", ".cache/torch/checkpoints", ".torch/models"])
+@pytest.mark.parametrize("file", ["resnet18-f37072fd.pth", "resnet18-5c106cde.pth"])
+def test_weights_that_the_machine_has_are_found_under_their_names_without_a_network(home, imagenet, folder, file):
+    (home / folder).mkdir(parents=True)
+    (home / folder / file).write_bytes(imagenet[0].read_bytes())
+    model = start("MODEL.PRETRAIN_CHOICE=imagenet")
+    assert torch.equal(model.base.conv1.weight, imagenet[1]["conv1.weight"])
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_without_them_it_is_said_what_to_download_and_where_to_put_it(home, name):
+    with pytest.raises(WorldError) as error:
+        initialise(torch.nn.Module(), settings(f"MODEL.NAME={name}", "MODEL.PRETRAIN_CHOICE=imagenet"))
+    url = SOURCES[name].url
+    assert str(error.value) == (
+        f"MODEL.PRETRAIN_CHOICE is imagenet, but the weights of {name} cannot be fetched here (no network here); "
+        f"download {url} elsewhere and put it into {home}/torch/hub/checkpoints, or name the file by "
+        "MODEL.PRETRAIN_PATH, or train from scratch with MODEL.PRETRAIN_CHOICE none"
+    )
+
+
+def test_the_authors_own_path_means_the_weights_by_that_name(home, imagenet, caplog):
+    (home / ".torch/models").mkdir(parents=True)
+    (home / ".torch/models/resnet18-f37072fd.pth").write_bytes(imagenet[0].read_bytes())
+    path = "/home/haoluo/.torch/models/resnet18-5c106cde.pth"
+    model = start("MODEL.PRETRAIN_CHOICE=imagenet", f"MODEL.PRETRAIN_PATH={path}")
+    assert torch.equal(model.base.conv1.weight, imagenet[1]["conv1.weight"])
+    said = f"MODEL.PRETRAIN_PATH={path} is not there; taking this machine's own copy of these weights"
+    assert caplog.messages[0] == said
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "whose"),
+    [("resnet18", "resnet50-19c8e357.pth", ", and by its name it would be of resnet50"), ("resnet18", "mine.pth", "")],
+)
+def test_a_path_that_is_not_there_is_not_taken_for_anything_else(home, name, file, whose):
+    with pytest.raises(WorldError) as error:
+        start(f"MODEL.NAME={name}", "MODEL.PRETRAIN_CHOICE=imagenet", f"MODEL.PRETRAIN_PATH=/home/haoluo/{file}")
+    assert str(error.value) == (
+        f"MODEL.PRETRAIN_PATH must name a file with weights of {name}, but there is none at /home/haoluo/{file}{whose}"
+        f"; correct the path, or set it to '' for the weights from {SOURCES[name].url}"
+    )
+
+
+def test_a_download_is_checked_and_kept(home, imagenet, monkeypatch):
+    calls = []
+
+    def download(url, file, digits, progress):
+        calls.append((url, file, digits))
+        shutil.copy(imagenet[0], file)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for _ in range(2):
+        start("MODEL.PRETRAIN_CHOICE=imagenet")
+    place = f"{home}/torch/hub/checkpoints/resnet18-f37072fd.pth"
+    assert calls == [("https://download.pytorch.org/models/resnet18-f37072fd.pth", place, "f37072fd")]
+
+
+# ---- whole models ----
 
 
 def test_a_checkpoint_of_the_whole_model_is_taken_with_its_classifier(tmp_path):
@@ -174,8 +337,97 @@ def test_a_checkpoint_of_the_whole_model_is_taken_with_its_classifier(tmp_path):
 
 def test_a_checkpoint_with_other_identities_is_refused_for_training(tmp_path):
     torch.save(model_of(num_pids=6).state_dict(), tmp_path / "w.pt")
-    with pytest.raises(WorldError, match=r"1 have another shape, .* \(classifier.weight\)"):
-        initialise(model_of(), settings("MODEL.PRETRAIN_CHOICE=self", f"MODEL.PRETRAIN_PATH={tmp_path / 'w.pt'}"))
+    with pytest.raises(WorldError, match=r"1 have another shape, .* \(classifier.weight\).*use .* finetune"):
+        start("MODEL.PRETRAIN_CHOICE=self", f"MODEL.PRETRAIN_PATH={tmp_path / 'w.pt'}")
+
+
+def test_a_checkpoint_with_other_identities_is_taken_for_finetuning_but_for_what_belongs_to_them(tmp_path, caplog):
+    center = ("MODEL.IF_WITH_CENTER=yes", "MODEL.METRIC_LOSS_TYPE=triplet_center")
+    source = model_of(*center, num_pids=6)
+    golden_weights.fill(source)
+    torch.save(source.state_dict(), tmp_path / "w.pt")
+    caplog.set_level(logging.INFO, "reid.weights")
+    for num_pids in (5, 6):  # the same number does not make them the same
+        caplog.clear()
+        torch.manual_seed(1)
+        model = model_of(*center, num_pids=num_pids)
+        fresh = {name: value.clone() for name, value in model.state_dict().items()}
+        path = f"MODEL.PRETRAIN_PATH={tmp_path / 'w.pt'}"
+        initialise(model, settings(*center, "MODEL.PRETRAIN_CHOICE=finetune", path))
+        for name, value in model.state_dict().items():
+            kept = name in ("classifier.weight", "centers")
+            assert torch.equal(value, (fresh if kept else source.state_dict())[name])
+        num_entries = len(fresh)
+        assert caplog.messages == [
+            f"weights from {path}: {num_entries - 2} of {num_entries} entries loaded, 2 (centers, classifier.weight) "
+            "missing, 0 of another shape, 0 not used",
+            f"MODEL.PRETRAIN_CHOICE finetune: the classifier is new, for {num_pids} identities; that of the file was "
+            "for 6",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (
+            lambda: model_of("MODEL.NECK=no").state_dict(),
+            r"are missing .*\(.*bottleneck.weight.*; set MODEL\.NECK to the file's",
+        ),
+        (lambda: model_of("MODEL.NAME=resnet34").state_dict(), "set MODEL.NAME resnet34, or"),
+        (lambda: resnet18(weights=None).state_dict(), "it holds no whole model"),
+        (
+            lambda: {name: v for name, v in model_of().state_dict().items() if "layer2" not in name},
+            "base.layer2.0.conv1",
+        ),
+    ],
+    ids=["no neck", "another backbone", "a backbone alone", "not whole"],
+)
+@pytest.mark.parametrize("choice", ["self", "finetune"])
+def test_backbone_and_neck_must_be_whole(tmp_path, choice, state, words):
+    torch.save(state(), tmp_path / "w.pt")
+    with pytest.raises(WorldError, match=words):
+        start(f"MODEL.PRETRAIN_CHOICE={choice}", f"MODEL.PRETRAIN_PATH={tmp_path / 'w.pt'}")
+
+
+@pytest.mark.parametrize("choice", ["self", "finetune"])
+def test_a_whole_model_must_be_named(choice):
+    cfg = settings(f"MODEL.PRETRAIN_CHOICE={choice}", "TEST.WEIGHT=x.pth")  # as in old commands that evaluate
+    with pytest.raises(SettingsError, match=rf"MODEL.PRETRAIN_PATH must name a checkpoint when .* is {choice}, got ''"):
+        initialise(model_of(), cfg)
+
+
+def test_the_state_of_an_optimiser_is_no_model(tmp_path):
+    model = nn.Linear(1, 1)
+    torch.save(torch.optim.Adam(model.parameters()).state_dict(), tmp_path / "resnet50_optimizer_2.pth")
+    with pytest.raises(WorldError, match=r"it holds the state of an optimiser; give .* NAME_model_N\.pth"):
+        read_file(tmp_path / "resnet50_optimizer_2.pth", "TEST.WEIGHT")
+
+
+def test_safetensors_are_read_too(tmp_path, imagenet):
+    save_file({name: value.contiguous() for name, value in imagenet[1].items()}, tmp_path / "w.safetensors")
+    model = start("MODEL.PRETRAIN_CHOICE=imagenet", f"MODEL.PRETRAIN_PATH={tmp_path / 'w.safetensors'}")
+    assert torch.equal(model.base.conv1.weight, imagenet[1]["conv1.weight"])
+    (tmp_path / "w.safetensors").write_bytes(b"no such thing")
+    with pytest.raises(WorldError, match=r"w\.safetensors cannot be read as a file of weights"):
+        read_file(tmp_path / "w.safetensors", "TEST.WEIGHT")
+
+
+@pytest.mark.parametrize("name", ["resnet50_ibn_a", "resnet18"])
+def test_published_checkpoints_are_taken_whole(tmp_path, name):
+    """By name and shape as reid-strong-baseline has saved them, for training and for retrieval."""
+    published = {
+        key: torch.from_numpy(golden_weights.weight(key, tuple(shape))).float() if shape else torch.tensor(0)
+        for key, shape in SHAPES[name].items()
+    }
+    torch.save(published, tmp_path / f"{name}_model_120.pth", _use_new_zipfile_serialization=False)
+    path = f"MODEL.PRETRAIN_PATH={tmp_path / f'{name}_model_120.pth'}"
+    model = start(f"MODEL.NAME={name}", "MODEL.PRETRAIN_CHOICE=self", path, num_pids=751)
+    assert all(torch.equal(value, published[key]) for key, value in model.state_dict().items())
+    retrieval = model_of(f"MODEL.NAME={name}", num_pids=1)
+    load_for_evaluation(retrieval, read_file(tmp_path / f"{name}_model_120.pth", "TEST.WEIGHT"), "TEST.WEIGHT")
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images), retrieval.eval()(images))
 
 
 def test_evaluation_takes_backbone_and_neck_whatever_the_classifier():
@@ -215,6 +467,25 @@ def test_without_a_checkpoint_to_evaluate_the_best_of_the_run_is_offered(place):
     assert said.endswith("the best of this run is offered/checkpoints/best_10000_mAP_0.6000.pt")
 
 
+def test_reid_strong_baselines_command_to_go_on_from_its_own_file(place):
+    """Behind the epoch in the file's name, at that epoch's learning rate; the optimiser's file is not there."""
+    state = build_model(settings("MODEL.STEM_RELU=yes"), 8).state_dict()
+    torch.save(state, place.folder / "resnet18_model_2.pth", _use_new_zipfile_serialization=False)
+    choice = ("MODEL.PRETRAIN_CHOICE", "('self')", "MODEL.PRETRAIN_PATH", "('resnet18_model_2.pth')")
+    rates = ("SOLVER.WARMUP_ITERS", 5, "SOLVER.WARMUP_FACTOR", 0.01, "SOLVER.BASE_LR", 1e-6, "SOLVER.MAX_EPOCHS", 4)
+    ended = place.train("OUTPUT_DIR", "old", *choice, *rates, num_ranks=2)
+    assert "going on behind epoch 2, as resnet18_model_2.pth says, with a new optimiser" in ended.out
+    assert "weights from MODEL.PRETRAIN_PATH=resnet18_model_2.pth: 126 of 126 entries loaded" in ended.out
+    assert [(record["epoch"], record["iteration"]) for record in records(place.folder / "old", "train")] == [
+        *((3, 5), (3, 6), (4, 7), (4, 8))
+    ]
+    t = 2 / 5  # of epoch 3, which counts from 1
+    assert records(place.folder / "old", "train")[0]["lr"] == pytest.approx(1e-6 * (0.01 * (1 - t) + t))
+    moved = newest(place.folder / "old")["model"]["base.conv1.weight"] - state["base.conv1.weight"]
+    assert 0 < moved.abs().max() < 1e-3  # it began at the file's weights
+    assert "all 4 epochs are done" in place.train("OUTPUT_DIR", "old", *choice, *rates, num_ranks=2).out
+
+
 # ---- made with other settings ----
 
 
@@ -237,6 +508,14 @@ def test_a_checkpoint_used_with_settings_that_would_give_nonsense_is_refused(cha
     )
 
 
+def test_a_normalisation_left_to_the_backbone_is_compared_as_what_it_is():
+    vit = ("MODEL.NAME=timm/test_vit",)
+    content = {"config": dump(settings(*vit))}
+    check_settings(content, settings(*vit, "INPUT.PIXEL_MEAN=(.5,.5,.5)", "INPUT.PIXEL_STD=(.5,.5,.5)"), "X")
+    with pytest.raises(WorldError, match=r"INPUT.PIXEL_STD was \[0.5, 0.5, 0.5\] and is now \[0.2, 0.2, 0.2\]"):
+        check_settings(content, settings(*vit, "INPUT.PIXEL_STD=(.2,.2,.2)"), "X")
+
+
 def test_a_state_dict_of_others_has_no_settings_to_compare():
     check_settings(model_of().state_dict(), settings("MODEL.STEM_RELU=yes"), "TEST.WEIGHT=x.pt")
 
@@ -255,7 +534,7 @@ def test_the_remedy_is_one_for_this_file(state, words):
 
 
 def test_a_whole_model_is_no_backbone():
-    with pytest.raises(WorldError, match=r"it holds a whole model and .*: use MODEL\.PRETRAIN_CHOICE self"):
+    with pytest.raises(WorldError, match=r"it holds a whole model and .*: use MODEL\.PRETRAIN_CHOICE self, or fi"):
         load_state(model_of().base, model_of().state_dict(), "MODEL.PRETRAIN_PATH=x.pt", optional=("fc.",))
 
 

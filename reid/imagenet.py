@@ -1,0 +1,91 @@
+"""ImageNet weights of the backbones: what the files are called, where they lie, where they are fetched from."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+from urllib.error import URLError
+
+import torch
+
+from reid.errors import WorldError
+
+
+class Source(NamedTuple):
+    """Where the weights of one backbone come from."""
+
+    url: str
+    also_called: tuple[str, ...] = ()  # other files of the very same weights
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (self.url.rpartition("/")[2], *self.also_called)
+
+
+_TORCHVISION = "https://download.pytorch.org/models"
+_TIMM = "https://github.com/rwightman/pytorch-image-models/releases/download"
+_IBN_NET = "https://github.com/XingangPan/IBN-Net/releases/download/v1.0"
+
+# The plain ResNets' are torchvision's V1, which the published numbers rest on, under the new name and the one of 2019;
+# the squeeze-and-excitation nets' are Cadene's, of which timm keeps copies.
+SOURCES = {
+    "resnet18": Source(f"{_TORCHVISION}/resnet18-f37072fd.pth", ("resnet18-5c106cde.pth",)),
+    "resnet34": Source(f"{_TORCHVISION}/resnet34-b627a593.pth", ("resnet34-333f7ec4.pth",)),
+    "resnet50": Source(f"{_TORCHVISION}/resnet50-0676ba61.pth", ("resnet50-19c8e357.pth",)),
+    "resnet101": Source(f"{_TORCHVISION}/resnet101-63fe2227.pth", ("resnet101-5d3b4d8f.pth",)),
+    "resnet152": Source(f"{_TORCHVISION}/resnet152-394f9c45.pth", ("resnet152-b121ed2d.pth",)),
+    "se_resnet50": Source(f"{_TIMM}/v0.1-cadene/se_resnet50-ce0d4300.pth"),
+    "se_resnet101": Source(f"{_TIMM}/v0.1-cadene/se_resnet101-7e38fcc6.pth"),
+    "se_resnet152": Source(f"{_TIMM}/v0.1-cadene/se_resnet152-d17c99b7.pth"),
+    "se_resnext50": Source(
+        f"{_TIMM}/v0.1-weights/legacy_se_resnext50_32x4d-f3651bad.pth", ("se_resnext50_32x4d-a260b3a4.pth",)
+    ),
+    "se_resnext101": Source(
+        f"{_TIMM}/v0.1-weights/legacy_se_resnext101_32x4d-37725eac.pth", ("se_resnext101_32x4d-3b2fe3d8.pth",)
+    ),
+    "senet154": Source(f"{_TIMM}/v0.1-weights/legacy_senet154-e9eb9fe6.pth", ("senet154-c7b49a05.pth",)),
+    "resnet50_ibn_a": Source(f"{_IBN_NET}/resnet50_ibn_a-d9d0bb7b.pth"),
+    "resnet101_ibn_a": Source(f"{_IBN_NET}/resnet101_ibn_a-59ea0ac6.pth"),
+}
+
+
+def owner_of(file_name: str) -> str | None:
+    """The backbone whose ImageNet weights go by this name; None where it is no such name."""
+    return next((name for name, source in SOURCES.items() if file_name in source.files), None)
+
+
+def find(name: str) -> Path | None:
+    """The backbone's file where this machine has one, under any of its names."""
+    folders = (_folder(), Path.home() / ".cache" / "torch" / "checkpoints", Path.home() / ".torch" / "models")
+    places = (folder / file for folder in folders for file in SOURCES[name].files)
+    return next((place for place in places if place.is_file()), None)
+
+
+def fetch(name: str) -> Path:
+    """The backbone's file, from this machine or else from the network; called by one process of a node at a time.
+
+    Raises:
+        WorldError: it can be had from neither; says which file to put where.
+    """
+    found = find(name)
+    if found is not None:
+        return found
+    url, place = SOURCES[name].url, _folder() / SOURCES[name].files[0]
+    digits = re.search(r"-([0-9a-f]{8,})\.pth$", url)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, os.fspath(place), digits and digits[1], progress=False)
+    except (OSError, RuntimeError) as error:  # RuntimeError: another file than the one with this checksum
+        reason = error.reason if isinstance(error, URLError) else error
+        raise WorldError(
+            f"MODEL.PRETRAIN_CHOICE is imagenet, but the weights of {name} cannot be fetched here ({reason}); download "
+            f"{url} elsewhere and put it into {place.parent}, or name the file by MODEL.PRETRAIN_PATH, or train from "
+            "scratch with MODEL.PRETRAIN_CHOICE none"
+        ) from error
+    return place
+
+
+def _folder() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints"
