@@ -1,0 +1,170 @@
+"""What k-reciprocal re-ranking costs beside the matrix product under it: CPU seconds, seconds and memory.
+
+    uv run python benchmarks/reranking.py [--quick] [--threads 1]
+
+Every line is a process of its own. "product": the squared distances of all images in blocks of rows, and nothing else.
+"blocks": the re-ranked distances in blocks of 256 queries, as an evaluation uses them. "distmat": `k_reciprocal`, which
+returns all of them. "dense": the algorithm with every N x N matrix written out in numpy (tests/reference.py). Memory is
+the peak above the process with its embeddings. Embeddings are drawn: float32, of length 1, 25 images around a centre.
+Then the memory law: peak memory at two sizes, and what it says of a larger one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tables import machine, say, table
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from reid.neighbours import PRODUCT_ELEMENTS, PRODUCT_ROWS, row_blocks
+from reid.reranking import KReciprocal, k_reciprocal
+
+QUERY_BLOCK = 256
+IMAGES_PER_PID = 25
+SIZES = {"N = 4,000": (700, 3_300, 2048), "Market-1501": (3_368, 15_913, 2048)}
+LAW = [(1_750, 8_250, 64), (3_500, 16_500, 64), (7_000, 33_000, 64)]
+MSMT17 = (11_659, 82_161, 2048)
+
+
+def embeddings(num_images: int, num_features: int) -> Tensor:
+    """[N, D] in one allocation, so that the peak before the measurement is what is held."""
+    generator = torch.Generator().manual_seed(0)
+    num_pids = max(1, num_images // IMAGES_PER_PID)
+    centres = torch.randn(num_pids, num_features, generator=generator)
+    embedding = torch.empty(num_images, num_features)
+    for block in row_blocks(num_images):
+        pids = torch.randint(num_pids, (block.stop - block.start,), generator=generator)
+        noise = torch.randn(len(pids), num_features, generator=generator)
+        embedding[block] = normalize(centres[pids] + 0.9 * noise)
+    return embedding
+
+
+def product(q: Tensor, g: Tensor) -> None:
+    both = torch.cat([q, g])
+    squared_norm = torch.linalg.vector_norm(both, dim=1).square()
+    for block in row_blocks(len(both)):
+        torch.addmm(squared_norm, both[block], both.T, alpha=-2)
+
+
+def blocks(q: Tensor, g: Tensor) -> None:
+    reranked = KReciprocal(q, g, 20, 6, 0.3)
+    for start in range(0, len(q), QUERY_BLOCK):
+        reranked.distances(slice(start, min(start + QUERY_BLOCK, len(q))))
+
+
+def dense(q: Tensor, g: Tensor) -> None:
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    import reference
+
+    both = torch.cat([q, g]).numpy()
+    squared_norm = np.square(both).sum(1)
+    distances = squared_norm[:, None] + squared_norm - 2 * both @ both.T
+    reference.k_reciprocal(distances, len(q), 20, 6, 0.3)
+
+
+WAYS: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "product": product,
+    "blocks": blocks,
+    "distmat": k_reciprocal,
+    "dense": dense,
+}
+
+
+def cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def peak_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def measure(way: str, num_queries: int, num_gallery: int, num_features: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    both = embeddings(num_queries + num_gallery, num_features)
+    q, g = both[:num_queries], both[num_queries:]
+    memory, cpu, clock = peak_gb(), cpu_seconds(), time.perf_counter()
+    WAYS[way](q, g)
+    say(json.dumps([cpu_seconds() - cpu, time.perf_counter() - clock, peak_gb() - memory]))
+
+
+def measured(way: str, size: tuple[int, int, int], threads: int) -> tuple[float, float, float]:
+    """CPU seconds, seconds and GB of a process of its own."""
+    words = [sys.executable, __file__, "--threads", str(threads), "--measure", way, *map(str, size)]
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    cpu, clock, memory = json.loads(done.stdout)
+    return cpu, clock, memory
+
+
+def speed(name: str, size: tuple[int, int, int], ways: list[str], threads: int) -> None:
+    num_queries, num_gallery, num_features = size
+    num_images = num_queries + num_gallery
+    flops = 2 * num_images**2 * num_features
+    rows: list[list[object]] = []
+    for way in ways:
+        cpu, clock, memory = measured(way, size, threads)
+        rows.append([way, cpu, cpu / float(rows[0][1]) if rows else 1.0, clock, memory, flops / cpu / 1e9])
+    table(
+        f"{name}: Q = {num_queries:,}, G = {num_gallery:,}, D = {num_features:,}; product 2 N^2 D = "
+        f"{flops / 1e12:.3g} TFLOP, an N x N float32 matrix {4 * num_images**2 / 1e9:.3g} GB, the embeddings "
+        f"{4 * num_images * num_features / 1e9:.3g} GB",
+        ["way", "CPU s", "to the product", "s", "GB above", "GFLOP of the product per CPU s"],
+        rows,
+    )
+
+
+def memory_law(sizes: list[tuple[int, int, int]], threads: int) -> None:
+    rows: list[list[object]] = []
+    for size in sizes:
+        _, _, memory = measured("blocks", size, threads)
+        num_images = size[0] + size[1]
+        rows.append([num_images, memory, 1e9 * memory / num_images, 4 * num_images**2 / 1e9])
+    table(
+        f"Memory of blocks, D = {sizes[0][2]}",
+        ["N", "GB above", "bytes per image", "one N x N float32 matrix, GB"],
+        rows,
+    )
+    (small, low), (large, high) = [(int(str(row[0])), float(str(row[1]))) for row in (rows[0], rows[-1])]
+    slope = (high - low) / (large - small)
+    num_images, num_features = MSMT17[0] + MSMT17[1], MSMT17[2]
+    points = 4 * num_features * num_images / 1e9
+    fixed = low - slope * small
+    say(
+        f"\nMSMT17 (N = {num_images:,}, D = {num_features:,}) by this law: a copy of the embeddings {points:.3g} GB, "
+        f"the rest {fixed + (slope - 4e-9 * sizes[0][2]) * num_images:.3g} GB (blocks of up to {PRODUCT_ROWS} rows or "
+        f"{PRODUCT_ELEMENTS:,} elements included)"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the small sizes only, about a minute")
+    parser.add_argument("--threads", type=int, default=1, help="waiting threads count as CPU seconds on busy machines")
+    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        way, *size = arguments.measure
+        num_queries, num_gallery, num_features = map(int, size)
+        measure(way, num_queries, num_gallery, num_features, arguments.threads)
+        return
+    say(f"reranking.py --threads {arguments.threads}: {machine()}")
+    for name, size in SIZES.items():
+        if name == "N = 4,000":
+            speed(name, size, ["product", "blocks", "distmat", "dense"], arguments.threads)
+        elif not arguments.quick:
+            speed(name, size, ["product", "blocks", "distmat"], arguments.threads)
+    memory_law(LAW[:2] if arguments.quick else LAW, arguments.threads)
+
+
+if __name__ == "__main__":
+    main()
