@@ -87,13 +87,6 @@ def _check_batch(cfg: CfgNode) -> None:
 
 
 def _check_values(cfg: CfgNode) -> None:
-    if not cfg.TEST.WEIGHT:  # evaluation commands of reid-strong-baseline say self and have no such path
-        check_pretrain_path(cfg)
-    if cfg.MODEL.PRETRAIN_CHOICE == "none" and cfg.MODEL.PRETRAIN_PATH:
-        raise SettingsError(
-            f"MODEL.PRETRAIN_PATH must be '' when MODEL.PRETRAIN_CHOICE is none, got {cfg.MODEL.PRETRAIN_PATH!r}; "
-            "use MODEL.PRETRAIN_CHOICE imagenet, self or finetune to start from the file"
-        )
     if min(cfg.INPUT.SIZE_TRAIN) < cfg.INPUT.PADDING:
         raise SettingsError(
             f"INPUT.PADDING must not exceed the smaller side of INPUT.SIZE_TRAIN={tuple(cfg.INPUT.SIZE_TRAIN)}, got "
@@ -106,21 +99,31 @@ def _check_values(cfg: CfgNode) -> None:
         )
 
 
-def check_pretrain_path(cfg: CfgNode) -> None:
-    """Refuses to start from a whole model without one.
+def check_training(cfg: CfgNode, num_ranks: int) -> None:
+    """Refuses what only an evaluation does not mind; it may be started with the training's settings.
 
     Raises:
-        SettingsError: naming both keys.
+        SettingsError: naming the keys and the values that would do.
     """
-    choice = cfg.MODEL.PRETRAIN_CHOICE
-    if choice in ("self", "finetune") and not cfg.MODEL.PRETRAIN_PATH:
+    _check_pretraining(cfg)
+    _check_ranks(cfg, num_ranks)
+
+
+def _check_pretraining(cfg: CfgNode) -> None:
+    choice, path = cfg.MODEL.PRETRAIN_CHOICE, cfg.MODEL.PRETRAIN_PATH
+    if choice in ("self", "finetune") and not path:
         raise SettingsError(
             f"MODEL.PRETRAIN_PATH must name a checkpoint when MODEL.PRETRAIN_CHOICE is {choice}, got ''; "
             "set it, or use MODEL.PRETRAIN_CHOICE imagenet"
         )
+    if choice == "none" and path:
+        raise SettingsError(
+            f"MODEL.PRETRAIN_PATH must be '' when MODEL.PRETRAIN_CHOICE is none, got {path!r}; "
+            "use MODEL.PRETRAIN_CHOICE imagenet, self or finetune to start from the file"
+        )
 
 
-def check_ranks(cfg: CfgNode, num_ranks: int) -> None:
+def _check_ranks(cfg: CfgNode, num_ranks: int) -> None:
     """Refuses a number of ranks that cannot share every global batch evenly.
 
     Raises:

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
-from reid.combinations import check_ranks
+from reid.combinations import check_training
 from reid.config import load_config
 from reid.errors import USER_ERRORS, SettingsError, UnsavedError, WorldError
 from reid.preemption import MARKER, Preempted, Signals, write_marker
@@ -62,8 +62,8 @@ def _answer(story: Literal["train", "evaluate"], parser: _Parser, signals: Signa
             logging.getLogger("reid").setLevel(logging.ERROR)
         arguments = parser.parse_intermixed_args()
         cfg = load_config(arguments.config_file, arguments.overrides)
-        if story == "train":  # an evaluation deals out its batches to any number of ranks
-            check_ranks(cfg, world.num_ranks)
+        if story == "train":
+            check_training(cfg, world.num_ranks)
         run = _prepare(story)
     except USER_ERRORS as error:  # the same on all processes of a node, so the first one speaks
         signals.release()

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from reid import distributed, imagenet, timm_models
 from reid.backbones import own_normalisation
-from reid.combinations import check_pretrain_path
 from reid.config import as_plain_dict
 from reid.errors import WorldError
 from reid.layouts import CLASSIFIERS, holds_whole_model, inner, is_optimizer, likely_backbone
@@ -164,13 +163,11 @@ def initialise(model: ReIDModel, cfg: CfgNode) -> None:
 
     Raises:
         WorldError: the file is missing or does not fit.
-        SettingsError: a file is needed and none is named.
     """
     choice = cfg.MODEL.PRETRAIN_CHOICE
     if choice == "imagenet":
         _initialise_backbone(model, cfg)
     elif choice != "none":
-        distributed.together(lambda: check_pretrain_path(cfg))
         distributed.together(lambda: _initialise_whole(model, cfg))
 
 

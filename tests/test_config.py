@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reid import config
-from reid.combinations import check_ranks, label_smoothing, use_center_loss, use_identity_loss, use_triplet_loss
+from reid.combinations import check_training, label_smoothing, use_center_loss, use_identity_loss, use_triplet_loss
 from reid.config import SETTINGS, as_plain_dict, dump, load_config
 from reid.errors import SettingsError, UnknownKeyError
 
@@ -169,28 +169,6 @@ def test_a_settings_error_needs_no_torch():
 def test_prints_nothing(capfd, write):
     load_config(write(PUBLISHED), ["MODEL.DEVICE_ID", "('0')"])
     assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize(
-    ("name", "with_center"), [("softmax_triplet.yml", False), ("softmax_triplet_with_center.yml", True)]
-)
-def test_our_config_files_are_the_published_recipe(name, with_center, caplog):
-    cfg = load_config(str(CONFIGS / name), [])
-    recipe = load_config(
-        None, ["MODEL.METRIC_LOSS_TYPE", "triplet_center", "MODEL.IF_WITH_CENTER", "yes"][: 4 * with_center]
-    )
-    for section in ("MODEL", "INPUT", "DATASETS", "DATALOADER", "SOLVER", "TEST"):
-        assert cfg[section] == recipe[section]
-    assert f"runs/{Path(name).stem}" == cfg.OUTPUT_DIR
-    assert cfg.WANDB.ENTITY == ""
-    assert caplog.records == []
-
-
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yml")), ids=lambda path: path.name)
-def test_a_config_file_says_how_to_run_it_and_what_to_expect(path):
-    header = path.read_text().split("\n\n")[0]
-    for word in (f"--config_file configs/{path.name}", "torchrun", "hardware", "hours", "mAP", "rank-1"):
-        assert word in header
 
 
 # ---- files and command lines of reid-strong-baseline ----
@@ -666,14 +644,6 @@ def test_a_broken_file(text, parts, write):
         ),
         (["DATALOADER.NUM_INSTANCE", "1"], ["DATALOADER.NUM_INSTANCE must be at least 2", "got 1; use 4"]),
         (
-            ["MODEL.PRETRAIN_CHOICE", "self"],
-            ["MODEL.PRETRAIN_PATH must name a checkpoint", "MODEL.PRETRAIN_CHOICE is self", "got ''; set it"],
-        ),
-        (
-            ["MODEL.PRETRAIN_CHOICE", "finetune"],
-            ["MODEL.PRETRAIN_PATH must name a checkpoint", "MODEL.PRETRAIN_CHOICE is finetune", "got ''; set it"],
-        ),
-        (
             ["SOLVER.PRECISION", "fp16", "MODEL.DEVICE", "cpu"],
             ["SOLVER.PRECISION must be fp32, fp64 or bf16 when MODEL.DEVICE is cpu, got fp16; use fp32"],
         ),
@@ -724,7 +694,7 @@ def test_settings_that_do_fit_together(overrides, caplog):
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8, 16])
 def test_ranks_that_divide_the_identities(num_ranks):
-    check_ranks(load_config(None, []), num_ranks)
+    check_training(load_config(None, []), num_ranks)
 
 
 @pytest.mark.parametrize(
@@ -743,7 +713,7 @@ def test_ranks_that_divide_the_identities(num_ranks):
 )
 def test_ranks_that_cannot_share_the_batch(overrides, num_ranks, parts):
     with pytest.raises(SettingsError) as caught:
-        check_ranks(load_config(None, overrides), num_ranks)
+        check_training(load_config(None, overrides), num_ranks)
     for part in parts:
         assert part in str(caught.value)
 
@@ -756,15 +726,15 @@ def test_the_batch_sizes_and_rank_counts_of_the_message_would_do(pids, images, n
 
     cfg = cfg_of(pids * images)
     if pids % num_ranks == 0:
-        check_ranks(cfg, num_ranks)
+        check_training(cfg, num_ranks)
         return
     with pytest.raises(SettingsError) as caught:
-        check_ranks(cfg, num_ranks)
+        check_training(cfg, num_ranks)
     batches, _, ranks = str(caught.value).partition("IMS_PER_BATCH ")[2].partition(", or one of ")
     for batch in re.findall(r"\d+", batches):
-        check_ranks(cfg_of(batch), num_ranks)
+        check_training(cfg_of(batch), num_ranks)
     for fitting in re.findall(r"\d+", ranks):
-        check_ranks(cfg, int(fitting))
+        check_training(cfg, int(fitting))
 
 
 # ---- which losses ----
@@ -870,12 +840,28 @@ def test_the_plain_dict_holds_plain_types_only():
             ["INPUT.PADDING=129"],
             "INPUT.PADDING must not exceed the smaller side of INPUT.SIZE_TRAIN=(256, 128), got 129",
         ),
-        (["MODEL.PRETRAIN_CHOICE=none", "MODEL.PRETRAIN_PATH=x.pth"], "MODEL.PRETRAIN_PATH must be '' when MODEL"),
     ],
 )
 def test_settings_that_make_no_sense_together_are_refused(overrides, words):
     with pytest.raises(SettingsError) as error:
         load_config(None, overrides)
+    assert str(error.value).startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["MODEL.PRETRAIN_CHOICE=none", "MODEL.PRETRAIN_PATH=x.pth"], "MODEL.PRETRAIN_PATH must be '' when MODEL"),
+        (
+            ["MODEL.PRETRAIN_CHOICE=self"],
+            "MODEL.PRETRAIN_PATH must name a checkpoint when MODEL.PRETRAIN_CHOICE is self",
+        ),
+    ],
+)
+def test_what_training_starts_from_matters_to_training_only(overrides, words):
+    cfg = load_config(None, overrides)
+    with pytest.raises(SettingsError) as error:
+        check_training(cfg, 1)
     assert str(error.value).startswith(words)
 
 
@@ -889,6 +875,6 @@ def test_settings_that_make_no_sense_together_are_refused(overrides, words):
 def test_batchnorm_needs_two_images(batch, num_ranks, sync_bn, words):
     options = ["DATALOADER.SAMPLER=softmax", f"SOLVER.IMS_PER_BATCH={batch}", f"SOLVER.SYNC_BN={sync_bn}"]
     with pytest.raises(SettingsError) as error:
-        check_ranks(load_config(None, options), num_ranks)
+        check_training(load_config(None, options), num_ranks)
     assert str(error.value).startswith(words)
-    check_ranks(load_config(None, [*options, "SOLVER.IMS_PER_BATCH=8"]), num_ranks)
+    check_training(load_config(None, [*options, "SOLVER.IMS_PER_BATCH=8"]), num_ranks)

@@ -7,7 +7,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
-from reid.combinations import check_ranks
+from reid.combinations import check_training
 from reid.config import load_config
 from reid.criterion import Criterion
 from reid.data.loaders import Batch
@@ -116,7 +116,7 @@ def test_micro_batches_are_normalised_on_their_own_and_still_learn():
 )
 def test_a_batch_that_cannot_be_cut_is_refused(overrides, num_ranks, words):
     with pytest.raises(SettingsError) as error:
-        check_ranks(load_config(None, overrides), num_ranks)
+        check_training(load_config(None, overrides), num_ranks)
     assert words in str(error.value)
 
 

@@ -18,7 +18,7 @@ from torchvision.models import resnet18, resnext50_32x4d
 
 from reid.backbones import BACKBONES
 from reid.config import dump, load_config
-from reid.errors import SettingsError, WorldError
+from reid.errors import WorldError
 from reid.imagenet import SOURCES
 from reid.model import build_model
 from reid.weights import (
@@ -387,13 +387,6 @@ def test_backbone_and_neck_must_be_whole(tmp_path, choice, state, words):
     torch.save(state(), tmp_path / "w.pt")
     with pytest.raises(WorldError, match=words):
         start(f"MODEL.PRETRAIN_CHOICE={choice}", f"MODEL.PRETRAIN_PATH={tmp_path / 'w.pt'}")
-
-
-@pytest.mark.parametrize("choice", ["self", "finetune"])
-def test_a_whole_model_must_be_named(choice):
-    cfg = settings(f"MODEL.PRETRAIN_CHOICE={choice}", "TEST.WEIGHT=x.pth")  # as in old commands that evaluate
-    with pytest.raises(SettingsError, match=rf"MODEL.PRETRAIN_PATH must name a checkpoint when .* is {choice}, got ''"):
-        initialise(model_of(), cfg)
 
 
 def test_the_state_of_an_optimiser_is_no_model(tmp_path):
