@@ -30,6 +30,9 @@ assembly builds, gathers and wires.
     run_directory.py            the files of a run
     checkpoint_files.py         files that are whole or absent, written in the background
 
+    the use of a trained model
+    safetensors_files.py        checkpoints that cannot run code
+
     the parts
     data/names.py               what a benchmark may be called, and in which forms it comes
     data/benchmarks.py          name -> train, query, gallery

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from reid import distributed, imagenet, timm_models
@@ -21,6 +20,7 @@ from reid.config import as_plain_dict
 from reid.errors import WorldError
 from reid.layouts import CLASSIFIERS, holds_whole_model, inner, is_optimizer, likely_backbone
 from reid.model import ReIDModel
+from reid.safetensors_files import read_safetensors
 from reid.wrapping import shared_out
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def read_file(path: Path, setting: str) -> dict[str, Any]:
     if not path.is_file():
         raise WorldError(f"{setting} must name a file with weights, but there is none at {path}; correct the path")
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
+        content = read_safetensors(path) if path.suffix == ".safetensors" else _unpickled(path)
     except pickle.UnpicklingError as error:
         raise WorldError(
             f"{setting}={path} is refused: it is damaged, or holds Python objects, which could run any code when "

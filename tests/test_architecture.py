@@ -21,6 +21,7 @@ OWNERS = {
     "ignite.distributed": {"distributed.py"},
     "accelerate": {"wrapping.py"},
     "wandb": {"handlers/tracking.py"},
+    "safetensors": {"safetensors_files.py"},
     "yacs": {"config.py"},
 }
 # Pure functions on tensors and arrays: they may import each other and nothing else of ours but the errors.

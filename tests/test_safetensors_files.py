@@ -1,0 +1,66 @@
+"""Safetensors files: what comes back, and what a damaged one is answered by."""
+
+import pytest
+import safetensors.torch
+import torch
+
+from reid.errors import WorldError
+from reid.safetensors_files import read_safetensors, write_safetensors
+from reid.weights import checksum, num_pids_of, read_file
+
+STATE = {
+    "base.weight": torch.arange(12.0).reshape(3, 4),
+    "bn.num_batches_tracked": torch.tensor(7),
+    "classifier.weight": torch.ones(5, 4, dtype=torch.float64),
+}
+
+
+@pytest.fixture
+def file(tmp_path):
+    write_safetensors(tmp_path / "w.safetensors", STATE, {"config": "SEED: 1\n", "epoch": "12", "neck": "bnneck"})
+    return tmp_path / "w.safetensors"
+
+
+def test_a_file_comes_back_as_one_of_our_checkpoints(file):
+    content = read_file(file, "TEST.WEIGHT")
+    assert content["config"] == "SEED: 1\n"
+    assert content["epoch"] == 12
+    assert content["metadata"]["neck"] == "bnneck"
+    assert checksum(content) == checksum({"model": STATE})
+    assert num_pids_of(content) == 5
+
+
+def test_other_libraries_read_it_too(file):
+    assert torch.equal(safetensors.torch.load_file(file)["base.weight"], STATE["base.weight"])
+
+
+def test_tensors_that_share_memory_or_lie_across_it_are_written(tmp_path):
+    across = torch.arange(6.0).reshape(2, 3).T
+    write_safetensors(tmp_path / "w.safetensors", {"a": across, "b": across[:2]}, {})
+    model = read_safetensors(tmp_path / "w.safetensors")["model"]
+    assert torch.equal(model["a"], across)
+    assert torch.equal(model["b"], across[:2])
+
+
+def test_a_file_of_others_is_a_state_dict(tmp_path):
+    safetensors.torch.save_file(STATE, tmp_path / "w.safetensors")
+    content = read_file(tmp_path / "w.safetensors", "TEST.WEIGHT")
+    assert "config" not in content
+    assert checksum(content) == checksum(STATE)
+
+
+def test_a_flipped_bit_anywhere_in_the_data_is_found(file):
+    whole = file.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for place in (start, (start + len(whole)) // 2, len(whole) - 1):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(WorldError, match=r"TEST.WEIGHT=.*w.safetensors cannot be read .* checksum of its data"):
+            read_file(file, "TEST.WEIGHT")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.99])
+def test_a_file_that_is_cut_off_is_refused(file, share):
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(WorldError, match=r"TEST.WEIGHT=.*w.safetensors cannot be read as a file of weights"):
+        read_file(file, "TEST.WEIGHT")
