@@ -10,6 +10,7 @@ assembly builds, gathers and wires.
     combinations.py             which losses the settings choose, and which settings do not fit
     checks.py                   from a file's or command line's words to plain values
     data_settings.py            the settings that name benchmarks
+    commands.py                 what each command takes besides settings
     launcher.py                 from the command line to a running story
     preemption.py               signals that ask a run to stop
     distributed.py              everything that knows there is more than one process
@@ -31,7 +32,12 @@ assembly builds, gathers and wires.
     checkpoint_files.py         files that are whole or absent, written in the background
 
     the use of a trained model
+    trained.py                  the model in TEST.WEIGHT
+    recorded.py                 the settings that a checkpoint was made with
+    embedding.py                the story of a folder of images that becomes a gallery
+    gallery.py                  its files
     safetensors_files.py        checkpoints that cannot run code
+    whole_files.py              files that appear whole
 
     the parts
     data/names.py               what a benchmark may be called, and in which forms it comes

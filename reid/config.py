@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from functools import reduce
 from itertools import chain
 from operator import getitem
@@ -206,13 +207,19 @@ _NO_EFFECT = {
 log = logging.getLogger("reid.config")
 
 
-def load_config(config_file: str | None, overrides: list[str]) -> CfgNode:
-    """The frozen settings: defaults, then the file, then the command line (KEY VALUE or KEY=VALUE; the last wins)."""
+def load_config(config_file: str | None, overrides: list[str], *, recorded: Iterable[Given] = ()) -> CfgNode:
+    """The frozen settings: defaults, then the file, then the command line (KEY VALUE or KEY=VALUE; the last wins).
+
+    Args:
+        config_file: YAML.
+        overrides: the command line's.
+        recorded: what a checkpoint says that it was made with, in the place of a file.
+    """
     values = {key: default for key, (default, _) in SETTINGS.items()}
     places: dict[str, str] = {}  # where each key was given
     unused = {}
     from_file = read_file(config_file, _SECTIONS) if config_file else ()
-    for given in chain(from_file, read_overrides(overrides, SETTINGS)):
+    for given in chain(recorded, from_file, read_overrides(overrides, SETTINGS)):
         if given.key in _NO_EFFECT:
             unused[given.key] = given.where
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
@@ -10,16 +9,19 @@ import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from reid.combinations import check_training
+from reid.commands import Words, read_words
 from reid.config import load_config
-from reid.errors import USER_ERRORS, SettingsError, UnsavedError, WorldError
+from reid.errors import USER_ERRORS, UnsavedError, WorldError
 from reid.preemption import MARKER, Preempted, Signals, write_marker
 from reid.world import World, read_world
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
+
+    from reid.checks import Given
 
 # Exit codes of a process; torchrun prints them, and itself ends with 1 whenever one is not 0.
 FAILED, BAD_INPUT, UNSAVED, PREEMPTED = 1, 2, 74, 85
@@ -30,24 +32,20 @@ _PATIENCE = 10.0
 logger = logging.getLogger("reid.launcher")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says a wrong argument as any wrong setting: in one sentence, once for all ranks."""
+class _Story(NamedTuple):
+    """What a command does."""
 
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError(
-            f"the command line must be [--config_file FILE] [KEY VALUE | KEY=VALUE ...], got: {message}; correct it"
-        )
+    work: Callable[..., None]  # of cfg, accelerator, signals, and the command's own arguments by name
+    # of cfg and these arguments: the settings to go by without --config_file
+    recorded: Callable[[CfgNode, dict[str, Any]], list[Given]] = lambda cfg, own: []
 
 
-def main(story: Literal["train", "evaluate"], description: str) -> int:
-    """Runs `reid.run.<story>` with the settings of the command line; returns the exit code."""
-    parser = _Parser(description=description, allow_abbrev=False)
-    parser.add_argument("--config_file", "--config-file", default=None, metavar="FILE", help="YAML file with settings")
-    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE | KEY=VALUE", help="settings over those of the file")
+def main(story: str, description: str) -> int:
+    """Runs the story, one of `commands.COMMANDS`, as the command line says; returns the exit code."""
     _set_up_console()
     signals = Signals(under_launcher="TORCHELASTIC_RUN_ID" in os.environ)
     try:
-        return _answer(story, parser, signals)
+        return _answer(story, description, signals)
     except (Preempted, KeyboardInterrupt):  # before there was anything to save
         logger.info("stopped by a signal")
         return PREEMPTED
@@ -55,16 +53,16 @@ def main(story: Literal["train", "evaluate"], description: str) -> int:
         signals.ignore()
 
 
-def _answer(story: Literal["train", "evaluate"], parser: _Parser, signals: Signals) -> int:
+def _answer(story: str, description: str, signals: Signals) -> int:
     try:
         world = read_world(os.environ)
         if world.rank != 0:
             logging.getLogger("reid").setLevel(logging.ERROR)
-        arguments = parser.parse_intermixed_args()
-        cfg = load_config(arguments.config_file, arguments.overrides)
+        words = read_words(story, description)
+        cfg = load_config(words.config_file, words.overrides)
         if story == "train":
             check_training(cfg, world.num_ranks)
-        run = _prepare(story)
+        cfg, run = _prepare(story, words, cfg)
     except USER_ERRORS as error:  # the same on all processes of a node, so the first one speaks
         signals.release()
         return _report(error, speaks=os.environ.get("LOCAL_RANK", "0") == "0")
@@ -80,25 +78,35 @@ def _answer(story: Literal["train", "evaluate"], parser: _Parser, signals: Signa
     return 0
 
 
-def _prepare(story: Literal["train", "evaluate"]) -> Callable[[CfgNode, World, Signals], None]:
-    """Imports torch and what rests on it only now: a wrong setting must not cost the seconds that this takes."""
+def _prepare(story: str, words: Words, cfg: CfgNode) -> tuple[CfgNode, Callable[[CfgNode, World, Signals], None]]:
+    """The settings to go by, and the work.
+
+    Imports torch and what rests on it only now: a wrong setting must not cost the seconds that this takes.
+    """
     try:
-        from reid import distributed, run
+        from reid import distributed, embedding, recorded, run
     except (ImportError, RuntimeError) as error:
         raise explain_import_error(error) from error
-    stories = {"train": run.train, "evaluate": run.evaluate}
+    stories = {
+        "train": _Story(run.train),
+        "evaluate": _Story(run.evaluate),
+        "embed": _Story(embedding.embed, recorded.of_checkpoint),
+    }
+    found = [] if words.config_file else stories[story].recorded(cfg, words.own)
+    if found:
+        cfg = load_config(None, words.overrides, recorded=found)
 
     def run_story(cfg: CfgNode, world: World, signals: Signals) -> None:
         try:
             with distributed.session(world, cfg) as accelerator:
                 # Not before: while ranks look for each other no handler of Python's would run.
                 signals.install()
-                stories[story](cfg, accelerator, signals)
+                stories[story].work(cfg, accelerator, signals, **words.own)
         except RuntimeError as error:
             is_lost = world.num_ranks > 1 and distributed.is_lost_rank(error)
             raise explain_runtime_error(error, world.rank, lost_another=is_lost) from error
 
-    return run_story
+    return cfg, run_story
 
 
 def explain_runtime_error(error: RuntimeError, rank: int, *, lost_another: bool) -> Exception:

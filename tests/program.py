@@ -25,6 +25,9 @@ from unittest import mock
 
 import torch
 
+from reid.config import dump, load_config
+from reid.model import build_model
+
 REPOSITORY = Path(__file__).parent.parent
 TRAIN, EVALUATE = REPOSITORY / "launch" / "train.py", REPOSITORY / "launch" / "evaluate.py"
 TIMEOUT = 120  # seconds; nothing here takes a third of it
@@ -44,7 +47,7 @@ WANDB: {ENABLE: no}
 """
 
 _FORKS = get_context("forkserver")
-_FORKS.set_forkserver_preload(["reid.run", "wandb", "program"])
+_FORKS.set_forkserver_preload(["reid.run", "reid.embedding", "reid.recorded", "wandb", "program"])
 _NUMBERS = count()
 
 
@@ -285,6 +288,19 @@ def names(folder: Path) -> list[str]:
 
 def newest(folder: Path) -> dict:
     return torch.load(sorted(folder.glob("checkpoints/last_*.pt"))[-1], weights_only=True)
+
+
+def untrained(file: Path, *settings: str, seed: int = 0, **more: object) -> Path:
+    """Writes a checkpoint of the tiny model with random weights and statistics."""
+    (file.parent / "tiny.yml").write_text(TINY)
+    cfg = load_config(str(file.parent / "tiny.yml"), list(settings))
+    torch.manual_seed(seed)
+    model = build_model(cfg, num_pids=8)
+    for name, value in model.state_dict().items():
+        if name.endswith(("running_mean", "bn.weight")):
+            value.normal_(std=0.1)
+    torch.save({"model": model.state_dict(), "config": dump(cfg), "epoch": 3, **more}, file)
+    return file
 
 
 def same(left: object, right: object) -> bool:

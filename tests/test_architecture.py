@@ -62,6 +62,7 @@ LIGHT = {
     "combinations.py",
     "data/names.py",
     "data_settings.py",
+    "commands.py",
 }
 
 

@@ -149,7 +149,7 @@ def fault_of_image(path: Path) -> str | None:
     try:
         decode(path, (1, 1))
     except Exception as error:  # a broken file makes PIL's decoders raise nearly anything
-        return _reason(error)
+        return reason_of(error)
     return None
 
 
@@ -178,7 +178,7 @@ def _write_images(
             try:
                 pixels = decode(path, size)
             except Exception as error:  # a broken file makes PIL's decoders raise nearly anything
-                bad.append(f"{path} ({_reason(error)})")
+                bad.append(f"{path} ({reason_of(error)})")
             else:
                 _write(descriptor, pixels, offset + i * stride)
         return bad
@@ -303,7 +303,8 @@ def _num_pixel_bytes(num_images: int, size: tuple[int, int]) -> int:
     return num_images * size[0] * size[1] * 3
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Why an image cannot be read, in a few words."""
     if isinstance(error, UnidentifiedImageError):
         return "empty or not an image"
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__

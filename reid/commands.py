@@ -1,0 +1,91 @@
+"""The commands of launch/: what each takes on its command line besides settings."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from reid.config import SETTINGS
+from reid.errors import SettingsError
+
+_SETTINGS = "[KEY VALUE | KEY=VALUE ...]"
+_FILE_AND_SETTINGS = f"[--config_file FILE] {_SETTINGS}"
+_TOP_LEVEL = {key.partition(".")[0] for key in SETTINGS}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says a wrong argument as any wrong setting: in one sentence, once for all ranks."""
+
+    def __init__(self, form: str, description: str) -> None:
+        super().__init__(description=description, allow_abbrev=False)
+        self._form = form
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"the command line must be {self._form}, got: {message}; correct it")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One of the commands.
+
+    Attributes:
+        form: how its command line looks, for the error.
+        add_arguments: its own arguments; they reach the story under their names.
+    """
+
+    form: str = _FILE_AND_SETTINGS
+    add_arguments: Callable[[argparse.ArgumentParser], object] = lambda parser: None
+
+
+@dataclass(frozen=True)
+class Words:
+    """A command line, taken apart.
+
+    Attributes:
+        config_file: the YAML file with settings, if one is named.
+        overrides: the settings over those of the file.
+        own: the command's own arguments by name.
+    """
+
+    config_file: str | None
+    overrides: list[str]
+    own: dict[str, Any]
+
+
+def read_words(story: str, description: str, words: Sequence[str] | None = None) -> Words:
+    """The command line of a story; `words` is None for this process's.
+
+    Raises:
+        SettingsError: it has another form.
+    """
+    command = COMMANDS[story]
+    parser = _Parser(command.form, description)
+    if "--config_file" in command.form:
+        parser.add_argument("--config_file", "--config-file", metavar="FILE", help="YAML file with settings")
+    command.add_arguments(parser)
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE | KEY=VALUE", help="settings over those of the file")
+    own = vars(parser.parse_intermixed_args(words))
+    overrides = own.pop("overrides")
+    if "folder" in own and (not own["folder"] or _is_setting(own["folder"])):
+        parser.error("no FOLDER")
+    return Words(own.pop("config_file", None), overrides, own)
+
+
+def _is_setting(word: str) -> bool:
+    """Whether a key begins here, be it a wrong one; ./TEST.JPG is none."""
+    return word.partition("=")[0].partition(".")[0] in _TOP_LEVEL
+
+
+def _embed_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", nargs="?", default="", metavar="FOLDER", help="of images, with all folders in it")
+    parser.add_argument("--output", metavar="OUT", help="by default OUTPUT_DIR/galleries/ and the name of FOLDER")
+    parser.add_argument("--strict", action="store_true", help="an image that cannot be read is an error")
+
+
+COMMANDS = {
+    "train": Command(),
+    "evaluate": Command(),
+    "embed": Command(f"FOLDER [--output OUT] [--strict] {_FILE_AND_SETTINGS}", _embed_arguments),
+}

@@ -1,0 +1,53 @@
+"""The settings that a checkpoint was made with, for commands without --config_file."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from reid import weights
+from reid.checks import Given
+from reid.config import SETTINGS
+from reid.errors import WorldError
+from reid.trained import check_weight_is_named
+
+if TYPE_CHECKING:
+    from yacs.config import CfgNode
+
+logger = logging.getLogger("reid.recorded")
+
+# How the work was done there; this machine may be another.
+_OF_THE_MACHINE = ("MODEL.DEVICE", "SOLVER.PRECISION", "SOLVER.SHARDING")
+
+
+def of_checkpoint(cfg: CfgNode, own: dict[str, Any]) -> list[Given]:
+    """The settings inside TEST.WEIGHT; none where it holds none, as the files of reid-strong-baseline."""
+    del own
+    check_weight_is_named(cfg)
+    content = weights.read_file(Path(cfg.TEST.WEIGHT), "TEST.WEIGHT")
+    if not isinstance(content.get("config"), str):
+        logger.info("TEST.WEIGHT=%s holds no settings: those not given are the defaults", cfg.TEST.WEIGHT)
+        return []
+    return _settings_in(content["config"], f"TEST.WEIGHT={cfg.TEST.WEIGHT}")
+
+
+def _settings_in(text: str, source: str) -> list[Given]:
+    try:
+        nested = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise WorldError(f"the settings in {source} cannot be read; name their file by --config_file") from error
+    found: list[Given] = []
+    _flatten(nested, "", f"in {source}", found)
+    return [given for given in found if given.key not in _OF_THE_MACHINE]
+
+
+def _flatten(node: Any, key: str, where: str, found: list[Given]) -> None:
+    is_section = any(known.startswith(f"{key}.") for known in SETTINGS)
+    if isinstance(node, dict) and (is_section or not key):
+        for name, value in node.items():
+            _flatten(value, f"{key}.{name}" if key else str(name), where, found)
+    else:
+        found.append(Given(key, node, where))

@@ -1,0 +1,48 @@
+"""A trained model from TEST.WEIGHT, ready to embed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from reid import distributed, weights
+from reid.errors import SettingsError
+from reid.model import ReIDModel, build_model
+from reid.run import place
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from yacs.config import CfgNode
+
+
+class Trained(NamedTuple):
+    """A model with its weights."""
+
+    model: ReIDModel  # in evaluation mode
+    content: dict[str, Any]  # of the file
+    source: str  # the setting and the file, for messages
+    checksum: str  # of the weights
+
+
+def check_weight_is_named(cfg: CfgNode) -> None:
+    if not cfg.TEST.WEIGHT:
+        raise SettingsError("TEST.WEIGHT must name the checkpoint to use, got ''; add TEST.WEIGHT FILE to the command")
+
+
+def load_trained(cfg: CfgNode, accelerator: Accelerator) -> Trained:
+    """The model in TEST.WEIGHT; called by all ranks.
+
+    Raises:
+        SettingsError: no file is named.
+        WorldError: it cannot be read, does not fit, was made with other settings, or ranks see different files.
+    """
+    distributed.together(lambda: check_weight_is_named(cfg))
+    source = f"TEST.WEIGHT={cfg.TEST.WEIGHT}"
+    content = distributed.together(lambda: weights.read_file(Path(cfg.TEST.WEIGHT), "TEST.WEIGHT"))
+    distributed.together(lambda: weights.check_settings(content, cfg, source))
+    checksum = weights.checksum(content)
+    distributed.agree({"the contents of TEST.WEIGHT": checksum})
+    model = build_model(cfg, num_pids=weights.num_pids_of(content))
+    weights.load_for_evaluation(model, content, source)
+    place(model, cfg, accelerator)
+    return Trained(model.eval(), content, source, checksum)

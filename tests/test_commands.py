@@ -1,0 +1,32 @@
+"""Command lines of the commands with arguments of their own."""
+
+import pytest
+
+from reid.commands import Words, read_words
+from reid.errors import SettingsError
+
+
+def test_settings_and_options_of_an_embedding_mix_in_any_order():
+    words = ["TEST.WEIGHT", "w.pt", "--output", "out", "SEED=1"]
+    own = {"folder": "photos", "output": "out", "strict": False}
+    assert read_words("embed", "", ["photos", *words]) == Words(None, ["TEST.WEIGHT", "w.pt", "SEED=1"], own)
+    words = ["--strict", "photos", "--config_file", "a.yml", "SEED=1"]
+    own = {"folder": "photos", "output": None, "strict": True}
+    assert read_words("embed", "", words) == Words("a.yml", ["SEED=1"], own)
+
+
+def test_training_has_settings_only():
+    assert read_words("train", "", ["--config-file", "a.yml", "SEED", "1"]) == Words("a.yml", ["SEED", "1"], {})
+
+
+@pytest.mark.parametrize(
+    ("story", "words", "told"),
+    [
+        ("embed", [], "got: no FOLDER"),
+        ("embed", ["TEST.WEIGHT", "w.pt"], "got: no FOLDER"),
+        ("train", ["--output", "x"], "unrecognized arguments: --output"),
+    ],
+)
+def test_another_form_is_answered_by_the_right_one(story, words, told):
+    with pytest.raises(SettingsError, match=f"the command line must be .*{told}.*; correct it"):
+        read_words(story, "", words)

@@ -1,0 +1,243 @@
+"""Folders of images that become galleries."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from program import REPOSITORY, untrained
+
+from reid.config import load_config
+from reid.data.store import decode
+from reid.embedding import list_images
+from reid.errors import DataError
+from reid.gallery import read_gallery
+from reid.model import build_model
+from reid.weights import load_state, read_file, state_dict_of
+
+PHOTOS = ["0002_c1s1_000451_03.jpg", "b/0002_c2.PNG", "b/c/x y.webp", "b/c/z.bmp", "ü.jpeg"]
+
+
+def photograph(file, seed, size=(20, 50)):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file)
+
+
+@pytest.fixture(scope="module")
+def photos(place):
+    """37 images in several folders and formats, and what is none; in batches of 8, that is four and a rest."""
+    folder = place.folder / "photos"
+    for seed, name in enumerate([*PHOTOS, *(f"many/{number:02d}.png" for number in range(32))]):
+        photograph(folder / name, seed)
+    photograph(folder / ".hidden.jpg", 0)
+    photograph(folder / ".cache" / "a.jpg", 0)
+    (folder / "notes.txt").write_text("none")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weight(place):
+    return untrained(place.folder / "untrained.pt")
+
+
+def run(place, *words, code=0, num_ranks=1):
+    first, *others = place.run("embed", *words, bare=True, num_ranks=num_ranks)
+    assert [rank.code for rank in (first, *others)] == [code] * num_ranks, (first, *others)
+    return first
+
+
+@pytest.fixture(scope="module")
+def said(place, photos, weight):
+    """What the program says when it makes the gallery `out` from a checkpoint alone."""
+    return run(place, photos, "TEST.WEIGHT", weight, "--output", "out").out
+
+
+@pytest.fixture(scope="module")
+def gallery(place, said):
+    return read_gallery(place.folder / "out")
+
+
+def test_it_says_what_it_made(said):
+    assert re.search(r"^out: 37 images in [\d.]+ s \(\d+ images/s\)$", said, re.MULTILINE)
+    assert "warning" not in said
+
+
+def test_all_images_of_all_folders_are_in_it_in_order(gallery):
+    names = [image.path for image in gallery.images]
+    assert names == sorted([*PHOTOS, *(f"many/{number:02d}.png" for number in range(32))])
+    ids = {image.path: (image.pid, image.camid) for image in gallery.images}
+    assert ids["0002_c1s1_000451_03.jpg"] == (2, 0)
+    assert ids["b/0002_c2.PNG"] == (2, 1)
+    assert ids["ü.jpeg"] == (None, None)
+
+
+def model_of(weight):
+    cfg = load_config(None, ["MODEL.NAME=resnet18", "MODEL.STEM_RELU=yes"])
+    model = build_model(cfg, 8)
+    load_state(model, state_dict_of(read_file(weight, "TEST.WEIGHT")), "FILE")
+    return model.eval()
+
+
+def images_of(gallery, photos):
+    """Normalised, [N, 3, H, W]."""
+    pixels = [np.frombuffer(decode(photos / image.path, (32, 16)), np.uint8) for image in gallery.images]
+    images = torch.from_numpy(np.stack(pixels).reshape(-1, 32, 16, 3)).float() / 255
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return ((images - mean) / std).permute(0, 3, 1, 2)
+
+
+def test_the_embeddings_are_the_models(gallery, photos, weight):
+    with torch.no_grad():
+        expected = model_of(weight)(images_of(gallery, photos))
+    expected = expected / expected.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(torch.from_numpy(np.array(gallery.embedding)), expected, atol=1e-5, rtol=0)
+
+
+def test_it_knows_what_it_was_made_with(gallery, photos, weight):
+    facts = gallery.facts
+    assert (facts.folder, facts.weight) == (str(photos), str(weight))
+    assert (facts.num_images, facts.num_features, facts.num_unreadable) == (37, 512, 0)
+    assert (facts.distance, facts.normalised) == ("cosine", True)
+    assert "SIZE_TEST:\n  - 32\n  - 16" in facts.config
+
+
+def files_of(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_it_is_the_same_to_the_bit_on_any_number_of_ranks(place, photos, weight, gallery):
+    run(place, photos, "TEST.WEIGHT", weight, "--output", "out3", num_ranks=3)
+    assert files_of(place.folder / "out3") == files_of(place.folder / "out")
+
+
+def test_mirrored_euclidean_embeddings_before_the_neck_keep_their_length(place, photos, weight):
+    settings = ("TEST.WEIGHT", weight, "TEST.FEAT_NORM", "no", "TEST.NECK_FEAT", "before", "TEST.FLIP", "yes")
+    run(place, photos, "--config_file", "tiny.yml", *settings, "OUTPUT_DIR", "raw")
+    made = read_gallery(place.folder / "raw" / "galleries" / "photos")
+    assert (made.facts.distance, made.facts.normalised) == ("euclidean", False)
+    images, model = images_of(made, photos), model_of(weight)
+    with torch.no_grad():
+        expected = (model.base(images) + model.base(images.flip(-1))).mean((2, 3)) / 2
+    torch.testing.assert_close(torch.from_numpy(np.array(made.embedding)), expected, atol=1e-5, rtol=1e-5)
+
+
+# ---- images that cannot be read ----
+
+
+@pytest.fixture(scope="module")
+def damaged(place, photos):
+    folder = place.folder / "damaged"
+    shutil.copytree(photos, folder)
+    (folder / "many" / "03.png").write_bytes(b"no image")
+    (folder / "many" / "20.png").write_bytes((photos / "many" / "20.png").read_bytes()[:300])
+    (folder / "b" / "gone.jpg").symlink_to("nowhere.jpg")
+    return folder
+
+
+def test_they_are_left_out_listed_and_counted(place, damaged, weight, gallery):
+    told = run(place, damaged, "TEST.WEIGHT", weight, "--output", "rest", num_ranks=2).out
+    assert "warning: 3 of 38 images in" in told
+    assert "b/gone.jpg (No such file or directory), many/03.png (empty or not an image)" in told
+    lines = (place.folder / "rest" / "unreadable.txt").read_text().splitlines()
+    assert [line.partition(" ")[0] for line in lines] == ["b/gone.jpg", "many/03.png", "many/20.png"]
+    rest = read_gallery(place.folder / "rest")
+    assert rest.facts.num_unreadable == 3
+    places = [i for i, image in enumerate(gallery.images) if image.path not in ("many/03.png", "many/20.png")]
+    assert rest.images == tuple(gallery.images[i] for i in places)
+    np.testing.assert_allclose(rest.embedding, gallery.embedding[places], atol=1e-6)
+
+
+def test_with_strict_they_are_an_error_and_an_older_gallery_stays(place, damaged, weight, gallery):
+    shutil.copytree(place.folder / "out", place.folder / "strict")
+    words = (damaged, "--strict", "TEST.WEIGHT", weight, "--output", "strict")
+    told = place.refusal("embed", *words, bare=True, num_ranks=2, code=2)
+    assert told.startswith(f"3 of 38 images in {damaged} cannot be read: b/gone.jpg (")
+    assert told.endswith("all listed in strict/unreadable.txt; copy them again or remove them, or leave --strict out")
+    assert np.array_equal(read_gallery(place.folder / "strict").embedding, gallery.embedding)
+
+
+def test_a_folder_of_which_nothing_can_be_read_is_an_error(place, weight):
+    (place.folder / "ruins").mkdir()
+    (place.folder / "ruins" / "a.jpg").touch()
+    told = place.refusal("embed", "ruins", "TEST.WEIGHT", weight, bare=True, code=2)
+    assert told.startswith("1 of 1 images in ruins cannot be read: a.jpg (empty or not an image), all listed in")
+
+
+# ---- what is answered in a sentence ----
+
+
+def test_without_a_weight_it_is_asked_for(place, photos):
+    told = place.refusal("embed", photos, bare=True, num_ranks=2, code=2)
+    assert told == "TEST.WEIGHT must name the checkpoint to use, got ''; add TEST.WEIGHT FILE to the command"
+
+
+def test_a_folder_that_is_missing_is_named(place, weight):
+    told = place.refusal("embed", "nowhere", "TEST.WEIGHT", weight, bare=True, num_ranks=2, code=2)
+    assert told.startswith("FOLDER must be a folder of images that can be read, got nowhere (No such file")
+
+
+def test_an_output_that_is_a_file_is_named(place, photos, weight):
+    words = (photos, "TEST.WEIGHT", weight, "--output", "tiny.yml")
+    told = place.refusal("embed", *words, bare=True, num_ranks=2, code=1)
+    assert told.startswith("tiny.yml cannot be written: File exists")
+
+
+def test_weights_that_are_broken_are_named(place, photos):
+    weight = untrained(place.folder / "nan.pt")
+    content = torch.load(weight)
+    content["model"]["bottleneck.running_var"].fill_(torch.nan)
+    torch.save(content, weight)
+    told = place.refusal("embed", photos, "TEST.WEIGHT", weight, bare=True, num_ranks=2, code=1)
+    assert told.startswith("the model's embeddings")
+    assert "weights or BatchNorm statistics are broken" in told
+
+
+def test_a_config_file_of_another_model_is_refused(place, photos, weight):
+    words = (photos, "--config_file", "tiny.yml", "TEST.WEIGHT", weight, "MODEL.LAST_STRIDE", 2)
+    told = place.refusal("embed", *words, bare=True, code=1)
+    assert "MODEL.LAST_STRIDE was 1 and is now 2" in told
+
+
+# ---- which images a folder holds ----
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    photograph(tmp_path / "real" / "a.jpg", 0)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "up").symlink_to(tmp_path / "photos")
+    assert list_images(tmp_path / "photos") == ["link/a.jpg"]
+
+
+def test_a_folder_without_images_is_refused(tmp_path):
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(DataError, match=r"must hold images \(.bmp, .jpeg, .jpg, .png, .webp\), but has none"):
+        list_images(tmp_path)
+
+
+def test_an_image_is_no_folder(tmp_path):
+    photograph(tmp_path / "a.jpg", 0)
+    with pytest.raises(DataError, match=r"FOLDER must be a folder .* \(Not a directory\)"):
+        list_images(tmp_path / "a.jpg")
+
+
+@pytest.mark.slow
+def test_the_real_command_under_torchrun(place, photos, weight, gallery):
+    script = REPOSITORY / "launch" / "embed.py"
+    words = (
+        "torchrun",
+        "--standalone",
+        "--nproc_per_node=2",
+        script,
+        photos,
+        "--output",
+        "real",
+        "TEST.WEIGHT",
+        weight,
+    )
+    ended = place.command(*words)
+    assert (ended.code, ended.err) == (0, ""), ended
+    assert files_of(place.folder / "real") == files_of(place.folder / "out")

@@ -1,0 +1,135 @@
+"""The files of a gallery."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reid.errors import DataError
+from reid.gallery import (
+    Facts,
+    GalleryImage,
+    read_facts,
+    read_gallery,
+    write_gallery,
+    write_unreadable,
+    writing_embeddings,
+)
+
+FACTS = Facts(
+    folder="/images",
+    num_images=3,
+    num_features=4,
+    num_unreadable=0,
+    distance="cosine",
+    normalised=True,
+    weight="/w.pt",
+    checksum="0123",
+    config="SEED: 1\n",
+)
+PATHS = ["0002_c1s1_000451_03.jpg", "a/-1_c3_x.png", "b/no name.webp"]
+
+
+def write(folder, *parts, paths=PATHS, facts=FACTS):
+    with writing_embeddings(folder, facts.num_features) as file:
+        for part in parts:
+            file.append(part)
+    write_gallery(folder, paths, facts)
+
+
+def write_then_fail(file, rows):
+    file.append(rows)
+    raise ValueError("shape")
+
+
+@pytest.fixture
+def embedding():
+    return np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+
+
+def test_what_is_written_in_parts_comes_back_as_one(tmp_path, embedding):
+    write(tmp_path / "new" / "out", embedding[:1], embedding[1:1], embedding[1:])
+    gallery = read_gallery(tmp_path / "new" / "out")
+    assert gallery.facts == FACTS
+    assert np.array_equal(gallery.embedding, embedding)
+    assert isinstance(gallery.embedding, np.memmap)
+    assert gallery.images == (
+        GalleryImage("0002_c1s1_000451_03.jpg", 2, 0),
+        GalleryImage("a/-1_c3_x.png", -1, 2),
+        GalleryImage("b/no name.webp", None, None),
+    )
+
+
+def test_the_embeddings_lie_aligned_for_any_number_of_rows(tmp_path):
+    for num in (0, 9, 10, 99_999, 100_000):
+        with writing_embeddings(tmp_path, 1) as file:
+            file.append(np.ones((num, 1), dtype=np.float32))
+        assert np.load(tmp_path / "embeddings.npy").shape == (num, 1)
+        assert (tmp_path / "embeddings.npy").stat().st_size == 128 + 4 * num
+
+
+@given(st.lists(st.text(st.characters(exclude_characters="\0/"), min_size=1), min_size=3, max_size=3))
+def test_any_file_name_comes_back(tmp_path_factory, names):
+    folder = tmp_path_factory.mktemp("names")
+    names = [*names, b"\xff\n\r\"',.jpg".decode("utf-8", "surrogateescape")]
+    facts = replace(FACTS, num_images=4)
+    write(folder, np.zeros((4, 4), dtype=np.float32), paths=names, facts=facts)
+    assert [image.path for image in read_gallery(folder).images] == names
+
+
+def test_an_older_gallery_stays_until_the_new_embeddings_are_whole(tmp_path, embedding):
+    write(tmp_path, embedding)
+    with pytest.raises(ValueError, match="shape"), writing_embeddings(tmp_path, 4) as file:
+        write_then_fail(file, 2 * embedding)
+    assert np.array_equal(read_gallery(tmp_path).embedding, embedding)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_between_two_galleries_there_is_none(tmp_path, embedding):
+    write(tmp_path, embedding)
+    with writing_embeddings(tmp_path, 4) as file:
+        file.append(embedding[:2])
+    with pytest.raises(DataError, match=r"must hold a gallery, but .*gallery.json cannot be read .*launch/embed.py"):
+        read_gallery(tmp_path)
+
+
+def test_the_list_of_unreadable_images_goes_with_its_reason(tmp_path):
+    assert write_unreadable(tmp_path, ["a (b)", "c (d)"]).read_text() == "a (b)\nc (d)\n"
+    assert not write_unreadable(tmp_path, []).exists()
+
+
+def test_a_folder_without_a_gallery_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"must hold a gallery, but .*; make the gallery with launch/embed.py"):
+        read_gallery(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format_version": 2}, "must be of format 1, got 2"),
+        ({"num_images": 4}, r"must hold 4 embeddings \(float32\) of 4 features and as many images, but holds"),
+    ],
+)
+def test_facts_that_do_not_fit_are_refused(tmp_path, embedding, change, words):
+    write(tmp_path, embedding)
+    file = tmp_path / "gallery.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(DataError, match=words):
+        read_gallery(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gallery.json", "embeddings.npy", "images.csv"])
+@pytest.mark.parametrize("content", [b"", b"[1]", b"\x93NUMPY", b"\x80\x04."])
+def test_a_damaged_file_is_refused(tmp_path, embedding, name, content):
+    write(tmp_path, embedding)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match="must "):
+        read_gallery(tmp_path)
+
+
+def test_facts_alone_can_be_read(tmp_path, embedding):
+    write(tmp_path, embedding)
+    assert read_facts(tmp_path) == FACTS

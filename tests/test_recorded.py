@@ -1,0 +1,63 @@
+"""Settings out of checkpoints."""
+
+import logging
+
+import pytest
+import torch
+from program import untrained
+
+from reid.config import load_config
+from reid.errors import SettingsError, UnknownKeyError, WorldError
+from reid.recorded import of_checkpoint
+
+
+def settings_of(weight, *overrides):
+    """As the launcher puts them together."""
+    given = [f"TEST.WEIGHT={weight}", *overrides]
+    return load_config(None, given, recorded=of_checkpoint(load_config(None, given), {}))
+
+
+def test_a_checkpoint_is_used_with_the_settings_inside_it(tmp_path):
+    weight = untrained(tmp_path / "w.pt", "TEST.NECK_FEAT=before", "SOLVER.MARGIN=None", "WANDB.NOTES=it's: [1] = 'a'")
+    cfg = settings_of(weight)
+    assert (cfg.MODEL.NAME, cfg.MODEL.STEM_RELU, cfg.TEST.NECK_FEAT) == ("resnet18", True, "before")
+    assert tuple(cfg.INPUT.SIZE_TEST) == (32, 16)
+    assert cfg.SOLVER.MARGIN is None
+    assert cfg.WANDB.NOTES == "it's: [1] = 'a'"
+    assert cfg.OUTPUT_DIR == "runs/tiny"
+    assert str(weight) == cfg.TEST.WEIGHT
+
+
+def test_the_command_line_wins(tmp_path):
+    assert settings_of(untrained(tmp_path / "w.pt"), "TEST.NECK_FEAT=before").TEST.NECK_FEAT == "before"
+
+
+def test_how_another_machine_did_it_is_not_taken_over(tmp_path):
+    cfg = settings_of(
+        untrained(tmp_path / "w.pt", "MODEL.DEVICE=cuda", "SOLVER.PRECISION=fp16", "SOLVER.SHARDING=fsdp")
+    )
+    assert (cfg.MODEL.DEVICE, cfg.SOLVER.PRECISION, cfg.SOLVER.SHARDING) == ("auto", "fp32", "none")
+
+
+def test_a_file_of_others_is_used_with_the_defaults_and_that_is_said(tmp_path, caplog):
+    torch.save({"base.conv1.weight": torch.zeros(1)}, tmp_path / "w.pth")
+    with caplog.at_level(logging.INFO, "reid.recorded"):
+        assert settings_of(tmp_path / "w.pth").MODEL.NAME == "resnet50"
+    assert caplog.messages == [f"TEST.WEIGHT={tmp_path}/w.pth holds no settings: those not given are the defaults"]
+
+
+def test_no_weight_no_settings():
+    with pytest.raises(SettingsError, match=r"TEST.WEIGHT must name the checkpoint to use"):
+        of_checkpoint(load_config(None, []), {})
+
+
+def test_a_setting_of_a_later_version_is_named_with_its_file(tmp_path):
+    weight = untrained(tmp_path / "w.pt", config="MODEL:\n  NAME: resnet18\n  WINGS: 2\n")
+    with pytest.raises(UnknownKeyError, match=r"got MODEL.WINGS in TEST.WEIGHT=.*w.pt"):
+        settings_of(weight)
+
+
+def test_settings_that_are_no_yaml_are_refused(tmp_path):
+    weight = untrained(tmp_path / "w.pt", config="MODEL: [")
+    with pytest.raises(WorldError, match=r"settings in TEST.WEIGHT=.*w.pt cannot be read; name their file"):
+        settings_of(weight)

@@ -1,0 +1,44 @@
+"""Files that appear whole, or stay what they were."""
+
+import errno
+import os
+
+import pytest
+
+from reid.errors import WorldError
+from reid.whole_files import appearing, disk_errors
+
+
+def test_the_file_takes_its_name_at_the_end(tmp_path):
+    file = tmp_path / "a.pt2"
+    with appearing(file) as temporary:
+        temporary.write_text("new")
+        assert temporary.suffix == ".pt2"
+        assert not file.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt2"]
+    assert file.read_text() == "new"
+
+
+def test_an_error_leaves_what_stood_there_and_nothing_else(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("old")
+    with pytest.raises(TypeError), appearing(file) as temporary:
+        temporary.write_text(f"new {temporary.write_text('new') + None}")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert file.read_text() == "old"
+
+
+def test_a_full_disk_is_said_in_a_sentence(tmp_path):
+    with (
+        pytest.raises(WorldError, match=r"out cannot be written: No space left .*; free some space"),
+        disk_errors("out"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_folder_that_is_missing_is_said_in_a_sentence(tmp_path):
+    with (
+        pytest.raises(WorldError, match=r"a.txt cannot be written: No such file"),
+        appearing(tmp_path / "no" / "a.txt") as file,
+    ):
+        file.write_text("x")
