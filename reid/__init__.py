@@ -33,9 +33,12 @@ assembly builds, gathers and wires.
 
     the use of a trained model
     trained.py                  the model in TEST.WEIGHT
-    recorded.py                 the settings that a checkpoint was made with
+    recorded.py                 the settings that a checkpoint or a gallery was made with
     embedding.py                the story of a folder of images that becomes a gallery
     gallery.py                  its files
+    search.py                   the story of images that are looked for in it
+    nearest.py                  exact nearest neighbours (mathematics)
+    drawing.py                  pictures of what was found (mathematics)
     safetensors_files.py        checkpoints that cannot run code
     whole_files.py              files that appear whole
 

@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 from reid.config import SETTINGS
 from reid.errors import SettingsError
 
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+
 _SETTINGS = "[KEY VALUE | KEY=VALUE ...]"
 _FILE_AND_SETTINGS = f"[--config_file FILE] {_SETTINGS}"
 _TOP_LEVEL = {key.partition(".")[0] for key in SETTINGS}
@@ -33,10 +35,12 @@ class Command:
     Attributes:
         form: how its command line looks, for the error.
         add_arguments: its own arguments; they reach the story under their names.
+        one_process: whether it can only be started alone.
     """
 
     form: str = _FILE_AND_SETTINGS
     add_arguments: Callable[[argparse.ArgumentParser], object] = lambda parser: None
+    one_process: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,17 @@ def read_words(story: str, description: str, words: Sequence[str] | None = None)
     overrides = own.pop("overrides")
     if "folder" in own and (not own["folder"] or _is_setting(own["folder"])):
         parser.error("no FOLDER")
+    if "images" in own:  # any number of names: the settings stand behind them
+        own["images"], overrides = _split(own["images"])
+        if not own["images"]:
+            parser.error("no IMAGE")
     return Words(own.pop("config_file", None), overrides, own)
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    """Names, and from the first key on the settings."""
+    start = next((place for place, word in enumerate(words) if _is_setting(word)), len(words))
+    return words[:start], words[start:]
 
 
 def _is_setting(word: str) -> bool:
@@ -84,8 +98,33 @@ def _embed_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="an image that cannot be read is an error")
 
 
+def _search_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="to look for")
+    parser.add_argument("--gallery", required=True, metavar="OUT", help="a folder that launch/embed.py wrote")
+    parser.add_argument("--top", type=_at_least_one, default=10, metavar="K", help="how many to find, by default 10")
+    parser.add_argument("--output", type=_picture, default="search.jpg", metavar="FILE", help="a picture of them")
+    parser.add_argument("--json", metavar="FILE", help="the same to be read by programs")
+
+
+def _at_least_one(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is no whole number >= 1")
+    return int(word)
+
+
+def _picture(word: str) -> str:
+    if not word.lower().endswith(PICTURES):
+        raise argparse.ArgumentTypeError(f"{word!r} does not end in one of {', '.join(PICTURES)}")
+    return word
+
+
 COMMANDS = {
     "train": Command(),
     "evaluate": Command(),
     "embed": Command(f"FOLDER [--output OUT] [--strict] {_FILE_AND_SETTINGS}", _embed_arguments),
+    "search": Command(
+        f"IMAGE ... --gallery OUT [--top K] [--output FILE] [--json FILE] {_SETTINGS}",
+        _search_arguments,
+        one_process=True,
+    ),
 }

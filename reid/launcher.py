@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from reid.combinations import check_training
-from reid.commands import Words, read_words
+from reid.commands import COMMANDS, Words, read_words
 from reid.config import load_config
-from reid.errors import USER_ERRORS, UnsavedError, WorldError
+from reid.errors import USER_ERRORS, SettingsError, UnsavedError, WorldError
 from reid.preemption import MARKER, Preempted, Signals, write_marker
 from reid.world import World, read_world
 
@@ -62,6 +62,7 @@ def _answer(story: str, description: str, signals: Signals) -> int:
         cfg = load_config(words.config_file, words.overrides)
         if story == "train":
             check_training(cfg, world.num_ranks)
+        _check_alone(story, world)
         cfg, run = _prepare(story, words, cfg)
     except USER_ERRORS as error:  # the same on all processes of a node, so the first one speaks
         signals.release()
@@ -78,19 +79,27 @@ def _answer(story: str, description: str, signals: Signals) -> int:
     return 0
 
 
+def _check_alone(story: str, world: World) -> None:
+    if COMMANDS[story].one_process and world.num_ranks > 1:
+        raise SettingsError(
+            f"launch/{story}.py must be started as one process, got {world.num_ranks}; start it without torchrun"
+        )
+
+
 def _prepare(story: str, words: Words, cfg: CfgNode) -> tuple[CfgNode, Callable[[CfgNode, World, Signals], None]]:
     """The settings to go by, and the work.
 
     Imports torch and what rests on it only now: a wrong setting must not cost the seconds that this takes.
     """
     try:
-        from reid import distributed, embedding, recorded, run
+        from reid import distributed, embedding, recorded, run, search
     except (ImportError, RuntimeError) as error:
         raise explain_import_error(error) from error
     stories = {
         "train": _Story(run.train),
         "evaluate": _Story(run.evaluate),
         "embed": _Story(embedding.embed, recorded.of_checkpoint),
+        "search": _Story(search.search, recorded.of_gallery),
     }
     found = [] if words.config_file else stories[story].recorded(cfg, words.own)
     if found:

@@ -1,4 +1,4 @@
-"""The settings that a checkpoint was made with, for commands without --config_file."""
+"""The settings that a checkpoint or a gallery was made with, for commands without --config_file."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from reid import weights
 from reid.checks import Given
 from reid.config import SETTINGS
 from reid.errors import WorldError
+from reid.gallery import read_facts
 from reid.trained import check_weight_is_named
 
 if TYPE_CHECKING:
@@ -32,6 +33,12 @@ def of_checkpoint(cfg: CfgNode, own: dict[str, Any]) -> list[Given]:
         logger.info("TEST.WEIGHT=%s holds no settings: those not given are the defaults", cfg.TEST.WEIGHT)
         return []
     return _settings_in(content["config"], f"TEST.WEIGHT={cfg.TEST.WEIGHT}")
+
+
+def of_gallery(cfg: CfgNode, own: dict[str, Any]) -> list[Given]:
+    """The settings that the gallery was made with, its TEST.WEIGHT among them."""
+    del cfg
+    return _settings_in(read_facts(Path(own["gallery"])).config, f"--gallery {own['gallery']}")
 
 
 def _settings_in(text: str, source: str) -> list[Given]:

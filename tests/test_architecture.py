@@ -22,6 +22,7 @@ OWNERS = {
     "accelerate": {"wrapping.py"},
     "wandb": {"handlers/tracking.py"},
     "safetensors": {"safetensors_files.py"},
+    "faiss": {"nearest.py"},
     "yacs": {"config.py"},
 }
 # Pure functions on tensors and arrays: they may import each other and nothing else of ours but the errors.
@@ -35,6 +36,8 @@ MATHEMATICS = {
     "verification.py",
     "neighbours.py",
     "reranking.py",
+    "nearest.py",
+    "drawing.py",
     "data/augment.py",
     "data/benchmarks.py",
     "data/cuhk03.py",

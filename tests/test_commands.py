@@ -15,6 +15,12 @@ def test_settings_and_options_of_an_embedding_mix_in_any_order():
     assert read_words("embed", "", words) == Words("a.yml", ["SEED=1"], own)
 
 
+def test_any_number_of_images_stands_before_the_settings():
+    words = ["a.jpg", "--gallery", "g", "./TEST.JPG", "TEST.WEIGHT", "w.pt", "MODEL.DEVICE=cpu"]
+    own = {"images": ["a.jpg", "./TEST.JPG"], "gallery": "g", "top": 10, "output": "search.jpg", "json": None}
+    assert read_words("search", "", words) == Words(None, ["TEST.WEIGHT", "w.pt", "MODEL.DEVICE=cpu"], own)
+
+
 def test_training_has_settings_only():
     assert read_words("train", "", ["--config-file", "a.yml", "SEED", "1"]) == Words("a.yml", ["SEED", "1"], {})
 
@@ -24,6 +30,12 @@ def test_training_has_settings_only():
     [
         ("embed", [], "got: no FOLDER"),
         ("embed", ["TEST.WEIGHT", "w.pt"], "got: no FOLDER"),
+        ("search", ["--gallery", "g"], "got: no IMAGE"),
+        ("search", ["TEST.WEIGHT=x", "--gallery", "g"], "got: no IMAGE"),
+        ("search", ["a.jpg"], "required: --gallery"),
+        ("search", ["a.jpg", "--gallery", "g", "--top", "0"], "'0' is no whole number >= 1"),
+        ("search", ["a.jpg", "--gallery", "g", "--output", "a.gif"], "'a.gif' does not end in one of .jpg"),
+        ("search", ["a.jpg", "--gallery", "g", "--config_file", "a.yml"], "unrecognized arguments: --config_file"),
         ("train", ["--output", "x"], "unrecognized arguments: --output"),
     ],
 )

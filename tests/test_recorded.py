@@ -1,4 +1,4 @@
-"""Settings out of checkpoints."""
+"""Settings out of checkpoints and galleries."""
 
 import logging
 
@@ -8,7 +8,7 @@ from program import untrained
 
 from reid.config import load_config
 from reid.errors import SettingsError, UnknownKeyError, WorldError
-from reid.recorded import of_checkpoint
+from reid.recorded import of_checkpoint, of_gallery
 
 
 def settings_of(weight, *overrides):
@@ -61,3 +61,8 @@ def test_settings_that_are_no_yaml_are_refused(tmp_path):
     weight = untrained(tmp_path / "w.pt", config="MODEL: [")
     with pytest.raises(WorldError, match=r"settings in TEST.WEIGHT=.*w.pt cannot be read; name their file"):
         settings_of(weight)
+
+
+def test_a_gallery_that_is_none_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="must hold a gallery"):
+        of_gallery(load_config(None, []), {"gallery": str(tmp_path)})

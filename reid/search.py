@@ -1,0 +1,211 @@
+"""The story of a search: images in, the nearest ones of a gallery out, as a table, JSON and a picture."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from PIL import Image
+
+from reid import weights
+from reid.checks import example
+from reid.config import as_plain_dict
+from reid.data.splits import DISTRACTOR_PID, JUNK_PID
+from reid.drawing import Tile, Verdict, draw_rows, thumbnail_of
+from reid.embedding import ImageEmbedder
+from reid.errors import DataError, SettingsError, WorldError
+from reid.gallery import Facts, Gallery, GalleryImage, read_gallery
+from reid.nearest import nearest
+from reid.preemption import Signals
+from reid.trained import load_trained
+from reid.whole_files import appearing
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from yacs.config import CfgNode
+
+logger = logging.getLogger("reid.search")
+
+_MOST_ROWS, _MOST_COLUMNS = 100, 50  # of the picture; a JPEG has at most 65,535 pixels each way
+
+
+class Found(NamedTuple):
+    """One gallery image for one query."""
+
+    number: int  # from 1, the nearest first
+    distance: float
+    image: GalleryImage
+    verdict: Verdict
+    same_camera: bool
+
+
+def search(
+    cfg: CfgNode,
+    accelerator: Accelerator,
+    signals: Signals,
+    *,
+    images: list[str],
+    gallery: str,
+    top: int,
+    output: str,
+    **own: str | None,
+) -> None:
+    """Finds the nearest images of a gallery; one process.
+
+    Args:
+        cfg: the settings that the gallery was made with.
+        accelerator: whose precision is used.
+        signals: there is nothing to save: the first one ends it.
+        images: files to look for.
+        gallery: its folder.
+        top: how many to find for each.
+        output: the picture.
+        own: `json`, the file of results for programs, if there is to be one.
+
+    Raises:
+        DataError: the gallery is damaged, or an image cannot be read.
+        SettingsError: a setting is not the gallery's.
+        WorldError: TEST.WEIGHT has other weights than those that the gallery was made with.
+    """
+    del signals
+    opened = read_gallery(Path(gallery))
+    _check_settings(cfg, opened.facts, f"--gallery {gallery}")
+    trained = load_trained(cfg, accelerator)
+    if trained.checksum != opened.facts.checksum:
+        raise WorldError(
+            f"{trained.source} must hold the weights that the gallery {gallery} was made with (checksum "
+            f"{opened.facts.checksum}), but holds others ({trained.checksum}); give that file, or make the gallery anew"
+        )
+    queries = _embed_queries(ImageEmbedder(trained.model, accelerator, cfg), images)
+    distances, places = nearest(
+        queries,
+        opened.embedding,
+        top,
+        distance=opened.facts.distance,
+        use_faiss=find_spec("faiss") is not None,
+    )
+    results = [_judge(*row, opened) for row in zip(images, distances, places, strict=True)]
+    for image, found in zip(images, results, strict=True):
+        logger.info("%s", _table(image, found, opened.facts))
+    if own["json"]:
+        with appearing(Path(own["json"])) as temporary:
+            report = _report(images, results, opened.facts)
+            temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    picture = draw_rows(_tiles(images, results, opened.facts))
+    with appearing(Path(output)) as temporary:
+        picture.save(temporary)
+    left_out = len(images) > _MOST_ROWS or top > _MOST_COLUMNS
+    limits = f" (of the first {_MOST_ROWS} images, and {_MOST_COLUMNS} for each)" if left_out else ""
+    logger.info("drawn in %s%s", output, limits)
+
+
+def _check_settings(cfg: CfgNode, facts: Facts, source: str) -> None:
+    """The command line may say where and how to compute, but not what."""
+    weights.check_settings({"config": facts.config}, cfg, source)
+    made_with, used_with = yaml.safe_load(facts.config), as_plain_dict(cfg)
+    for key in ("INPUT.SIZE_TEST", "TEST.NECK_FEAT", "TEST.FEAT_NORM", "TEST.FLIP"):
+        section, name = key.split(".")
+        before, now = made_with[section][name], used_with[section][name]
+        if before != now:
+            raise SettingsError(f"{key} must be {example(before)} as in {source}, got {example(now)}; leave it out")
+
+
+def _embed_queries(embedder: ImageEmbedder, images: Sequence[str]) -> NDArray[np.float32]:
+    rows = embedder.embed([Path(image) for image in images])
+    if rows.unreadable:
+        bad = ", ".join(f"{images[place]} ({reason})" for place, reason in sorted(rows.unreadable.items()))
+        raise DataError(
+            f"every IMAGE must be readable, but {len(rows.unreadable)} of {len(images)} are not: {bad}; leave them out"
+        )
+    return rows.embedding.float().cpu().numpy()
+
+
+def _judge(query: str, distances: NDArray[np.float64], places: NDArray[np.int64], gallery: Gallery) -> list[Found]:
+    """What was found for one query, and whether it is right, as far as the file names tell."""
+    sought = GalleryImage.of(Path(query).name)
+    found = []
+    for number, (distance, place) in enumerate(zip(distances.tolist(), places.tolist(), strict=True), start=1):
+        image = gallery.images[place]
+        verdict: Verdict = "unknown"
+        if sought.pid is not None and sought.pid > DISTRACTOR_PID and image.pid is not None and image.pid != JUNK_PID:
+            verdict = "match" if image.pid == sought.pid else "other"
+        same_camera = sought.camid is not None and image.camid == sought.camid
+        found.append(Found(number, distance, image, verdict, same_camera))
+    return found
+
+
+def _measure(distance: float, facts: Facts) -> float:
+    """As it is shown: the cosine, or the Euclidean distance."""
+    return 1 - distance if facts.distance == "cosine" else distance
+
+
+def _name_of_measure(facts: Facts) -> str:
+    return "similarity" if facts.distance == "cosine" else "distance"
+
+
+def _table(query: str, found: Sequence[Found], facts: Facts) -> str:
+    lines = [_printable(query), f"{'rank':>6}{_name_of_measure(facts):>12}  image"]
+    for one in found:
+        known = {"match": " match", "other": " other"}.get(one.verdict, "")
+        camera = " same camera" if one.same_camera else ""
+        remark = f" ({', '.join(filter(None, (known.strip(), camera.strip())))})" if known or camera else ""
+        lines.append(f"{one.number:>6}{_measure(one.distance, facts):>12.4f}  {_printable(one.image.path)}{remark}")
+    return "\n".join(lines)
+
+
+def _printable(name: str) -> str:
+    """A file name that is no valid text has escapes in it."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _report(images: Sequence[str], results: Sequence[Sequence[Found]], facts: Facts) -> dict[str, Any]:
+    return {
+        "folder": facts.folder,
+        "weight": facts.weight,
+        "checksum": facts.checksum,
+        "measure": _name_of_measure(facts),
+        "results": [
+            {
+                "image": image,
+                "found": [
+                    {
+                        "rank": one.number,
+                        _name_of_measure(facts): _measure(one.distance, facts),
+                        **one.image._asdict(),
+                        "match": {"match": True, "other": False}.get(one.verdict),
+                        "same_camera": one.same_camera,
+                    }
+                    for one in found
+                ],
+            }
+            for image, found in zip(images, results, strict=True)
+        ],
+    }
+
+
+def _tiles(images: Sequence[str], results: Sequence[Sequence[Found]], facts: Facts) -> list[list[Tile]]:
+    rows = []
+    for query, found in zip(images[:_MOST_ROWS], results, strict=False):
+        row = [Tile(_opened(Path(query)), "query", ("query",))]
+        for one in found[:_MOST_COLUMNS]:
+            remarks = (one.verdict if one.verdict != "unknown" else "", "same camera" if one.same_camera else "")
+            captions = (f"{one.number}: {_measure(one.distance, facts):.4f}", *filter(None, remarks))
+            row.append(Tile(_opened(Path(facts.folder, one.image.path)), one.verdict, captions, one.same_camera))
+        rows.append(row)
+    return rows
+
+
+def _opened(file: Path) -> Image.Image | None:
+    """The image, small and in RGB; None where it is gone or damaged."""
+    try:
+        with Image.open(file) as image:
+            return thumbnail_of(image)
+    except Exception:  # a broken file makes PIL's decoders raise nearly anything
+        return None

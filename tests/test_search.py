@@ -1,0 +1,155 @@
+"""Images that are looked for in a gallery, from the command line to the picture."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from program import untrained
+
+from reid.gallery import read_gallery
+
+SOUGHT = "0002_c1_query.jpg"
+# As the gallery has them: the query itself under names that say different things, then images of noise.
+COPIES = ("0000_c2.png", "0002_c1.png", "0002_c3.png", "0007_c1.png", "-1_c1.png", "nobody.png")
+
+
+@pytest.fixture(scope="module")
+def folder(place):
+    """A gallery `g` of noise and of copies of the query; made and searched by the checkpoint `s.pt`."""
+    made = place.folder / "search"
+    made.mkdir()
+    (made / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(20):
+        Image.fromarray(rng.integers(0, 256, (32, 16, 3), dtype=np.uint8)).save(made / "photos" / f"z{number:02d}.png")
+    query = Image.fromarray(rng.integers(0, 256, (32, 16, 3), dtype=np.uint8))
+    for name in COPIES:
+        query.save(made / "photos" / name)
+    query.save(made / "photos" / "copy.png")
+    shutil.copy(made / "photos" / "copy.png", made / SOUGHT)
+    untrained(made / "s.pt")
+    (ended,) = place.run("embed", "photos", "TEST.WEIGHT", "s.pt", "--output", "g", bare=True, folder=made)
+    assert ended.code == 0, ended
+    return made
+
+
+def run(place, folder, *words):
+    (ended,) = place.run("search", *words, bare=True, folder=folder)
+    assert (ended.code, ended.err) == (0, ""), ended
+    return ended.out
+
+
+@pytest.fixture(scope="module")
+def said(place, folder):
+    words = (SOUGHT, "photos/z03.png", "--gallery", "g", "--top", 9, "--output", "found.png", "--json", "found.json")
+    return run(place, folder, *words)
+
+
+def test_the_table_has_the_nearest_first_and_equal_ones_in_the_gallerys_order(said):
+    lines = said.splitlines()
+    start = lines.index(SOUGHT)
+    assert lines[start + 1].split() == ["rank", "similarity", "image"]
+    assert [line.split(maxsplit=2) for line in lines[start + 2 : start + 9]] == [
+        ["1", "1.0000", "-1_c1.png (same camera)"],
+        ["2", "1.0000", "0000_c2.png (other)"],
+        ["3", "1.0000", "0002_c1.png (match, same camera)"],
+        ["4", "1.0000", "0002_c3.png (match)"],
+        ["5", "1.0000", "0007_c1.png (other, same camera)"],
+        ["6", "1.0000", "copy.png"],
+        ["7", "1.0000", "nobody.png"],
+    ]
+    assert lines[lines.index("photos/z03.png") + 2].split() == ["1", "1.0000", "z03.png"]
+    assert lines[-1] == "drawn in found.png"
+
+
+def test_the_json_says_the_same(said, folder):
+    report = json.loads((folder / "found.json").read_text())
+    assert (report["folder"], report["measure"]) == (str(folder / "photos"), "similarity")
+    first, second = report["results"]
+    assert (first["image"], second["image"]) == (SOUGHT, "photos/z03.png")
+    assert [found["rank"] for found in first["found"]] == list(range(1, 10))
+    judged = {found["path"]: (found["match"], found["same_camera"]) for found in first["found"]}
+    assert judged["0002_c3.png"] == (True, False)
+    assert judged["0002_c1.png"] == (True, True)
+    assert judged["0000_c2.png"] == (False, False)
+    assert judged["-1_c1.png"] == (None, True)
+    assert judged["copy.png"] == (None, False)
+    assert first["found"][0]["similarity"] == pytest.approx(1, abs=1e-6)
+    embedding = np.array(read_gallery(folder / "g").embedding, dtype=np.float64)
+    expected = np.sort(embedding @ embedding[[*sorted(p.name for p in (folder / "photos").iterdir())].index("z03.png")])
+    similarities = [found["similarity"] for found in second["found"]]
+    assert similarities == pytest.approx(expected[::-1][:9], abs=1e-5)
+
+
+def test_the_picture_shows_both_queries_with_nine_images_each(said, folder):
+    with Image.open(folder / "found.png") as picture:
+        assert picture.width > 10 * 96
+        assert 2 * 192 < picture.height < 3 * 192
+
+
+def test_without_faiss_the_results_are_the_same(said, place, folder):
+    first = json.loads((folder / "found.json").read_text())
+    words = (SOUGHT, "photos/z03.png", "--gallery", "g", "--top", 9, "--output", "torch.png", "--json", "torch.json")
+    (ended,) = place.run("search", *words, bare=True, folder=folder, before=faiss_is_missing)
+    assert ended.code == 0, ended
+    assert json.loads((folder / "torch.json").read_text()) == first
+    assert (folder / "torch.png").read_bytes() == (folder / "found.png").read_bytes()
+
+
+def faiss_is_missing():
+    import reid.search
+
+    reid.search.find_spec = lambda name: None if name == "faiss" else True
+
+
+def test_images_that_are_gone_and_a_gallery_smaller_than_asked_for_do_no_harm(place, folder):
+    moved = folder / "moved"
+    shutil.copytree(folder / "g", moved)
+    facts = json.loads((moved / "gallery.json").read_text())
+    (moved / "gallery.json").write_text(json.dumps(facts | {"folder": "/gone"}))
+    said = run(place, folder, SOUGHT, "--gallery", "moved", "--top", 1000, "--output", "gone.jpg")
+    assert "    27 " in said
+    with Image.open(folder / "gone.jpg") as picture:
+        assert picture.width > 27 * 96
+
+
+def test_other_settings_than_the_gallerys_are_refused(place, folder):
+    words = (SOUGHT, "--gallery", "g", "TEST.FLIP", "yes")
+    told = place.refusal("search", *words, bare=True, folder=folder, code=2)
+    assert told == "TEST.FLIP must be no as in --gallery g, got yes; leave it out"
+    words = (SOUGHT, "--gallery", "g", "MODEL.LAST_STRIDE=2")
+    assert "MODEL.LAST_STRIDE was 1 and is now 2" in place.refusal("search", *words, bare=True, folder=folder, code=1)
+
+
+def test_other_weights_than_the_gallerys_are_refused(place, folder):
+    untrained(folder / "other.pt", seed=1)
+    words = (SOUGHT, "--gallery", "g", "TEST.WEIGHT", "other.pt")
+    told = place.refusal("search", *words, bare=True, folder=folder, code=1)
+    assert told.startswith("TEST.WEIGHT=other.pt must hold the weights that the gallery g was made with (checksum ")
+
+
+def test_weights_that_were_moved_are_named_anew(place, folder):
+    shutil.copy(folder / "s.pt", folder / "moved.pt")
+    run(place, folder, SOUGHT, "--gallery", "g", "TEST.WEIGHT", "moved.pt")
+
+
+def test_images_that_cannot_be_read_are_all_named(place, folder):
+    (folder / "torn.jpg").write_bytes(b"\xff\xd8")
+    words = ("gone.png", SOUGHT, "torn.jpg", "--gallery", "g")
+    told = place.refusal("search", *words, bare=True, folder=folder, code=2)
+    assert told.startswith(
+        "every IMAGE must be readable, but 2 of 3 are not: gone.png (No such file or directory), torn.jpg"
+    )
+
+
+def test_it_is_work_for_one_process(place, folder):
+    told = place.refusal("search", SOUGHT, "--gallery", "g", bare=True, folder=folder, num_ranks=2, code=2)
+    assert told == "launch/search.py must be started as one process, got 2; start it without torchrun"
+
+
+def test_a_picture_that_cannot_be_written_is_named(place, folder):
+    words = (SOUGHT, "--gallery", "g", "--output", "no/folder.jpg")
+    told = place.refusal("search", *words, bare=True, folder=folder, code=1)
+    assert told.startswith("no/folder.jpg cannot be written: No such file or directory")
