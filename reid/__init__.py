@@ -39,6 +39,8 @@ assembly builds, gathers and wires.
     search.py                   the story of images that are looked for in it
     nearest.py                  exact nearest neighbours (mathematics)
     drawing.py                  pictures of what was found (mathematics)
+    export.py                   the story of a model that leaves for other programs
+    export_checks.py            whether it still computes the same
     safetensors_files.py        checkpoints that cannot run code
     whole_files.py              files that appear whole
 

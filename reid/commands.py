@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 from reid.config import SETTINGS
 from reid.errors import SettingsError
 
+FORMATS = ("onnx", "torch", "safetensors")
+CHECKS = ("evaluation", "random", "none")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 _SETTINGS = "[KEY VALUE | KEY=VALUE ...]"
@@ -35,11 +37,13 @@ class Command:
     Attributes:
         form: how its command line looks, for the error.
         add_arguments: its own arguments; they reach the story under their names.
+        fixed: settings that hold whatever the user says.
         one_process: whether it can only be started alone.
     """
 
     form: str = _FILE_AND_SETTINGS
     add_arguments: Callable[[argparse.ArgumentParser], object] = lambda parser: None
+    fixed: tuple[str, ...] = ()
     one_process: bool = False
 
 
@@ -92,6 +96,13 @@ def _is_setting(word: str) -> bool:
     return word.partition("=")[0].partition(".")[0] in _TOP_LEVEL
 
 
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--to", type=_formats, default=FORMATS, metavar="LIST", help=",".join(FORMATS))
+    parser.add_argument("--output", metavar="FOLDER", help="for the files; by default that of TEST.WEIGHT")
+    parser.add_argument("--check", choices=CHECKS, default=CHECKS[0], help="what is compared with the model itself")
+    parser.add_argument("--uint8", action="store_true", help="take uint8 [B, H, W, 3] and normalise inside the model")
+
+
 def _embed_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", nargs="?", default="", metavar="FOLDER", help="of images, with all folders in it")
     parser.add_argument("--output", metavar="OUT", help="by default OUTPUT_DIR/galleries/ and the name of FOLDER")
@@ -104,6 +115,13 @@ def _search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top", type=_at_least_one, default=10, metavar="K", help="how many to find, by default 10")
     parser.add_argument("--output", type=_picture, default="search.jpg", metavar="FILE", help="a picture of them")
     parser.add_argument("--json", metavar="FILE", help="the same to be read by programs")
+
+
+def _formats(word: str) -> tuple[str, ...]:
+    chosen = tuple(part.strip() for part in word.split(",") if part.strip())
+    if not chosen or not set(chosen) <= set(FORMATS):
+        raise argparse.ArgumentTypeError(f"{word!r} is no list of {','.join(FORMATS)}")
+    return chosen
 
 
 def _at_least_one(word: str) -> int:
@@ -121,6 +139,13 @@ def _picture(word: str) -> str:
 COMMANDS = {
     "train": Command(),
     "evaluate": Command(),
+    "export": Command(
+        f"[--to LIST] [--output FOLDER] [--check {'|'.join(CHECKS)}] [--uint8] {_FILE_AND_SETTINGS}",
+        _export_arguments,
+        # The exported model computes in float32; what it is compared with must do so too.
+        fixed=("MODEL.DEVICE=cpu", "SOLVER.PRECISION=fp32", "SOLVER.SHARDING=none"),
+        one_process=True,
+    ),
     "embed": Command(f"FOLDER [--output OUT] [--strict] {_FILE_AND_SETTINGS}", _embed_arguments),
     "search": Command(
         f"IMAGE ... --gallery OUT [--top K] [--output FILE] [--json FILE] {_SETTINGS}",

@@ -92,18 +92,20 @@ def _prepare(story: str, words: Words, cfg: CfgNode) -> tuple[CfgNode, Callable[
     Imports torch and what rests on it only now: a wrong setting must not cost the seconds that this takes.
     """
     try:
-        from reid import distributed, embedding, recorded, run, search
+        from reid import distributed, embedding, export, recorded, run, search
     except (ImportError, RuntimeError) as error:
         raise explain_import_error(error) from error
     stories = {
         "train": _Story(run.train),
         "evaluate": _Story(run.evaluate),
+        "export": _Story(export.export, recorded.of_checkpoint),
         "embed": _Story(embedding.embed, recorded.of_checkpoint),
         "search": _Story(search.search, recorded.of_gallery),
     }
     found = [] if words.config_file else stories[story].recorded(cfg, words.own)
-    if found:
-        cfg = load_config(None, words.overrides, recorded=found)
+    if found or COMMANDS[story].fixed:
+        overrides = [*words.overrides, *COMMANDS[story].fixed]
+        cfg = load_config(words.config_file, overrides, recorded=found)
 
     def run_story(cfg: CfgNode, world: World, signals: Signals) -> None:
         try:

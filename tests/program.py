@@ -47,7 +47,7 @@ WANDB: {ENABLE: no}
 """
 
 _FORKS = get_context("forkserver")
-_FORKS.set_forkserver_preload(["reid.run", "reid.recorded", "reid.search", "wandb", "program"])
+_FORKS.set_forkserver_preload(["reid.run", "reid.export", "reid.recorded", "reid.search", "wandb", "program"])
 _NUMBERS = count()
 
 

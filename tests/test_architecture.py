@@ -23,6 +23,7 @@ OWNERS = {
     "wandb": {"handlers/tracking.py"},
     "safetensors": {"safetensors_files.py"},
     "faiss": {"nearest.py"},
+    "onnxruntime": {"export.py"},
     "yacs": {"config.py"},
 }
 # Pure functions on tensors and arrays: they may import each other and nothing else of ours but the errors.

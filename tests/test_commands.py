@@ -21,6 +21,16 @@ def test_any_number_of_images_stands_before_the_settings():
     assert read_words("search", "", words) == Words(None, ["TEST.WEIGHT", "w.pt", "MODEL.DEVICE=cpu"], own)
 
 
+def test_formats_are_a_list():
+    assert read_words("export", "", ["--to", "onnx, torch"]).own["to"] == ("onnx", "torch")
+    assert read_words("export", "", []).own == {
+        "to": ("onnx", "torch", "safetensors"),
+        "output": None,
+        "check": "evaluation",
+        "uint8": False,
+    }
+
+
 def test_training_has_settings_only():
     assert read_words("train", "", ["--config-file", "a.yml", "SEED", "1"]) == Words("a.yml", ["SEED", "1"], {})
 
@@ -36,6 +46,9 @@ def test_training_has_settings_only():
         ("search", ["a.jpg", "--gallery", "g", "--top", "0"], "'0' is no whole number >= 1"),
         ("search", ["a.jpg", "--gallery", "g", "--output", "a.gif"], "'a.gif' does not end in one of .jpg"),
         ("search", ["a.jpg", "--gallery", "g", "--config_file", "a.yml"], "unrecognized arguments: --config_file"),
+        ("export", ["--to", "onnx,tensorrt"], "'onnx,tensorrt' is no list of onnx,torch,safetensors"),
+        ("export", ["--to", ","], "',' is no list of"),
+        ("export", ["--check", "some"], "argument --check: invalid choice: 'some'"),
         ("train", ["--output", "x"], "unrecognized arguments: --output"),
     ],
 )

@@ -1,0 +1,255 @@
+"""Models that leave for other programs, from the command line to what those programs compute."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from program import REPOSITORY, untrained
+from torch import nn
+
+from reid.config import load_config
+from reid.data.augment import normalise
+from reid.errors import WorldError
+from reid.export import FromPixels
+from reid.export_checks import Comparison, random_pass
+from reid.model import build_model
+from reid.weights import load_state, read_file, state_dict_of
+
+SIZE = (32, 16)
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+
+
+@pytest.fixture(scope="module")
+def folder(place):
+    """With a checkpoint `w.pt`, whose settings name the benchmark of the place."""
+    made = place.folder / "export"
+    made.mkdir()
+    untrained(
+        made / "w.pt", f"DATASETS.ROOT_DIR={place.folder / 'data'}", f"DATASETS.CACHE_DIR={place.folder / 'cache'}"
+    )
+    return made
+
+
+def run(place, folder, *words):
+    (ended,) = place.run("export", *words, bare=True, folder=folder)
+    assert (ended.code, ended.err) == (0, ""), ended
+    return ended.out
+
+
+@pytest.fixture(scope="module")
+def said(place, folder):
+    return run(place, folder, "TEST.WEIGHT", "w.pt")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    made = build_model(load_config(None, ["MODEL.NAME=resnet18", "MODEL.STEM_RELU=yes"]), 8)
+    load_state(made, state_dict_of(read_file(folder / "w.pt", "TEST.WEIGHT")), "FILE")
+    return made.eval()
+
+
+def pixels(num, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (num, *SIZE, 3), dtype=np.uint8))
+
+
+def images(num):
+    return normalise(pixels(num), MEAN, STD).contiguous()
+
+
+def test_each_file_is_compared_on_the_evaluation_and_that_is_said(said, folder):
+    told = r"MB, largest difference [\d.e+-]+ of values up to [\d.]+, synthetic mAP ([\d.]+) % by torch and \1 % by "
+    assert re.search(rf"^w.pt2: [\d.]+ {told}torch.export$", said, re.MULTILINE)
+    assert re.search(rf"^w.onnx: [\d.]+ {told}onnxruntime$", said, re.MULTILINE)
+    assert re.search(r"^w.safetensors: [\d.]+ MB, checksum \w+ as in the source$", said, re.MULTILINE)
+    assert sorted(file.name for file in folder.glob("*w.*")) == ["w.onnx", "w.pt", "w.pt2", "w.safetensors"]
+
+
+def test_the_exporter_makes_no_noise(said):
+    assert not re.search(r"\[torch|warning|✅|W\d{4}", said)
+
+
+@pytest.mark.parametrize("num", [1, 3, 8])
+def test_onnx_computes_what_the_model_does_for_any_number_of_images(said, folder, model, num):
+    session = onnxruntime.InferenceSession(folder / "w.onnx", providers=["CPUExecutionProvider"])
+    (given,), (made,) = session.get_inputs(), session.get_outputs()
+    assert (given.name, given.shape, given.type) == ("images", ["batch", 3, *SIZE], "tensor(float)")
+    assert (made.name, made.shape, made.type) == ("embedding", ["batch", 512], "tensor(float)")
+    (embedding,) = session.run(None, {"images": images(num).numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(embedding), model(images(num)), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("num", [1, 3])
+def test_the_program_computes_what_the_model_does(said, folder, model, num):
+    found = {"metadata.json": ""}
+    program = torch.export.load(folder / "w.pt2", extra_files=found)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(images(num)), model(images(num)), atol=1e-5, rtol=1e-5)
+    assert json.loads(found["metadata.json"])["model_name"] == "resnet18"
+    assert not [name for name in program.state_dict if "classifier" in name]
+
+
+def test_onnx_says_how_to_use_it(said, folder):
+    session = onnxruntime.InferenceSession(folder / "w.onnx", providers=["CPUExecutionProvider"])
+    known = session.get_modelmeta().custom_metadata_map
+    assert json.loads(known["pixel_mean"]) == [0.485, 0.456, 0.406]
+    assert json.loads(known["pixel_std"]) == [0.229, 0.224, 0.225]
+    assert json.loads(known["size"]) == [*SIZE]
+    assert json.loads(known["num_pids"]) == 8
+    assert json.loads(known["feat_norm"]) is True
+    assert known["neck_feat"] == "after"
+    assert known["input"].startswith("float32 [B, 3, H, W]: RGB")
+
+
+def test_safetensors_are_a_checkpoint_of_the_same_model(said, place, folder):
+    content = read_file(folder / "w.safetensors", "TEST.WEIGHT")
+    assert content["epoch"] == 3
+    known = content["metadata"]
+    assert (known["model_name"], known["neck"], known["last_stride"], known["stem_relu"]) == (
+        "resnet18",
+        "bnneck",
+        "1",
+        "true",
+    )
+    assert "classifier.weight" in content["model"]
+    out = run(place, folder, "TEST.WEIGHT", "w.safetensors", "--to", "torch", "--check", "none", "--output", "again")
+    assert "again/w.pt2: " in out
+    assert "not checked" in out
+
+
+def test_pixels_can_go_in_as_they_are(place, folder, model):
+    words = ("--uint8", "--to", "onnx", "--check", "random", "--output", "u8", "TEST.NECK_FEAT=before")
+    assert "largest difference" in run(place, folder, "TEST.WEIGHT", "w.pt", *words)
+    session = onnxruntime.InferenceSession(folder / "u8" / "w.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == ["batch", *SIZE, 3]
+    (embedding,) = session.run(None, {"images": pixels(5).numpy()})
+    with torch.no_grad():
+        expected = model.base(images(5)).mean((2, 3))
+    torch.testing.assert_close(torch.from_numpy(embedding), expected, atol=1e-4, rtol=1e-4)
+    assert session.get_modelmeta().custom_metadata_map["neck_feat"] == "before"
+
+
+def test_without_the_benchmark_random_images_do_and_that_is_said(place, folder):
+    settings = ("DATASETS.NAMES", "market1501", "DATASETS.ROOT_DIR", "nowhere")
+    told = run(place, folder, "TEST.WEIGHT", "w.pt", "--to", "torch", "--output", "random", *settings)
+    assert "warning: no evaluation is possible here (DATASETS.ROOT_DIR must be a folder" in told
+    assert re.search(r"w.pt2: [\d.]+ MB, largest difference [\d.e+-]+ of values up to [\d.]+$", told, re.MULTILINE)
+
+
+# ---- what is answered in a sentence ----
+
+
+def test_the_weights_themselves_are_never_overwritten(said, place, folder):
+    before = (folder / "w.safetensors").read_bytes()
+    told = place.refusal(
+        "export", "TEST.WEIGHT", "w.safetensors", "--to", "safetensors", bare=True, folder=folder, code=2
+    )
+    assert told.startswith("w.safetensors must be another file than TEST.WEIGHT")
+    assert (folder / "w.safetensors").read_bytes() == before
+
+
+def onnx_is_missing():
+    import reid.export
+
+    reid.export.find_spec = lambda name: None if name == "onnxscript" else True
+
+
+def test_a_missing_package_is_named_with_its_extra(place, folder):
+    words = ("TEST.WEIGHT", "w.pt", "--output", "none")
+    told = place.refusal("export", *words, bare=True, folder=folder, before=onnx_is_missing, code=1)
+    assert told.startswith(
+        "--to onnx needs onnx, onnxscript, onnxruntime, but onnxscript is missing; install them with:"
+    )
+    assert told.endswith("uv sync --extra export")
+
+
+def export_fails():
+    def fail(*_: object, **__: object) -> None:
+        raise TypeError("this operator\nis unknown")
+
+    torch.export.export = fail
+
+
+def test_a_model_that_torch_cannot_export_is_named(place, folder):
+    words = ("TEST.WEIGHT", "w.pt", "--to", "torch", "--check", "none", "--output", "none")
+    told = place.refusal("export", *words, bare=True, folder=folder, before=export_fails, code=1)
+    failed = f"MODEL.NAME resnet18 cannot be exported by torch {torch.__version__}"
+    assert told == f"{failed}: this operator; choose other formats by --to"
+
+
+def exported_model_is_another():
+    import reid.export
+
+    class Another(reid.export.FromPixels):
+        def forward(self, images):
+            return super().forward(images) * 1.01
+
+    reid.export.FromPixels = Another
+
+
+def test_a_model_that_came_out_as_another_one_is_not_kept(place, folder):
+    words = ("TEST.WEIGHT", "w.pt", "--uint8", "--to", "torch", "--check", "random", "--output", "wrong")
+    told = place.refusal("export", *words, bare=True, folder=folder, before=exported_model_is_another, code=1)
+    assert told.startswith("w.pt2 must compute what the model does, to 0.001 of its values and 0.1 points of mAP, but:")
+    assert list((folder / "wrong").iterdir()) == []
+
+
+def test_it_is_work_for_one_process(place, folder):
+    told = place.refusal("export", "TEST.WEIGHT", "w.pt", bare=True, folder=folder, num_ranks=2, code=2)
+    assert told == "launch/export.py must be started as one process, got 2; start it without torchrun"
+
+
+# ---- the comparison ----
+
+
+class Scaled(nn.Module):
+    num_features = 3
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(()))
+
+    def forward(self, batch):
+        return self.factor * batch.mean((2, 3))
+
+
+def test_a_comparison_allows_rounding_but_neither_more_nor_nan():
+    cfg = load_config(None, ["INPUT.SIZE_TEST=[32,16]"])
+    comparison = Comparison(Scaled(), random_pass(cfg))
+    assert comparison.check("F", "L", lambda batch: batch.mean((2, 3)) * (1 + 1e-5)).startswith("largest difference ")
+    with pytest.raises(WorldError, match="F must compute what the model does"):
+        comparison.check("F", "L", lambda batch: batch.mean((2, 3)) * 1.002)
+    with pytest.raises(WorldError, match="largest difference nan"):
+        comparison.check("F", "L", lambda batch: batch.mean((2, 3)) * torch.nan)
+
+
+def test_a_comparison_fails_where_the_map_is_another():
+    calls = iter([{"market1501": 0.5}, {"market1501": 0.5008}, {"market1501": 0.4985}])
+
+    def embed_one(embed):
+        embed(torch.ones(1, 3, 2, 2))
+        return next(calls)
+
+    comparison = Comparison(Scaled(), embed_one)
+    model = Scaled()
+    assert "market1501 mAP 50.00 % by torch and 50.08 % by L" in comparison.check("F", "L", model)
+    with pytest.raises(WorldError, match=r"market1501 mAP 50.00 % by torch and 49.85 % by L; it is not kept"):
+        comparison.check("F", "L", model)
+
+
+def test_pixels_are_normalised_as_evaluation_does():
+    found = FromPixels(nn.Identity(), MEAN, STD)(pixels(2))
+    assert torch.equal(found, images(2))
+
+
+@pytest.mark.parametrize("story", ["export", "embed", "search"])
+def test_the_real_commands_explain_themselves(story):
+    script = REPOSITORY / "launch" / f"{story}.py"
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True, timeout=60)
+    assert f"{story}.py" in done.stdout
+    assert "settings over those of the file" in done.stdout
