@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from reid import weights
 from reid.backbones import normalisation
 from reid.config import dump
-from reid.data.augment import normalise
+from reid.data.augment import normalise_at_once
 from reid.errors import DataError, SettingsError, WorldError
 from reid.export_checks import Comparison, Embed, evaluation_pass, random_pass
 from reid.model import ReIDModel
@@ -146,7 +146,7 @@ class FromPixels(nn.Module):
         self.register_buffer("std", std)
 
     def forward(self, images: Tensor) -> Tensor:
-        embedding: Tensor = self.model(normalise(images, self.mean, self.std).contiguous())
+        embedding: Tensor = self.model(normalise_at_once(images, self.mean, self.std).contiguous())
         return embedding
 
 

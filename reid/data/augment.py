@@ -97,7 +97,7 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         [B, 3, H, W], of mean's dtype; contiguous on a CPU, in channels_last memory format elsewhere.
     """
     if images.device.type != "cpu":
-        return _normalise_at_once(images, mean, std)
+        return normalise_at_once(images, mean, std)
     result = torch.empty((len(images), 3, *images.shape[1:3]), dtype=mean.dtype)
     for image, out in zip(images, result, strict=True):
         _normalise_in_place(out.copy_(image.permute(2, 0, 1)), mean, std)
@@ -155,14 +155,15 @@ def _normalise_in_place(image: Tensor, mean: Tensor, std: Tensor) -> None:
     image.div_(255).sub_(mean[:, None, None]).div_(std[:, None, None])
 
 
-def _normalise_at_once(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def normalise_at_once(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """`normalise` as a GPU does it best, and without a loop over the images."""
     scaled = images.to(mean.dtype, memory_format=torch.contiguous_format).div_(255)
     return scaled.sub_(mean).div_(std).permute(0, 3, 1, 2)
 
 
 def augment_at_once(images: Tensor, drawn: Tensor, padding: int, mean: Tensor, std: Tensor) -> Tensor:
     """`augment` as a GPU does it best: a few passes over the whole batch, whatever was drawn for its images."""
-    result = _normalise_at_once(_flip_and_crop(images, drawn, padding), mean, std)
+    result = normalise_at_once(_flip_and_crop(images, drawn, padding), mean, std)
     erased = (
         _inside(drawn[:, ERASE_TOP], drawn[:, ERASE_HEIGHT], images.shape[1])[:, None, :, None]
         & (_inside(drawn[:, ERASE_LEFT], drawn[:, ERASE_WIDTH], images.shape[2])[:, None, None, :])
