@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -54,6 +55,7 @@ class Evaluator:
         cfg: the whole configuration; TEST, INPUT and SOLVER.PRECISION are read.
         beat: called after every batch, as a sign of life.
         is_stopped: asked after every batch whether there is no time left for this.
+        on_scored: told what was compared, on all ranks, while the distances are at hand.
     """
 
     def __init__(
@@ -65,9 +67,10 @@ class Evaluator:
         *,
         beat: Callable[[], None] = lambda: None,
         is_stopped: Callable[[], bool] = lambda: False,
+        on_scored: Callable[[TestData, Distances, RetrievalScores], None] = lambda *compared: None,
     ) -> None:
         self._model, self._data = model, data
-        self._beat, self._is_stopped = beat, is_stopped
+        self._beat, self._is_stopped, self._on_scored = beat, is_stopped, on_scored
         self._distance: Distance = "cosine" if cfg.TEST.FEAT_NORM else "euclidean"
         self._num_features = model.num_features
         self._fprs: tuple[float, ...] = cfg.TEST.FPR
@@ -90,13 +93,16 @@ class Evaluator:
             Preempted: stopped on some rank, and hence on all.
         """
         distributed.broadcast_buffers(self._model)
-        return score_queries(
-            self._distances(self._embed()),
+        distances = self._distances(self._embed())
+        scores = score_queries(
+            distances,
             self._data.query,
             self._data.gallery,
             fprs=self._fprs,
             single_gallery_shot=self._single_gallery_shot,
         )
+        self._on_scored(self._data, distances, scores)
+        return scores
 
     def _distances(self, embedding: Tensor) -> Distances:
         num_queries = len(self._data.query.pids)
@@ -139,14 +145,22 @@ class Evaluator:
 
 
 class Evaluators:
-    """An `Evaluator` for each benchmark to test on; the arguments are theirs."""
+    """An `Evaluator` for each benchmark to test on; the arguments are theirs, but `on_scored` is told its name too."""
 
     def __init__(
-        self, data: DataSets, model: ReIDModel, accelerator: Accelerator, cfg: CfgNode, **options: Callable[[], Any]
+        self,
+        data: DataSets,
+        model: ReIDModel,
+        accelerator: Accelerator,
+        cfg: CfgNode,
+        *,
+        on_scored: Callable[[str, TestData, Distances, RetrievalScores], None] = lambda *compared: None,
+        **options: Callable[[], Any],
     ) -> None:
         self.data = {benchmark.name: build_test_data(cfg, benchmark) for benchmark in data.test}
         self._evaluators = {
-            name: Evaluator(model, accelerator, of_one, cfg, **options) for name, of_one in self.data.items()
+            name: Evaluator(model, accelerator, of_one, cfg, on_scored=partial(on_scored, name), **options)
+            for name, of_one in self.data.items()
         }
 
     def run(self) -> Scores:

@@ -244,9 +244,10 @@ def evaluated(accelerator: Any, num_images: int) -> dict[str, Any]:
     num_queries = max(num_images // 4, 1)
     batches = EvaluationBatches(num_images, batch_size=8, rank=distributed.rank(), num_ranks=distributed.num_ranks())
     stores = [images[:num_queries], images[num_queries:]]
-    loader = DataLoader(StoredImages(stores, pids, None), batch_sampler=batches, collate_fn=lambda batch: batch)
+    stored = StoredImages(stores, pids, None)
+    loader = DataLoader(stored, batch_sampler=batches, collate_fn=lambda batch: batch)
     query, gallery = (Labels.of(pids[part], camids[part]) for part in (slice(num_queries), slice(num_queries, None)))
-    data = TestData(loader, query, gallery)
+    data = TestData(loader, query, gallery, stored)
     scores = Evaluator(model, accelerator, data, cfg).run()
     settings = ["TEST.RE_RANKING=yes", "TEST.RE_RANKING_K1=3", "TEST.RE_RANKING_K2=2"]
     reranked = Evaluator(model, accelerator, data, load_config(None, [*BASE, *options, *settings])).run()

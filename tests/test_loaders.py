@@ -188,7 +188,7 @@ def test_batches_are_the_same_with_all_images_on_the_device(folder, benchmark, n
     preparations = Preparation(cfg, device), Preparation(cfg, device, cached.on_device)
     assert len(usual.loader) == len(cached.loader) > 1
     for one, other in zip(usual.loader, cached.loader, strict=True):
-        assert other.images.shape == (16, 0)
+        assert other.images.shape == (0, 32, 16, 3)
         assert torch.equal(one.pids, other.pids)
         expected, got = (way.for_training(batch) for way, batch in zip(preparations, (one, other), strict=True))
         assert torch.equal(got, expected)

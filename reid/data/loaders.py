@@ -36,7 +36,7 @@ _CHUNK = 1024  # images copied to the device at once
 class Batch(NamedTuple):
     """This rank's part of a batch, in host memory."""
 
-    images: Tensor  # uint8 [B, H, W, 3]; [B, 0] where all images lie on the device already
+    images: Tensor  # uint8 [B, H, W, 3]; [0, H, W, 3] where all images lie on the device already
     pids: Tensor  # int64 [B]; of training images 0..C-1
     sample_ids: Tensor  # int64 [B] positions in the data set
     drawn: Tensor  # int32 [B, 7] what augmentation does to each image; [B, 0] in evaluation
@@ -75,15 +75,14 @@ class StoredImages(Dataset[Batch]):
         else:
             drawn = augment.draw(self._recipe, planned.epoch, planned.positions)
         return Batch(
-            images=torch.from_numpy(self._gather(planned.sample_ids)),
+            images=torch.from_numpy(self.images(planned.sample_ids)),
             pids=torch.from_numpy(self._pids[planned.sample_ids]),
             sample_ids=torch.from_numpy(planned.sample_ids),
             drawn=drawn,
         )
 
-    def _gather(self, sample_ids: NDArray[np.int64]) -> NDArray[np.uint8]:
-        if not self._with_images:
-            return np.empty((len(sample_ids), 0), dtype=np.uint8)
+    def images(self, sample_ids: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """As they are stored: [B, H, W, 3]."""
         images = np.empty((len(sample_ids), *self._stores[0].shape[1:]), dtype=np.uint8)
         parts = np.searchsorted(self._starts, sample_ids, side="right") - 1
         rows = sample_ids - self._starts[parts]
@@ -98,6 +97,7 @@ class TrainData:
 
     loader: DataLoader[Batch]
     batches: TrainBatches
+    images: StoredImages
     num_pids: int  # C
     recipe: augment.Recipe
     on_device: Tensor | None  # uint8 [N, H, W, 3], all images, where DATASETS.DEVICE_CACHE keeps them there
@@ -105,11 +105,12 @@ class TrainData:
 
 @dataclass(frozen=True)
 class TestData:
-    """What evaluation compares: queries first, then the gallery."""
+    """What evaluation compares; the images are the queries first, then the gallery."""
 
     loader: DataLoader[Batch]
     query: Labels
     gallery: Labels
+    images: StoredImages
     query_paths: tuple[Path, ...] = ()  # as many as queries where the images are files
     single_gallery_shot: bool = False  # whether the benchmark's CMC curve is that of one image of each identity
 
@@ -169,7 +170,7 @@ def build_train_data(cfg: CfgNode, benchmarks: Sequence[Benchmark], device: torc
     dataset = StoredImages(stores, joined.pids, recipe, with_images=on_device is None)
     # Without images there is so little in a batch that processes would take longer to hand it over than to make it.
     loader = _build_loader(cfg, dataset, batches, cfg.DATALOADER.NUM_WORKERS if on_device is None else 0)
-    return TrainData(loader, batches, int(joined.pids.max()) + 1, recipe, on_device)
+    return TrainData(loader, batches, dataset, int(joined.pids.max()) + 1, recipe, on_device)
 
 
 def _is_cached_on(device: torch.device, stores: Sequence[NDArray[np.uint8]], choice: str) -> bool:
@@ -204,9 +205,10 @@ def build_test_data(cfg: CfgNode, benchmark: Benchmark) -> TestData:
         rank=distributed.rank(),
         num_ranks=distributed.num_ranks(),
     )
-    loader = _build_loader(cfg, StoredImages(stores, pids, None), batches, cfg.DATALOADER.NUM_WORKERS)
+    images = StoredImages(stores, pids, None)
+    loader = _build_loader(cfg, images, batches, cfg.DATALOADER.NUM_WORKERS)
     query, gallery = (Labels.of(split.pids, split.camids) for _, split in splits)
-    return TestData(loader, query, gallery, benchmark.query.paths, benchmark.single_gallery_shot)
+    return TestData(loader, query, gallery, images, benchmark.query.paths, benchmark.single_gallery_shot)
 
 
 def _build_plan(cfg: CfgNode, train: Split) -> IdentityPlan | ShufflePlan:
