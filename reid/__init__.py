@@ -79,6 +79,8 @@ assembly builds, gathers and wires.
     per_query.py                the scores of every query as rows, of every camera as a table
     neighbours.py               exact nearest neighbours among N images (mathematics)
     reranking.py                k-reciprocal re-ranking, sparse (mathematics)
+    examples.py                 which queries to look at, and what they find (mathematics)
+    pictures.py                 batches, rankings and CMC curves drawn (mathematics)
     evaluation.py               embeddings of all ranks to scores (assembly)
 
 Letters in shape comments: B batch, C training identities (or channels), D feature, G gallery, H height, K images per

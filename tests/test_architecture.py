@@ -39,6 +39,8 @@ MATHEMATICS = {
     "reranking.py",
     "nearest.py",
     "drawing.py",
+    "examples.py",
+    "pictures.py",
     "data/augment.py",
     "data/benchmarks.py",
     "data/cuhk03.py",

@@ -1,0 +1,136 @@
+"""What is drawn is where it belongs, in its colours, whatever the sizes."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from reid.data.augment import normalise
+from reid.pictures import (
+    QUERY,
+    RIGHT,
+    WRONG,
+    Shown,
+    batch_grid,
+    cmc_chart,
+    denormalise,
+    ranked_gallery,
+    sheet,
+)
+
+PAPER = (255, 255, 255)
+
+
+def plain(colour, height=64, width=32):
+    return np.broadcast_to(np.array(colour, np.uint8), (height, width, 3)).copy()
+
+
+def runs(pixels):
+    """Colours along a line, each once, with the number of pixels."""
+    found = []
+    for pixel in map(tuple, pixels.tolist()):
+        if found and found[-1][0] == pixel:
+            found[-1][1] += 1
+        else:
+            found.append([pixel, 1])
+    return [(colour, number) for colour, number in found]
+
+
+def test_a_ranking_is_framed_in_blue_green_and_red_in_its_order():
+    colours = [(10, 20, 30), (200, 10, 10), (10, 200, 10), (10, 10, 200)]
+    query, *found = (Shown(plain(colour), ("pid 1", "cos 0.5")) for colour in colours)
+    picture = np.asarray(ranked_gallery(query, found, [True, False, None]))
+    middle = runs(picture[100])
+    coloured = [colour for colour, _ in middle if colour != PAPER]
+    assert coloured == [
+        *(QUERY, colours[0], QUERY),
+        *(RIGHT, colours[1], RIGHT),
+        *(WRONG, colours[2], WRONG),
+        colours[3],
+    ]
+    widths = {number for colour, number in middle if colour in colours}
+    assert len(widths) == 1
+    gaps = [number for colour, number in middle if colour == PAPER]
+    assert gaps[0] > gaps[1]  # the query stands apart
+
+
+def test_green_and_red_differ_in_brightness_too():
+    weights = np.array([0.299, 0.587, 0.114])
+    assert abs(weights @ np.array(RIGHT) - weights @ np.array(WRONG)) > 50
+
+
+@settings(max_examples=25)
+@given(
+    st.integers(1, 300),
+    st.integers(1, 300),
+    st.integers(0, 4),
+    st.text(max_size=40),
+)
+@example(64, 32, 2, "two\nlines, Läufe")
+def test_rankings_of_any_size_and_words_are_drawn_whole(height, width, num, words):
+    shown = [Shown(plain((1, 2, 3), height, width), (words, "b")) for _ in range(num + 1)]
+    row = ranked_gallery(shown[0], shown[1:], [True] * num)
+    whole = sheet([row, row], words, words)
+    assert whole.width > row.width
+    assert whole.height > 2 * row.height
+    assert (np.asarray(whole)[:, -8:] == 255).all()  # nothing reaches into the margin
+    assert (np.asarray(whole)[-8:] == 255).all()
+
+
+def test_a_long_title_widens_the_sheet():
+    row = ranked_gallery(Shown(plain((1, 2, 3)), ()), [], [])
+    assert sheet([row], "a title " * 50).width > sheet([row], "a title").width > row.width
+
+
+def test_the_batch_shows_every_image_in_order_with_those_of_an_identity_together():
+    colours = [(10 * i + 5, 200 - 7 * i, 3 * i) for i in range(12)]
+    picture = np.asarray(batch_grid(np.stack([plain(colour) for colour in colours]), [7] * 4 + [3] * 4 + [7] * 4, "t"))
+    line = runs(picture[150])
+    assert [colour for colour, _ in line if colour != PAPER] == colours
+    gaps = [number for colour, number in line if colour == PAPER][1:-1]
+    assert gaps == [2, 2, 2, 16, 2, 2, 2, 16, 2, 2, 2]
+
+
+@settings(max_examples=15)
+@given(st.integers(1, 40), st.integers(1, 6), st.integers(8, 100), st.integers(8, 400))
+def test_batches_of_any_size_fit_on_a_page(num_pids, num_instances, height, width):
+    images = np.zeros((num_pids * num_instances, height, width, 3), np.uint8)
+    picture = batch_grid(images, np.repeat(np.arange(num_pids), num_instances).tolist(), "title", "note")
+    assert picture.width <= max(1200, num_instances * 258 + 40)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_denormalised_pixels_are_those_that_were_normalised(seed):
+    images = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (2, 5, 4, 3), dtype=np.uint8))
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    model_input = normalise(images, torch.tensor(mean), torch.tensor(std)).numpy()
+    np.testing.assert_array_equal(denormalise(model_input, mean, std), images)
+
+
+def test_pixels_beyond_black_and_white_are_cut_off():
+    model_input = np.array([-9.0, 9.0, 0.0]).reshape(1, 3, 1, 1)
+    assert denormalise(model_input, [0.5] * 3, [0.25] * 3).tolist() == [[[[0, 255, 128]]]]
+
+
+def height_of_curve(picture, column):
+    """The middle of the blue in a column of the chart."""
+    blue = (np.abs(picture[:, column].astype(int) - [40, 90, 200]).sum(1) < 60).nonzero()[0]
+    return blue.mean()
+
+
+def test_a_curve_lies_at_its_percentages():
+    # The axis begins at 50 %; the upper end of it is 100 %.
+    picture = np.asarray(cmc_chart({"x": [0.5] * 5 + [0.75] * 5 + [1.0] * 5}, "t"))
+    heights = [height_of_curve(picture, 64 + round(k * 672 / 14)) for k in (2, 7, 12)]
+    assert heights == pytest.approx([424, 236, 48], abs=1.5)
+
+
+@pytest.mark.parametrize("curve", [[1.0], [0.0, 0.0], [0.999] * 50, list(np.linspace(0.01, 1, 500)), [0.0, 1.0]])
+def test_any_curve_is_drawn_within_the_page(curve):
+    picture = np.asarray(cmc_chart({"one": curve, "two": curve[:1], "a name as long as they come, Läufe": curve}, "t"))
+    assert picture.shape == (480, 760, 3)
+    frame = np.ones(picture.shape[:2], bool)
+    frame[4:-4, 8:-8] = False
+    assert (picture[frame] == 255).all()
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 10
