@@ -187,6 +187,9 @@ SETTINGS: dict[str, tuple[Any, Check]] = {
     "WANDB.GROUP": ("", text()),  # runs that W&B shows together
     "WANDB.JOB_TYPE": ("train", text()),  # the kind of run within its group
     "WANDB.NOTES": ("", text()),  # free text
+    # draw pictures (a training batch, ranked queries, CMC curves) into OUTPUT_DIR/pictures, for W&B where it is enabled
+    "WANDB.LOG_IMAGES": (True, flag),
+    "WANDB.NUM_QUERIES": (8, integer(0)),  # random queries, and as many of the worst, to draw of each test set
     "WANDB.INIT_TIMEOUT": (20.0, real(minimum=0.1, maximum=3600)),  # seconds to wait for W&B's answer at the start
     "WANDB.FINISH_TIMEOUT": (60.0, real(minimum=0.1, maximum=3600)),  # seconds to wait for the last upload
 }

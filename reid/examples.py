@@ -9,7 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from reid.data.randomness import random_bits
-from reid.metrics import Distances, Labels, QueryScores, query_blocks
+from reid.metrics import Distances, Labels, query_blocks
+from reid.ranking import QueryScores
 
 _EXAMPLES = 48  # a number of its own, so that no other purpose shares these random numbers (see data/augment.py)
 

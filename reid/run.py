@@ -21,6 +21,7 @@ from reid.evaluation import Evaluators, Scores, report_queries
 from reid.handlers import console, guards, interruption, schedule
 from reid.handlers.checkpoint import Checkpoints
 from reid.handlers.meters import TrainMeter
+from reid.handlers.pictures import Pictures
 from reid.handlers.records import Progress, summary_of_all
 from reid.handlers.tracking import Tracker
 from reid.handlers.watchdog import Watchdog
@@ -66,7 +67,16 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
         max_grad_norm=cfg.SOLVER.CLIP_GRAD_NORM,
     )
     watchdog, progress = Watchdog(cfg.SOLVER.TIMEOUT_MINUTES), Progress()
-    evaluator = Evaluators(data, model, accelerator, cfg, beat=watchdog.beat, is_stopped=signals.were_received)
+    pictures = Pictures(cfg, folder.pictures, data)
+    evaluator = Evaluators(
+        data,
+        model,
+        accelerator,
+        cfg,
+        on_scored=pictures.compare,
+        beat=watchdog.beat,
+        is_stopped=signals.were_received,
+    )
     evaluations = schedule.Evaluations(evaluator.run, progress, cfg.SOLVER)
     meter = TrainMeter(log_period=cfg.SOLVER.LOG_PERIOD, batch_size=cfg.SOLVER.IMS_PER_BATCH, optimizer=optimizer)
     checkpoints = Checkpoints(
@@ -86,6 +96,7 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     checkpoints.attach(trainer)
     console.attach(trainer, folder, progress)
     tracker.attach(trainer, progress)
+    pictures.attach(trainer, progress, train_data)
     interruption.save_and_stop_when_asked(trainer, checkpoints, signals)
 
     _find_place(trainer, checkpoints, cfg, len(train_data.loader))
@@ -180,22 +191,19 @@ def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     model = build_model(cfg, num_pids=weights.num_pids_of(content))
     weights.load_for_evaluation(model, content, source)
     place(model, cfg, accelerator)
-    watchdog = Watchdog(cfg.SOLVER.TIMEOUT_MINUTES)
+    watchdog, pictures = Watchdog(cfg.SOLVER.TIMEOUT_MINUTES), Pictures(cfg, folder.pictures, data)
+    evaluator = Evaluators(data, model, accelerator, cfg, on_scored=pictures.compare, beat=watchdog.beat)
     with watchdog.watching():
-        evaluators = Evaluators(data, model, accelerator, cfg, beat=watchdog.beat)
-        scores = evaluators.run()
+        scores = evaluator.run()
     summary = summary_of_all(scores)
-    epoch = content.get("epoch")
-    result: dict[str, Any] = {
-        "epoch": epoch if isinstance(epoch, int) else None,  # a file of others may have anything there
-        **summary,
-        "weight": cfg.TEST.WEIGHT,
-    }
+    epoch = content.get("epoch") if isinstance(content.get("epoch"), int) else None  # others may have anything there
+    pictures.draw(Path(cfg.TEST.WEIGHT).name, None, epoch)
+    result: dict[str, Any] = {"epoch": epoch, **summary, "weight": cfg.TEST.WEIGHT}
     if distributed.is_main():
         folder.write_result(result)
     for line in console.describe_scores(summary):
         logger.info("%s: %s", cfg.TEST.WEIGHT, line)
-    report_queries(folder, evaluators.data, scores)
+    report_queries(folder, evaluator.data, scores)
     console.report_test_sets(summary)
 
 

@@ -15,6 +15,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,7 +46,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoints = path / "checkpoints"
+        self.checkpoints, self.pictures = path / "checkpoints", path / "pictures"
         self._metrics = path / "metrics.jsonl"
         self._unwritten: list[str] = []  # records that found the disk full
         self._unwritten_result: str | None = None
@@ -86,7 +87,7 @@ class RunDirectory:
             raise WorldError(
                 f"OUTPUT_DIR={self.path} is in use by another training; wait for its end, or choose another OUTPUT_DIR"
             ) from error
-        for unfinished in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
+        for unfinished in chain(*(folder.glob(".*.tmp") for folder in (self.path, self.checkpoints, self.pictures))):
             unfinished.unlink(missing_ok=True)  # of a process that was killed while it wrote
 
     def describe(self, cfg: CfgNode, device: torch.device) -> None:

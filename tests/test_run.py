@@ -110,7 +110,7 @@ def test_checkpoints_are_the_last_two_and_the_best_and_nothing_else_is_left(firs
     ]
     assert names(output_dir) == [
         *("checkpoints", "config.yaml", "environment.json", "log.txt", "metrics.jsonl", "per_query.csv"),
-        *("result.json", "wandb", "wandb_run_id"),
+        *("pictures", "result.json", "wandb", "wandb_run_id"),
     ]
 
 

@@ -254,6 +254,18 @@ def test_the_ranks_parts_in_order_are_the_global_batch_and_hold_whole_identities
             assert (blocks == blocks[:, :1]).all()
 
 
+@pytest.mark.parametrize("num_ranks", [1, 4])
+def test_every_rank_knows_the_first_global_batch(plan, num_ranks):
+    ranks = [TrainBatches(plan, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+    firsts = [next(iter(rank)) for rank in ranks]
+    for rank in ranks:
+        rank.set_position(3, 1)  # wherever it stands
+        whole = rank.first_global_batch()
+        assert whole.epoch == firsts[0].epoch
+        assert whole.sample_ids.tolist() == np.concatenate([first.sample_ids for first in firsts]).tolist()
+        assert whole.positions.tolist() == np.concatenate([first.positions for first in firsts]).tolist()
+
+
 def test_a_batch_that_cannot_be_shared_out_is_refused():
     assert rank_part(12, 2, 3) == slice(8, 12)
     with pytest.raises(ValueError, match="a global batch of 12 cannot be shared out among 5 ranks"):

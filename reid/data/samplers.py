@@ -221,6 +221,11 @@ class TrainBatches(Sampler[PlannedBatch]):
         """The next pass is of `epoch` (from 1), beginning behind its first `step` batches."""
         self._epoch, self._step = epoch, step
 
+    def first_global_batch(self) -> PlannedBatch:
+        """What all ranks together get in the first step of the first epoch."""
+        sample_ids = self._plan(1)[0]
+        return PlannedBatch(1, sample_ids, np.arange(len(sample_ids)))
+
     def __len__(self) -> int:
         return self._plan.num_batches
 
