@@ -28,6 +28,7 @@ assembly builds, gathers and wires.
     handlers/interruption.py    saving by the clock and because of a signal, at an agreed step
     handlers/watchdog.py        the end of a run in which a rank hangs
     handlers/tracking.py        Weights & Biases
+    handlers/tensorboard.py     TensorBoard
     handlers/pictures.py        the first batch, ranked queries and CMC curves as PNG files
     run_directory.py            the files of a run
     checkpoint_files.py         files that are whole or absent, written in the background

@@ -97,6 +97,11 @@ def _check_values(cfg: CfgNode) -> None:
             "SOLVER.PRECISION must be fp32, fp64 or bf16 when MODEL.DEVICE is cpu, got fp16; "
             "use fp32, or MODEL.DEVICE cuda"
         )
+    if cfg.WANDB.ENABLE and cfg.WANDB.SYNC_TENSORBOARD and not cfg.LOG.TENSORBOARD:
+        raise SettingsError(
+            "WANDB.SYNC_TENSORBOARD must be no where there are no TensorBoard files to copy, got yes with "
+            "LOG.TENSORBOARD no; use WANDB.SYNC_TENSORBOARD no, or LOG.TENSORBOARD yes"
+        )
 
 
 def check_training(cfg: CfgNode, num_ranks: int) -> None:

@@ -174,13 +174,16 @@ SETTINGS: dict[str, tuple[Any, Check]] = {
     "TEST.FPR": ((), _RATES),
     # CMC over one random image of each identity, ten times for each query; auto: as the benchmark says
     "TEST.SINGLE_GALLERY_SHOT": ("auto", one_of("auto", "yes", "no")),
+    # ---- LOG ----
+    # write train/* and val/* to TensorBoard files in OUTPUT_DIR/tensorboard too; needs: uv sync --extra tensorboard
+    "LOG.TENSORBOARD": (False, flag),
     # ---- WANDB ----
     "WANDB.ENABLE": (True, flag),  # record the run with Weights & Biases
     "WANDB.PROJECT": ("reid-strong-baseline", text(longest=128, without="/\\#?%:")),  # the W&B project
     "WANDB.ENTITY": ("", text()),  # the W&B user or team; empty: the key's own
     "WANDB.NAME": ("", text()),  # the run's name; empty: W&B invents one
     "WANDB.TAGS": ([], _TAGS),  # the run's tags
-    "WANDB.SYNC_TENSORBOARD": (False, flag),  # let W&B copy TensorBoard files
+    "WANDB.SYNC_TENSORBOARD": (False, flag),  # let W&B copy TensorBoard files; needs LOG.TENSORBOARD
     "WANDB.SAVE_CODE": (False, flag),  # let W&B copy the code
     # empty: the environment decides, offline where there is no key
     "WANDB.MODE": ("", one_of("", "online", "offline", "disabled")),

@@ -23,6 +23,7 @@ from reid.handlers.checkpoint import Checkpoints
 from reid.handlers.meters import TrainMeter
 from reid.handlers.pictures import Pictures
 from reid.handlers.records import Progress, summary_of_all
+from reid.handlers.tensorboard import TensorBoard
 from reid.handlers.tracking import Tracker
 from reid.handlers.watchdog import Watchdog
 from reid.layouts import epoch_in_name
@@ -67,7 +68,7 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
         max_grad_norm=cfg.SOLVER.CLIP_GRAD_NORM,
     )
     watchdog, progress = Watchdog(cfg.SOLVER.TIMEOUT_MINUTES), Progress()
-    pictures = Pictures(cfg, folder.pictures, data)
+    pictures, tensorboard = Pictures(cfg, folder.pictures, data), TensorBoard(cfg, folder.path)
     evaluator = Evaluators(
         data,
         model,
@@ -96,6 +97,7 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     checkpoints.attach(trainer)
     console.attach(trainer, folder, progress)
     tracker.attach(trainer, progress)
+    tensorboard.attach(trainer, progress)
     pictures.attach(trainer, progress, train_data)
     interruption.save_and_stop_when_asked(trainer, checkpoints, signals)
 
@@ -107,7 +109,7 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
         return
     folder.describe(cfg, accelerator.device)
     _announce(cfg, accelerator, model, train_data)
-    with tracker.running(progress), watchdog.watching(), signals.deferred():
+    with tracker.running(progress), tensorboard.running(trainer), watchdog.watching(), signals.deferred():
         _run(trainer, train_data, num_steps, evaluations, checkpoints, folder)
     _report_end(folder, progress, evaluator, evaluations.scores)
 

@@ -20,6 +20,7 @@ OWNERS = {
     "torch.distributed": {"distributed.py", "wrapping.py"},  # the latter for sharded tensors
     "ignite.distributed": {"distributed.py"},
     "accelerate": {"wrapping.py"},
+    "ignite.handlers.tensorboard_logger": {"handlers/tensorboard.py"},
     "wandb": {"handlers/tracking.py"},
     "safetensors": {"safetensors_files.py"},
     "faiss": {"nearest.py"},

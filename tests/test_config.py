@@ -504,6 +504,16 @@ def test_a_wrong_value_in_a_file(key, yaml_value, parts, write):
         assert part in message
 
 
+def test_tensorboard_files_that_are_not_written_cannot_be_copied():
+    copying = ["WANDB.SYNC_TENSORBOARD", "yes"]
+    assert refusal(None, copying) == (
+        "WANDB.SYNC_TENSORBOARD must be no where there are no TensorBoard files to copy, got yes with LOG.TENSORBOARD "
+        "no; use WANDB.SYNC_TENSORBOARD no, or LOG.TENSORBOARD yes"
+    )
+    assert load_config(None, [*copying, "LOG.TENSORBOARD", "yes"]).WANDB.SYNC_TENSORBOARD
+    assert not load_config(None, [*copying, "WANDB.ENABLE", "no"]).LOG.TENSORBOARD
+
+
 # ---- refused: keys ----
 
 

@@ -78,11 +78,12 @@ def test_an_evaluation_draws_what_it_finds(place, drawn):
 def test_where_nothing_can_be_written_training_goes_on(place):
     folder = place.folder / "undrawn"
     folder.mkdir()
-    for name in ("pictures",):
+    for name in ("pictures", "tensorboard"):
         (folder / name).write_text("no folder")
-    ended = place.train("OUTPUT_DIR", folder.name, "SOLVER.MAX_EPOCHS", 1, num_ranks=2)
+    ended = place.train("OUTPUT_DIR", folder.name, "SOLVER.MAX_EPOCHS", 1, "LOG.TENSORBOARD", "yes", num_ranks=2)
     said = [line for line in ended.out.splitlines() if "warning" in line]
     assert [line.partition(" (")[0] for line in said] == [
+        "warning: TensorBoard: gives up, and training goes on",
         "warning: a picture is missing",  # the batch
         "warning: a picture is missing",  # the evaluation
     ]

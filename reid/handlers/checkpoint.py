@@ -48,6 +48,7 @@ _FREE = (
     "SOLVER.EVAL_PERIOD",
     "SOLVER.TIMEOUT_MINUTES",
     "TEST.",
+    "LOG.",
     "WANDB.",
 )
 

@@ -10,6 +10,8 @@ from ignite.engine import EventEnum
 
 from reid.metrics import RetrievalScores
 
+_NO_NUMBERS = ("epoch", "iteration", "datasets")  # what else there is in a validation
+
 
 class Records(EventEnum):
     """Fired on all ranks when there is something new to write down."""
@@ -45,3 +47,17 @@ def summary_of_all(scores: Mapping[str, RetrievalScores]) -> dict[str, Any]:
     summaries = {name: of_one.summary() for name, of_one in scores.items()}
     first = next(iter(summaries.values()))
     return {**first, "datasets": summaries} if len(summaries) > 1 else dict(first)
+
+
+def validation_numbers(progress: Progress) -> dict[str, Any]:
+    """The last validation and the best, by the names under `val/` in W&B and TensorBoard."""
+    assert progress.last is not None
+    assert progress.best is not None
+    numbers = _renamed("", {key: value for key, value in progress.last.items() if key not in _NO_NUMBERS})
+    for name, of_one in progress.last.get("datasets", {}).items():
+        numbers |= _renamed(f"{name}/", of_one)
+    return numbers | {"mAP_best": progress.best["mAP"], "best_epoch": progress.best["epoch"]}
+
+
+def _renamed(prefix: str, scores: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}{name.replace('rank-', 'cmc_rank_')}": value for name, value in scores.items()}

@@ -16,7 +16,7 @@ from ignite.engine import Engine
 from reid import distributed
 from reid.config import as_plain_dict
 from reid.errors import SettingsError
-from reid.handlers.records import Progress, Records
+from reid.handlers.records import Progress, Records, validation_numbers
 from reid.preemption import Preempted
 from reid.run_directory import write_atomically
 
@@ -98,6 +98,7 @@ class Tracker:
 
     def _begin(self, run_id: str, *, is_known: bool) -> wandb.Run:
         import wandb
+        from wandb.integration import tensorboard
 
         if "HOME" not in os.environ:  # as in some job scripts; W&B's own process would fill the console with complaints
             os.environ.setdefault("WANDB_CACHE_DIR", str((self._folder / "wandb" / "cache").absolute()))
@@ -109,6 +110,10 @@ class Tracker:
                 f"W&B refuses its settings in the environment or in its settings files: {reason}; correct them, or use "
                 "WANDB.ENABLE no"
             ) from error
+        if self._cfg.WANDB.SYNC_TENSORBOARD:
+            # Not by init(sync_tensorboard=True): without a root those rows would have the names of ours, and with them
+            # the iteration at which they happen to be read.
+            tensorboard.patch(root_logdir=str(self._folder.absolute()))
         mode, reason = self._mode()
         if mode == "online":
             try:
@@ -159,7 +164,6 @@ class Tracker:
             id=run_id,
             resume="allow",
             mode=mode,  # type: ignore[arg-type]
-            sync_tensorboard=settings.SYNC_TENSORBOARD,
             save_code=settings.SAVE_CODE,
             settings=wandb.Settings(
                 silent=True,
@@ -173,6 +177,8 @@ class Tracker:
         run.define_metric("epoch")
         run.define_metric("train/*", step_metric="iteration")
         run.define_metric("val/*", step_metric="epoch")
+        if settings.SYNC_TENSORBOARD:
+            run.define_metric("tensorboard/*", step_metric="global_step")
         return run
 
     def _log_train(self, trainer: Engine) -> None:
@@ -181,19 +187,9 @@ class Tracker:
         self._attempt(lambda run: run.log(row))
 
     def _log_validation(self, trainer: Engine, progress: Progress) -> None:
-        assert progress.last is not None
-        assert progress.best is not None
-        place = {"iteration": trainer.state.iteration, "epoch": trainer.state.epoch}
-        scores = {name: value for name, value in progress.last.items() if name not in (*place, "datasets")}
-        row = _validation_row("val/", scores)
-        for name, of_one in progress.last.get("datasets", {}).items():
-            row |= _validation_row(f"val/{name}/", of_one)
-        row |= {"val/mAP_best": progress.best["mAP"], "val/best_epoch": progress.best["epoch"], **place}
+        row = {f"val/{name}": value for name, value in validation_numbers(progress).items()}
+        row |= {"iteration": trainer.state.iteration, "epoch": trainer.state.epoch}
         self._attempt(lambda run: run.log(row))
-
-
-def _validation_row(prefix: str, scores: dict[str, Any]) -> dict[str, Any]:
-    return {f"{prefix}{name.replace('rank-', 'cmc_rank_')}": value for name, value in scores.items()}
 
 
 def _first_line(error: Exception) -> str:

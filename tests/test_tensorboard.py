@@ -1,0 +1,94 @@
+"""TensorBoard files: the same numbers as elsewhere, once each, whatever interrupts the run; and W&B beside it."""
+
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from program import Ended, names, records
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ON = ("LOG.TENSORBOARD", "yes")
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Name -> steps and values, as TensorBoard shows them."""
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def assert_has_every_record_once(folder: Path) -> None:
+    shown = scalars(folder)
+    for kind, name in (("train", "loss"), ("train", "lr"), ("val", "mAP"), ("val", "rank-1")):
+        expected = [(record["iteration"], record[name]) for record in records(folder, kind)]
+        found = shown[f"{kind}/{name.replace('rank-', 'cmc_rank_')}"]
+        assert [step for step, _ in found] == [step for step, _ in expected]
+        assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=1e-6)
+
+
+# ---- beside W&B, which copies it ----
+
+
+@pytest.fixture(scope="module")
+def both(place) -> tuple[Ended, Path]:
+    settings = ("OUTPUT_DIR", "both", *ON, "WANDB.ENABLE", "yes", "WANDB.SYNC_TENSORBOARD", "yes")
+    return place.train(*settings, num_ranks=2), place.folder / "both"
+
+
+def test_tensorboard_has_every_record_in_one_file(both):
+    ended, folder = both
+    assert ended.err == ""
+    assert "warning" not in ended.out
+    assert len(names(folder / "tensorboard")) == 1
+    assert_has_every_record_once(folder)
+
+
+def test_its_names_are_those_of_wandb_and_wandb_copies_them_beside_its_own(place, both):
+    folder = both[1]
+    history = [record["history"]["item"] for record in place.wandb_records(folder) if record["type"] == "history"]
+    own = [row for row in history if "global_step" not in row]
+    copied = [row for row in history if "global_step" in row]
+    for kind, axis in (("train", "iteration"), ("val", "epoch")):
+        rows = [row for row in own if any(name.startswith(f"{kind}/") for name in row)]
+        assert [row[axis] for row in rows] == [record[axis] for record in records(folder, kind)]
+    shown = scalars(folder)
+    assert set(shown) == {name for row in own for name in row if name.startswith(("train/", "val/"))}
+    for name, values in shown.items():
+        rows = [row for row in copied if f"tensorboard/{name}" in row]
+        assert [row["global_step"] for row in rows] == [step for step, _ in values]
+        assert [row[f"tensorboard/{name}"] for row in rows] == pytest.approx([value for _, value in values])
+
+
+# ---- interrupted ----
+
+
+def test_killed_and_gone_on_every_step_is_there_once(place):
+    folder = place.folder / "tb_killed"
+    settings = ("OUTPUT_DIR", folder.name, *ON, "SOLVER.MAX_EPOCHS", 3, "SOLVER.CHECKPOINT_PERIOD", 2)
+    for words in ("epoch 1/3 step 2", "epoch 3/3 step 1"):  # before and behind the first checkpoint
+        ranks = place.start("train", *settings)
+        ranks.wait_for(words)
+        ranks.kill()
+    place.train(*settings)
+    assert len(names(folder / "tensorboard")) == 3
+    assert_has_every_record_once(folder)
+
+
+# ---- not to be had ----
+
+
+def no_tensorboard() -> None:
+    """To be done before the program starts: as where the extra is not installed."""
+    sys.modules["tensorboard"] = sys.modules["tensorboardX"] = None  # type: ignore[assignment]
+
+
+def test_without_the_package_the_extra_is_named(place):
+    said = place.refusal("train", "OUTPUT_DIR", "tb_none", *ON, num_ranks=2, code=2, before=no_tensorboard)
+    assert said == (
+        "LOG.TENSORBOARD yes needs the package tensorboard, which is not installed; install it with: "
+        "uv sync --extra tensorboard, or use LOG.TENSORBOARD no"
+    )
