@@ -1,5 +1,7 @@
 """The pictures that a run leaves behind: what is drawn, when, and that nothing else depends on it."""
 
+import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -142,6 +144,18 @@ def test_only_a_new_best_is_drawn(tmp_path):
     assert all(first[name] != best[name] for name in best)
     assert contents(tmp_path / "pictures") == best
     assert [(drawn.epoch, drawn.iteration) for drawn in setting.seen] == [(1, 10), (2, 20)]
+
+
+def test_what_cannot_be_compared_leaves_the_pictures_of_before(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("reid"), "propagate", True)
+    setting = Setting(tmp_path, ["a"])
+    setting.evaluate(1, WORSE, ["a"])
+    before = contents(tmp_path / "pictures")
+    monkeypatch.setattr("reid.handlers.pictures.find_examples", lambda *_: torch.zeros(1 << 60))
+    setting.evaluate(2, GOOD, ["a"])
+    assert contents(tmp_path / "pictures") == before
+    (said,) = caplog.messages
+    assert re.match(r"warning: a picture is missing \(RuntimeError: [^\n]+\)$", said)
 
 
 def test_what_was_drawn_is_told_with_its_numbers(tmp_path):

@@ -100,6 +100,7 @@ class Pictures:
 
     def compare(self, name: str, data: TestData, distances: Distances, scores: RetrievalScores) -> None:
         """Keeps what `draw` needs of an evaluation; for `Evaluators`."""
+        self._compared.pop(name, None)
         self._attempt(lambda: self._compare(name, data, distances, scores))
 
     def _compare(self, name: str, data: TestData, distances: Distances, scores: RetrievalScores) -> None:
@@ -199,7 +200,8 @@ class Pictures:
         try:
             work()
         except Exception as error:  # whatever it is, a picture is not worth a training
-            logger.warning("warning: a picture is missing (%s: %s)", type(error).__name__, error)
+            reason = str(error).partition("\n")[0]
+            logger.warning("warning: a picture is missing (%s: %s)", type(error).__name__, reason)
         if drawn is not None:
             self._on_drawn(drawn)
 
