@@ -71,6 +71,7 @@ assembly builds, gathers and wires.
     layouts.py                  what the names in a file of weights say of its model (mathematics)
     imagenet.py                 where ImageNet weights lie or come from
     weights.py                  weights from files, with a report
+    conversion.py               the weights of whole pickled models (launch/convert.py)
     losses.py                   identity, batch-hard triplet, center (mathematics)
     criterion.py                which losses, over the global batch (assembly)
     optim.py                    parameter groups, optimiser, learning rate by the epoch

@@ -202,7 +202,7 @@ def _initialise_backbone(model: ReIDModel, cfg: CfgNode) -> None:
         optional = tuple(set(state) - set(model.base.state_dict()))  # its classifier
         distributed.together(lambda: load_state(model.base, state, source, optional=optional))
         return
-    if distributed.together(lambda: _takes_own(name, path)):
+    if distributed.on_main(lambda: _takes_own(name, path)):  # nodes may differ in what is there
         distributed.once_per_node(lambda: imagenet.fetch(name))
         path = str(distributed.together(lambda: imagenet.fetch(name)))
         setting = "MODEL.PRETRAIN_CHOICE imagenet: the file"

@@ -1,0 +1,206 @@
+"""Whole pickled models: their weights are taken out, and nothing of theirs is run."""
+
+import importlib
+import pickle
+import random
+import sys
+import zipfile
+
+import pytest
+import torch
+from program import REPOSITORY, TRAIN
+from torch import nn
+
+from reid.config import load_config
+from reid.conversion import convert, weights_in
+from reid.errors import WorldError
+from reid.model import build_model
+from reid.weights import read_file, state_dict_of
+
+CONVERT = REPOSITORY / "launch" / "convert.py"
+FORMATS = {"since PyTorch 1.6": True, "before PyTorch 1.6": False}
+
+# As reid-strong-baseline has it: classes in a package of its own, which is not there any more when the file is read.
+PACKAGE = """
+import torch
+from torch import nn
+
+print("imported")
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.absent = None
+        self.register_parameter("nothing", None)
+        self.register_buffer("scratch", torch.ones(3), persistent=False)
+
+class Baseline(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Sequential(Block(), nn.ReLU(), Block())
+        self.gap = nn.AdaptiveAvgPool2d(1)
+        self.bottleneck = nn.BatchNorm1d(4)
+        self.bottleneck.bias.requires_grad_(False)
+        self.classifier = nn.Linear(4, 7, bias=False)
+        self.neck, self.history = "bnneck", {1: {2, 3}, "loss": torch.zeros(2)}
+"""
+
+
+@pytest.fixture
+def baseline(tmp_path, monkeypatch):
+    """A live model of a package that can be imported until this function is asked to forget it."""
+    (tmp_path / "package" / "modeling").mkdir(parents=True)
+    (tmp_path / "package" / "modeling" / "__init__.py").touch()
+    (tmp_path / "package" / "modeling" / "baseline.py").write_text(PACKAGE)
+    monkeypatch.syspath_prepend(str(tmp_path / "package"))
+    model = importlib.import_module("modeling.baseline").Baseline()
+    for value in model.state_dict().values():
+        if value.dtype.is_floating_point:
+            nn.init.normal_(value)
+    yield model
+    forget()
+
+
+def forget():
+    sys.path[:] = [path for path in sys.path if not path.endswith("/package")]
+    for name in [name for name in sys.modules if name.startswith("modeling")]:
+        del sys.modules[name]
+
+
+def saved(file, content, *, in_zip):
+    torch.save(content, file, _use_new_zipfile_serialization=in_zip)
+    return file
+
+
+@pytest.mark.parametrize("in_zip", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("wrapped", ["alone", "by DataParallel", "in a dict"])
+def test_the_weights_are_those_that_the_model_itself_would_give(tmp_path, capfd, baseline, in_zip, wrapped):
+    expected = {name: value.clone() for name, value in baseline.state_dict().items()}
+    content = {"alone": baseline, "by DataParallel": nn.DataParallel(baseline), "in a dict": {"model": baseline}}[
+        wrapped
+    ]
+    file = saved(tmp_path / "resnet50_model_2.pth", content, in_zip=in_zip)
+    forget()
+    capfd.readouterr()
+    convert(file, tmp_path / "out" / "resnet50_model_2.pth")
+    assert "modeling" not in sys.modules
+    assert "imported" not in capfd.readouterr().out
+    state = state_dict_of(read_file(tmp_path / "out" / "resnet50_model_2.pth", "TEST.WEIGHT"))
+    assert list(state) == list(expected)
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+
+
+class Malicious:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def malicious():
+    return {
+        "exec": Malicious(exec, "open('executed', 'w').close()"),
+        "eval of an import": Malicious(eval, "__import__('pathlib').Path('executed').touch()"),
+        "an import": Malicious(importlib.import_module, "antigravity"),
+        "a method": Malicious(getattr, "text", "join"),
+        "torch's own loader": Malicious(torch.load, "other.pth"),
+    }
+
+
+@pytest.mark.parametrize("in_zip", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("kind", malicious())
+def test_a_file_that_would_run_code_runs_none_and_gives_its_weights(tmp_path, monkeypatch, baseline, in_zip, kind):
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path / "other.pth", Malicious(exec, "open('executed', 'w').close()"), in_zip=in_zip)
+    expected = {name: value.clone() for name, value in baseline.state_dict().items()}
+    baseline.trap = malicious()[kind]
+    baseline.base[0].__dict__["trap"] = [malicious()[kind]]
+    file = saved(tmp_path / "w.pth", baseline, in_zip=in_zip)
+    forget()
+    what, state = weights_in(file)
+    assert what == "modeling.baseline.Baseline"
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+    assert not (tmp_path / "executed").exists()
+    assert "antigravity" not in sys.modules
+
+
+@pytest.mark.parametrize("kind", malicious())
+def test_where_a_file_is_nothing_but_such_a_call_there_is_no_model(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w.pth").write_bytes(pickle.dumps(malicious()[kind]))
+    with pytest.raises(WorldError, match=r"^IN=.*w\.pth (cannot be read|must hold a model)"):
+        weights_in(tmp_path / "w.pth")
+    saved(tmp_path / "z.pth", malicious()[kind], in_zip=True)
+    with pytest.raises(WorldError, match=r"^IN=.*z\.pth must hold a model, got"):
+        weights_in(tmp_path / "z.pth")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("in_zip", FORMATS.values(), ids=FORMATS)
+def test_an_optimiser_is_refused_as_one(tmp_path, in_zip):
+    optimizer = torch.optim.Adam(nn.Linear(2, 2).parameters())
+    for content in (optimizer, optimizer.state_dict()):
+        file = saved(tmp_path / "resnet50_optimizer_2.pth", content, in_zip=in_zip)
+        with pytest.raises(WorldError, match=r"it holds an optimiser, .*; give the file with the model, NAME"):
+            weights_in(file)
+
+
+def test_a_plain_state_dict_comes_out_as_it_is(tmp_path):
+    state = nn.Linear(2, 2).state_dict()
+    what, found = weights_in(saved(tmp_path / "w.pth", {"state_dict": state, "best": 0.5}, in_zip=True))
+    assert what == "state dict"
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("content", [torch.zeros(2), [1, 2], {"a": 1}, {}, random.Random(0), None])
+def test_what_is_no_model_is_refused(tmp_path, content):
+    with pytest.raises(WorldError, match=r"^IN=.*w\.pth must hold a model, got"):
+        weights_in(saved(tmp_path / "w.pth", content, in_zip=True))
+
+
+def test_archives_that_another_reader_would_take_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "scripted.pt", "w") as archive:
+        archive.writestr("scripted/constants.pkl", b"")
+    with pytest.raises(WorldError, match="it is TorchScript"):
+        weights_in(tmp_path / "scripted.pt")
+
+
+@pytest.mark.parametrize("in_zip", FORMATS.values(), ids=FORMATS)
+def test_a_damaged_file_gives_one_sentence(tmp_path, baseline, in_zip):
+    content = saved(tmp_path / "w.pth", baseline, in_zip=in_zip).read_bytes()
+    forget()
+    draw = random.Random(0)
+    for _ in range(30):
+        (tmp_path / "w.pth").write_bytes(content[: draw.randrange(len(content))])
+        with pytest.raises(WorldError, match=r"^IN=.*w\.pth [^\n]*$"):
+            weights_in(tmp_path / "w.pth")
+
+
+def test_a_file_is_never_overwritten(tmp_path, baseline):
+    file = saved(tmp_path / "w.pth", baseline, in_zip=True)
+    with pytest.raises(WorldError, match=r"^OUT must be a new file, but there is one at .*w\.pth"):
+        convert(file, file)
+    with pytest.raises(WorldError, match=r"^IN must be a file .* none at .*gone\.pth"):
+        convert(tmp_path / "gone.pth", tmp_path / "new.pth")
+
+
+def test_the_user_is_led_to_the_command_and_the_command_does_what_it_says(place):
+    model = build_model(load_config(str(place.folder / "tiny.yml"), []), 8)
+    torch.save(model, place.folder / "resnet18_model_120.pth", _use_new_zipfile_serialization=False)
+    said = place.refusal("evaluate", "OUTPUT_DIR", "old", "TEST.WEIGHT", "resnet18_model_120.pth", code=1)
+    assert "python launch/convert.py resnet18_model_120.pth OUT.pth" in said
+    done = place.command(sys.executable, CONVERT, "resnet18_model_120.pth", "plain.pth")
+    assert (done.code, done.err) == (0, "")
+    assert done.out == (
+        "plain.pth: 126 entries of a reid.model.ReIDModel (MODEL.NAME resnet18, 8 identities), a state dict that "
+        "MODEL.PRETRAIN_PATH and TEST.WEIGHT take\n"
+    )
+    (evaluated,) = place.run("evaluate", "OUTPUT_DIR", "old", "TEST.WEIGHT", "plain.pth")
+    assert evaluated.code == 0, evaluated
+    refused = place.command(sys.executable, CONVERT, TRAIN, "other.pth")
+    assert refused.code == 1
+    assert refused.err.startswith(f"error: IN={TRAIN} cannot be read as a file of torch.save's")
+    assert refused.err.count("\n") == 1
