@@ -11,12 +11,12 @@ from reid.metrics import (
     QUERY_BLOCK,
     Distances,
     Labels,
-    QueryScores,
     embedding_distances,
     prepare_embeddings,
     retrieval_scores,
     scores_from_distmat,
 )
+from reid.ranking import QueryScores
 
 
 def labels(rng, num, num_pids, num_cameras):
@@ -103,7 +103,7 @@ def scores_of(precisions) -> QueryScores:
     """NaN: a query without a match."""
     precision = torch.tensor(precisions, dtype=torch.float64)
     first = torch.where(precision.isnan(), -1, 4)
-    return QueryScores(precision, precision / 2, first)
+    return QueryScores(precision, precision / 2, first, (first >= 0).long(), torch.zeros((len(first), 0)))
 
 
 def test_the_worst_queries_have_a_match_and_the_lowest_ap():
