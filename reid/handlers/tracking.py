@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +74,56 @@ class Tracker:
         """Attach it behind the checkpoints, which know the best validation."""
         trainer.add_event_handler(Records.TRAIN, self._log_train)
         trainer.add_event_handler(Records.VALIDATION, self._log_validation, progress)
+
+    def log_images(
+        self, key: str, files: Sequence[Path], captions: Sequence[str], *, iteration: int, epoch: int
+    ) -> None:
+        """Pictures that lie on the disk, under one key such as "val/galleries"; they may go once this has returned."""
+        place = {"iteration": iteration, "epoch": epoch}
+
+        def log(run: wandb.Run) -> None:
+            import wandb
+
+            pictures = [wandb.Image(str(file), caption=words) for file, words in zip(files, captions, strict=True)]
+            run.log({key: pictures, **place})
+
+        self._attempt(log)
+
+    def log_table(
+        self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, iteration: int, epoch: int
+    ) -> None:
+        """A table of plain values; W&B keeps one more version of it for each call."""
+        place = {"iteration": iteration, "epoch": epoch}
+
+        def log(run: wandb.Run) -> None:
+            import wandb
+
+            run.log({key: wandb.Table(columns=list(columns), data=[list(row) for row in rows]), **place})
+
+        self._attempt(log)
+
+    def log_curve(
+        self,
+        key: str,
+        xs: Sequence[float],
+        ys: Sequence[float],
+        title: str,
+        x_name: str,
+        y_name: str,
+        *,
+        iteration: int,
+        epoch: int,
+    ) -> None:
+        """One line over an axis of its own, as a CMC curve; kept as a table."""
+        place = {"iteration": iteration, "epoch": epoch}
+
+        def log(run: wandb.Run) -> None:
+            import wandb
+
+            points = wandb.Table(columns=[x_name, y_name], data=[[x, y] for x, y in zip(xs, ys, strict=True)])
+            run.log({key: wandb.plot.line(points, x_name, y_name, title=title), **place})
+
+        self._attempt(log)
 
     def _finish(self, *, exit_code: int) -> None:
         if self._run is None:
