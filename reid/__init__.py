@@ -27,9 +27,12 @@ assembly builds, gathers and wires.
     handlers/checkpoint.py      last_*.pt and best_*.pt; resume
     handlers/interruption.py    saving by the clock and because of a signal, at an agreed step
     handlers/watchdog.py        the end of a run in which a rank hangs
-    handlers/tracking.py        Weights & Biases
     handlers/tensorboard.py     TensorBoard
     handlers/pictures.py        the first batch, ranked queries and CMC curves as PNG files
+    handlers/tracking.py        what Weights & Biases is told
+    handlers/artifacts.py       data sets and checkpoints at W&B
+    handlers/wandb_session.py   where that goes, and what happens where W&B fails
+    handlers/wandb_pieces.py    what lies on the disk, and what of it W&B has
     run_directory.py            the files of a run
     checkpoint_files.py         files that are whole or absent, written in the background
 

@@ -43,6 +43,7 @@ _MEAN = sequence(real(), "three numbers (red, green, blue)", length=3)
 _STD = sequence(real(above=0), "three numbers > 0 (red, green, blue)", length=3)
 _EPOCHS = increasing(sequence(integer(0), "increasing whole numbers >= 0"))
 _RATES = sequence(real(above=0, below=1), "numbers between 0 and 1, as [0.0001,0.001,0.01]")
+_NO_NAME = "/\\#?%:"  # which W&B takes in no name
 _TAGS = as_list(sequence(text(shortest=1, longest=64), "a list of texts of 1 to 64 characters"))
 
 _RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -179,7 +180,7 @@ SETTINGS: dict[str, tuple[Any, Check]] = {
     "LOG.TENSORBOARD": (False, flag),
     # ---- WANDB ----
     "WANDB.ENABLE": (True, flag),  # record the run with Weights & Biases
-    "WANDB.PROJECT": ("reid-strong-baseline", text(longest=128, without="/\\#?%:")),  # the W&B project
+    "WANDB.PROJECT": ("reid-strong-baseline", text(longest=128, without=_NO_NAME)),  # the W&B project
     "WANDB.ENTITY": ("", text()),  # the W&B user or team; empty: the key's own
     "WANDB.NAME": ("", text()),  # the run's name; empty: W&B invents one
     "WANDB.TAGS": ([], _TAGS),  # the run's tags
@@ -188,13 +189,23 @@ SETTINGS: dict[str, tuple[Any, Check]] = {
     # empty: the environment decides, offline where there is no key
     "WANDB.MODE": ("", one_of("", "online", "offline", "disabled")),
     "WANDB.GROUP": ("", text()),  # runs that W&B shows together
-    "WANDB.JOB_TYPE": ("train", text()),  # the kind of run within its group
+    "WANDB.JOB_TYPE": ("train", text()),  # the kind of run within its group; train: eval where one evaluates
     "WANDB.NOTES": ("", text()),  # free text
     # draw pictures (a training batch, ranked queries, CMC curves) into OUTPUT_DIR/pictures, for W&B where it is enabled
     "WANDB.LOG_IMAGES": (True, flag),
     "WANDB.NUM_QUERIES": (8, integer(0)),  # random queries, and as many of the worst, to draw of each test set
+    # the W&B run to go on with; empty: the one that OUTPUT_DIR has begun, or a new one
+    "WANDB.RUN_ID": ("", text(longest=64, without=_NO_NAME)),
+    # allow: go on with the run where there is one; must: refuse to begin another; never: every start is a new run
+    "WANDB.RESUME": ("allow", one_of("allow", "must", "never")),
+    # checkpoints to keep at W&B as artifacts: every new best one (weights), and the last one of a process (all there is
+    # to go on from, three times as large)
+    "WANDB.LOG_CHECKPOINTS": ("best", one_of("none", "best", "last", "best+last")),
     "WANDB.INIT_TIMEOUT": (20.0, real(minimum=0.1, maximum=3600)),  # seconds to wait for W&B's answer at the start
     "WANDB.FINISH_TIMEOUT": (60.0, real(minimum=0.1, maximum=3600)),  # seconds to wait for the last upload
+    # Where W&B cannot be reached: offline records on the disk; disable does without; raise ends the run, at once where
+    # it is about to begin, in the end (when all else is saved) where something could not be recorded or sent.
+    "WANDB.ON_FAILURE": ("offline", one_of("offline", "disable", "raise")),
 }
 _SECTIONS = {key[:dot] for key in SETTINGS for dot, letter in enumerate(key) if letter == "."}
 

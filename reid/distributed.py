@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from reid.errors import USER_ERRORS, WorldError, shared
 from reid.preemption import Preempted
-from reid.world import World
+from reid.world import HIDDEN, World
 from reid.wrapping import build_accelerator
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _on_gpu(world: World, device: str) -> bool:
 def _hide_slurm() -> None:
     """Where torchrun made the ranks, Ignite would still read Slurm's, and overwrite LOCAL_RANK with them."""
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
-        os.environ["REID_" + name] = os.environ.pop(name)
+        os.environ[HIDDEN + name] = os.environ.pop(name)
 
 
 def _check_same_world(library: str, num_ranks: int, own_rank: int, world: World) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +15,13 @@ from reid import backbones, distributed, weights
 from reid.checkpoint_files import checkpoints_in
 from reid.config import by_full_key
 from reid.criterion import Criterion
+from reid.data.benchmarks import Benchmark
 from reid.data.loaders import TrainData, build_stores, build_train_data
 from reid.data.sets import DataSets, open_data_sets
 from reid.engine import Preparation, build_trainer
 from reid.errors import SettingsError, shared
 from reid.evaluation import Evaluators, Scores, report_queries
-from reid.handlers import console, guards, interruption, schedule
+from reid.handlers import artifacts, console, guards, interruption, schedule
 from reid.handlers.checkpoint import Checkpoints
 from reid.handlers.meters import TrainMeter
 from reid.handlers.pictures import Pictures
@@ -30,8 +33,9 @@ from reid.layouts import epoch_in_name
 from reid.model import ReIDModel, build_model
 from reid.optim import build_optimizer
 from reid.preemption import Preempted, Signals
-from reid.run_directory import RunDirectory, commit, source_fingerprint
+from reid.run_directory import RunDirectory, commit, environment_facts, source_fingerprint
 from reid.sync_batchnorm import synchronise_batchnorm
+from reid.world import slurm_job
 from reid.wrapping import settle_gradient_buckets, wrap
 
 if TYPE_CHECKING:
@@ -80,10 +84,18 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     )
     evaluations = schedule.Evaluations(evaluator.run, progress, cfg.SOLVER)
     meter = TrainMeter(log_period=cfg.SOLVER.LOG_PERIOD, batch_size=cfg.SOLVER.IMS_PER_BATCH, optimizer=optimizer)
+    tracker = _build_tracker(cfg, folder, data.train, dataset)
     checkpoints = Checkpoints(
-        folder.checkpoints, model, optimizer, progress, cfg, dataset, meter=meter, scaler=accelerator.scaler
+        folder.checkpoints,
+        model,
+        optimizer,
+        progress,
+        cfg,
+        dataset,
+        meter=meter,
+        scaler=accelerator.scaler,
+        on_saved=tracker.keep_checkpoint,
     )
-    tracker = Tracker(cfg, folder.path, {"world_size": distributed.num_ranks(), "dataset": dataset})
 
     # Each line is one effect. Where two share an event, the upper one acts first: evaluate, keep the best, write it
     # down, save.
@@ -109,7 +121,7 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
         return
     folder.describe(cfg, accelerator.device)
     _announce(cfg, accelerator, model, train_data)
-    with tracker.running(progress), tensorboard.running(trainer), watchdog.watching(), signals.deferred():
+    with tracker.training(progress), tensorboard.running(trainer), watchdog.watching(), signals.deferred():
         _run(trainer, train_data, num_steps, evaluations, checkpoints, folder)
     _report_end(folder, progress, evaluator, evaluations.scores)
 
@@ -126,6 +138,11 @@ def _find_place(trainer: Engine, checkpoints: Checkpoints, cfg: CfgNode, epoch_l
         )
         max_epochs = max(cfg.SOLVER.MAX_EPOCHS, epoch)  # Ignite wants no less
         trainer.load_state_dict({"epoch": epoch, "epoch_length": epoch_length, "max_epochs": max_epochs})
+
+
+def _build_tracker(cfg: CfgNode, folder: RunDirectory, used: Sequence[Benchmark], fingerprint: str) -> Tracker:
+    facts = environment_facts() | {"slurm": slurm_job(os.environ), "dataset": fingerprint}
+    return Tracker(cfg, folder.path, facts, [benchmark.name for benchmark in used])
 
 
 def _run(
@@ -185,7 +202,7 @@ def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
         remedy = f"the best of this run is {found[-1]}" if found else "add TEST.WEIGHT FILE to the command"
         raise shared(SettingsError(f"TEST.WEIGHT must name the checkpoint to evaluate, got ''; {remedy}"))
     source = f"TEST.WEIGHT={cfg.TEST.WEIGHT}"
-    content = distributed.together(lambda: weights.read_file(Path(cfg.TEST.WEIGHT), "TEST.WEIGHT"))
+    file, content = _read_weight(cfg)
     distributed.together(lambda: weights.check_settings(content, cfg, source))
     distributed.agree({"the contents of TEST.WEIGHT": weights.checksum(content)})
     folder = RunDirectory(Path(cfg.OUTPUT_DIR))
@@ -195,11 +212,15 @@ def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     place(model, cfg, accelerator)
     watchdog, pictures = Watchdog(cfg.SOLVER.TIMEOUT_MINUTES), Pictures(cfg, folder.pictures, data)
     evaluator = Evaluators(data, model, accelerator, cfg, on_scored=pictures.compare, beat=watchdog.beat)
-    with watchdog.watching():
-        scores = evaluator.run()
-    summary = summary_of_all(scores)
+    tracker = _build_tracker(cfg, folder, data.test, data.fingerprint_of_tests())
     epoch = content.get("epoch") if isinstance(content.get("epoch"), int) else None  # others may have anything there
-    pictures.draw(Path(cfg.TEST.WEIGHT).name, None, epoch)
+    with tracker.evaluation(), watchdog.watching():
+        fetched_from = cfg.TEST.WEIGHT.removeprefix("wandb:") if _is_at_wandb(cfg) else ""
+        tracker.use_checkpoint(file, fetched_from or artifacts.reference_of(content))
+        scores = evaluator.run()
+        summary = summary_of_all(scores)
+        pictures.draw(Path(cfg.TEST.WEIGHT).name, None, epoch)
+        tracker.log_test(summary, epoch)
     result: dict[str, Any] = {"epoch": epoch, **summary, "weight": cfg.TEST.WEIGHT}
     if distributed.is_main():
         folder.write_result(result)
@@ -207,6 +228,23 @@ def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
         logger.info("%s: %s", cfg.TEST.WEIGHT, line)
     report_queries(folder, evaluator.data, scores)
     console.report_test_sets(summary)
+
+
+def _is_at_wandb(cfg: CfgNode) -> bool:
+    return bool(cfg.TEST.WEIGHT.startswith("wandb:"))
+
+
+def _read_weight(cfg: CfgNode) -> tuple[Path, dict[str, Any]]:
+    """The file of TEST.WEIGHT and what is in it; one at W&B is fetched by rank 0 for all, who may not see its disk."""
+    if not _is_at_wandb(cfg):
+        file = Path(cfg.TEST.WEIGHT)
+        return file, distributed.together(lambda: weights.read_file(file, "TEST.WEIGHT"))
+    return distributed.on_main(
+        lambda: (
+            file := artifacts.fetch("TEST.WEIGHT", cfg.TEST.WEIGHT, Path(cfg.OUTPUT_DIR)),
+            weights.read_file(file, "TEST.WEIGHT"),
+        )
+    )
 
 
 def _new_model(cfg: CfgNode, accelerator: Accelerator, num_pids: int, folder: RunDirectory) -> ReIDModel:

@@ -95,12 +95,7 @@ class RunDirectory:
         own = {"rank": distributed.rank(), "host": platform.node(), "device": _device_name(device)}
         ranks = distributed.gather_objects(own)
         if distributed.is_main():
-            environment = {
-                "commit": commit(),
-                "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
-                "world_size": distributed.num_ranks(),
-                "ranks": ranks,
-            }
+            environment = environment_facts() | {"ranks": ranks}
             write_atomically(self.path / "config.yaml", dump(cfg))
             write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
 
@@ -254,6 +249,15 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
+
+
+def environment_facts() -> dict[str, Any]:
+    """What a run depends on besides its settings."""
+    return {
+        "commit": commit(),
+        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "world_size": distributed.num_ranks(),
+    }
 
 
 def source_fingerprint() -> str:

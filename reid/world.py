@@ -11,6 +11,8 @@ _TORCHRUN_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PO
 # How other launchers say how many processes they started. SLURM_STEP_NUM_TASKS is 1 in a batch script, more under srun.
 _COUNT_NAMES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 
+HIDDEN = "REID_"  # before the names of variables that are taken away from libraries
+
 
 @dataclass(frozen=True)
 class World:
@@ -52,3 +54,12 @@ def _integer(environment: Mapping[str, str], name: str) -> int:
     if not environment[name].isdecimal():
         raise WorldError(f"the environment variable {name} must be a whole number, got {environment[name]!r}; unset it")
     return int(environment[name])
+
+
+_JOB_NAMES = ("JOB_ID", "JOB_NAME", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "RESTART_COUNT", "JOB_NODELIST")
+
+
+def slurm_job(environment: Mapping[str, str]) -> dict[str, str]:
+    """What Slurm said of the job, to find it again; empty without Slurm."""
+    found = {name: environment.get(f"{HIDDEN}SLURM_{name}", environment.get(f"SLURM_{name}")) for name in _JOB_NAMES}
+    return {name.lower(): value for name, value in found.items() if value}

@@ -21,10 +21,10 @@ OWNERS = {
     "ignite.distributed": {"distributed.py"},
     "accelerate": {"wrapping.py"},
     "ignite.handlers.tensorboard_logger": {"handlers/tensorboard.py"},
-    "wandb": {"handlers/tracking.py"},
     "safetensors": {"safetensors_files.py"},
     "faiss": {"nearest.py"},
     "onnxruntime": {"export.py"},
+    "wandb": {"handlers/tracking.py", "handlers/wandb_session.py", "handlers/artifacts.py"},
     "yacs": {"config.py"},
 }
 # Pure functions on tensors and arrays: they may import each other and nothing else of ours but the errors.

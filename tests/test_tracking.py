@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import wandb_files
 from program import Ended, Ranks
 
 from reid.config import SETTINGS
@@ -147,9 +148,13 @@ def test_training_outlives_wandbs_own_process(place):
     os.kill(wandb_process_of(ranks), signal.SIGKILL)
     (ended,) = ranks.ended()
     assert ended.code == 0, ended
-    assert [line for line in lines(ended) if "gives up" in line] == [
-        "W&B: gives up, and training goes on (ConnectionResetError: Connection lost)"
-    ]
+    (said,) = (line for line in lines(ended) if "died" in line)
+    assert said.startswith("W&B: its own process has died (Connection")
+    assert said.endswith("; goes on offline, and training goes on")
+    pieces = sorted((place.folder / "lost" / "wandb").glob("offline-run-*"), key=lambda piece: piece.name)
+    assert lines(ended)[-1].endswith(" ".join(str(piece.relative_to(place.folder)) for piece in pieces))
+    iterations = [row["iteration"] for piece in pieces for row in wandb_files.rows(piece) if "train/loss" in row]
+    assert iterations == [1, 2, 3, 4, 5, 6]
     assert "epoch 3: mAP" in ended.out
 
 

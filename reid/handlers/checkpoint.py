@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from reid.checkpoint_files import BackgroundWriter, checkpoints_in, host_copy, s
 from reid.config import dump
 from reid.errors import UnsavedError, WorldError
 from reid.handlers.meters import TrainMeter
-from reid.handlers.records import Progress, Records
+from reid.handlers.records import Progress, Records, SavedCheckpoint
 from reid.model import ReIDModel
 from reid.weights import load_state, read_file
 from reid.wrapping import load_optimizer, whole
@@ -71,6 +72,7 @@ class Checkpoints:
         dataset: fingerprint of the benchmark.
         meter: whose open window is saved along; None without one.
         scaler: of the loss under fp16; None otherwise.
+        on_saved: told on rank 0 of each file that is whole on the disk, before the next one is written.
     """
 
     def __init__(
@@ -83,12 +85,14 @@ class Checkpoints:
         dataset: str,
         meter: TrainMeter | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        on_saved: Callable[[SavedCheckpoint], None] = lambda saved: None,
     ) -> None:
         self._folder, self._model, self._optimizer = folder, model, optimizer
         self._progress, self._cfg, self._dataset = progress, cfg, dataset
-        self._meter, self._scaler = meter, scaler
+        self._meter, self._scaler, self._on_saved = meter, scaler, on_saved
         self._writer = BackgroundWriter()
         self._began = time.monotonic()
+        self._being_written: SavedCheckpoint | None = None
         self._lost: dict[str, WorldError] = {}  # last or best -> why its newest file is not on the disk
 
     def attach(self, trainer: Engine) -> None:
@@ -120,7 +124,9 @@ class Checkpoints:
                 "scaler": None if self._scaler is None else self._scaler.state_dict(),
                 "progress": asdict(self._progress),
                 "meter": None if self._meter is None else self._meter.state_dict(),
+                "wandb_run_id": self._progress.wandb_run_id,
             },
+            state.iteration,
             num_kept=_NUM_LAST,
         )
 
@@ -144,27 +150,33 @@ class Checkpoints:
         best = self._progress.best
         if best is not None and self._progress.last_is_best:
             name = f"best_{best['epoch']:04d}_mAP_{best['mAP']:.4f}.pt"
-            self._write(name, {"epoch": best["epoch"], "validation": best}, num_kept=1)
+            content = {"epoch": best["epoch"], "validation": best, "wandb_run_id": self._progress.wandb_run_id}
+            self._write(name, content, best["iteration"], num_kept=1)
 
     def _save_periodically(self, trainer: Engine) -> None:
         epoch = trainer.state.epoch
         if epoch % self._cfg.SOLVER.CHECKPOINT_PERIOD == 0 or epoch == trainer.state.max_epochs:
             self.save(trainer)
 
-    def _write(self, name: str, content: dict[str, Any], *, num_kept: int) -> None:
+    def _write(self, name: str, content: dict[str, Any], iteration: int, *, num_kept: int) -> None:
         weights = whole(self._model.state_dict())
         content |= {"format": _FORMAT, "model": weights, "config": dump(self._cfg), "dataset": self._dataset}
         distributed.together(lambda: _check_finite(weights))  # after its last step, of which no loss tells
         if distributed.is_main():
             self._wait()
             self._began = time.monotonic()
-            copied = host_copy(content)
-            self._writer.start(name.split("_")[0], lambda: _write_and_rotate(self._folder / name, copied, num_kept))
+            copied, kind, file = host_copy(content), name.split("_")[0], self._folder / name
+            facts = {**(self._progress.last or {}), "epoch": content["epoch"], "iteration": iteration}
+            self._being_written = SavedCheckpoint(kind, file, facts)
+            self._writer.start(kind, lambda: _write_and_rotate(file, copied, num_kept))
 
     def _wait(self) -> None:
         """For the write before this one; a failure is told at once and forgotten with the next success."""
         kind, error = self._writer.wait()
         self._lost.pop(kind, None)
+        saved, self._being_written = self._being_written, None
+        if error is None and saved is not None:
+            self._on_saved(saved)
         if error is not None:
             self._lost[kind] = error
             logger.warning("warning: %s; training goes on, and the newest good one is %s", error, self._newest())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ignite.engine import EventEnum
@@ -18,6 +19,21 @@ class Records(EventEnum):
 
     TRAIN = "train_record"  # in trainer.state.metrics
     VALIDATION = "validation_record"  # in Progress.last
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A checkpoint that is whole on the disk.
+
+    Attributes:
+        kind: last or best.
+        file: which holds it, until newer ones take its place.
+        facts: epoch, iteration, and the scores of the latest validation.
+    """
+
+    kind: str
+    file: Path
+    facts: dict[str, Any]
 
 
 @dataclass
@@ -53,10 +69,16 @@ def validation_numbers(progress: Progress) -> dict[str, Any]:
     """The last validation and the best, by the names under `val/` in W&B and TensorBoard."""
     assert progress.last is not None
     assert progress.best is not None
-    numbers = _renamed("", {key: value for key, value in progress.last.items() if key not in _NO_NUMBERS})
-    for name, of_one in progress.last.get("datasets", {}).items():
-        numbers |= _renamed(f"{name}/", of_one)
+    numbers = score_numbers(progress.last)
     return numbers | {"mAP_best": progress.best["mAP"], "best_epoch": progress.best["epoch"]}
+
+
+def score_numbers(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of one evaluation: the first test set's by name, all sets' by NAME/name if there are more."""
+    numbers = _renamed("", {key: value for key, value in scores.items() if key not in _NO_NUMBERS})
+    for name, of_one in scores.get("datasets", {}).items():
+        numbers |= _renamed(f"{name}/", of_one)
+    return numbers
 
 
 def _renamed(prefix: str, scores: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,12 @@
-"""Weights & Biases: every rank calls, rank 0 acts; the only importer of wandb."""
+"""What Weights & Biases is told of a run; every rank calls, rank 0 acts."""
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
-import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +15,15 @@ from ignite.engine import Engine
 from reid import distributed
 from reid.config import as_plain_dict
 from reid.errors import SettingsError
-from reid.handlers.records import Progress, Records, validation_numbers
+from reid.handlers import artifacts
+from reid.handlers.records import Progress, Records, SavedCheckpoint, score_numbers, validation_numbers
+from reid.handlers.wandb_session import Identity, Session
 from reid.preemption import Preempted
 from reid.run_directory import write_atomically
 
 if TYPE_CHECKING:
     import wandb
     from yacs.config import CfgNode
-
-logger = logging.getLogger("reid.tracking")
 
 _RUN_ID_FILE = "wandb_run_id"
 
@@ -38,69 +37,161 @@ class Tracker:
     Args:
         cfg: the whole configuration; WANDB is read, all of it recorded.
         folder: of the run; W&B's files and the run's id go there.
-        facts: recorded beside the settings.
+        facts: recorded beside the settings; with "dataset", the fingerprint, and "world_size".
+        data_sets: the names of the benchmarks that are used.
     """
 
-    def __init__(self, cfg: CfgNode, folder: Path, facts: dict[str, Any]) -> None:
-        self._cfg, self._folder, self._facts = cfg, folder, facts
-        self._run: wandb.Run | None = None
+    def __init__(self, cfg: CfgNode, folder: Path, facts: dict[str, Any], data_sets: Sequence[str]) -> None:
+        self._cfg, self._folder, self._facts, self._data_sets = cfg, folder, facts, data_sets
+        self._session: Session | None = None
+        self._kept: list[Path] = []  # files that W&B is still to read
+        self._last_saved: SavedCheckpoint | None = None
+
+    # ---- a run, from its begin to its end ----
 
     @contextmanager
-    def running(self, progress: Progress) -> Iterator[None]:
+    def training(self, progress: Progress) -> Iterator[None]:
         """A run around training: begun, or the one that the folder or the checkpoint names; ended however that ends."""
-        distributed.together(lambda: self._start(progress))
+        with self._session_of(lambda: self._begin_training(progress)):
+            yield
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """A run of its own around an evaluation."""
+        with self._session_of(self._begin_evaluation):
+            yield
+
+    @contextmanager
+    def _session_of(self, begin: Callable[[], None]) -> Iterator[None]:
+        distributed.together(lambda: begin() if distributed.is_main() and self._cfg.WANDB.ENABLE else None)
         try:
             yield
-        except Preempted:
-            self._attempt(lambda run: run.mark_preempting())
-            self._finish(exit_code=1)
+        except BaseException as error:
+            self._end(exit_code=1, is_preempted=isinstance(error, Preempted))
             raise
-        except BaseException:
-            self._finish(exit_code=1)
-            raise
-        self._finish(exit_code=0)
+        self._end(exit_code=0)
+        if self._cfg.WANDB.ON_FAILURE == "raise":
+            distributed.together(lambda: self._session.raise_complaints() if self._session else None)
 
-    def _start(self, progress: Progress) -> None:
-        if not distributed.is_main() or not self._cfg.WANDB.ENABLE:
-            return
+    def _begin_training(self, progress: Progress) -> None:
         file = self._folder / _RUN_ID_FILE
-        known = file.read_text().strip() if file.exists() else ""
-        known = known or progress.wandb_run_id
-        progress.wandb_run_id = known or secrets.token_hex(4)
-        write_atomically(file, progress.wandb_run_id + "\n")
-        self._run = self._begin(progress.wandb_run_id, is_known=bool(known))
+        begun_here = file.read_text().strip() if file.exists() else progress.wandb_run_id
+        identity = choose_run(self._cfg.WANDB, begun_here, os.environ)
+        progress.wandb_run_id = identity.run_id
+        write_atomically(file, identity.run_id + "\n")
+        self._begin(identity, "-".join(self._data_sets))
+
+    def _begin_evaluation(self) -> None:
+        kind = self._cfg.WANDB.JOB_TYPE
+        identity = Identity(_new_id(), is_known=False, resume="allow", job_type="eval" if kind == "train" else kind)
+        self._begin(identity, "-".join([*self._data_sets, "test"]))
+
+    def _begin(self, identity: Identity, data_set: str) -> None:
+        self._session = Session(self._cfg, self._folder, as_plain_dict(self._cfg) | self._facts, identity)
+        fingerprint, seconds = self._facts["dataset"], self._cfg.WANDB.INIT_TIMEOUT
+        self._session.later(
+            "the data set", lambda run: artifacts.use_data_set(run, data_set, fingerprint, seconds=seconds)
+        )
+
+    def _end(self, *, exit_code: int, is_preempted: bool = False) -> None:
+        if self._session is None:
+            return
+        if self._last_saved is not None:
+            self._log_checkpoint(self._last_saved)
+        if self._session.finish(exit_code=exit_code, is_preempted=is_preempted):
+            for file in self._kept:
+                file.unlink(missing_ok=True)
+
+    # ---- what is told ----
 
     def attach(self, trainer: Engine, progress: Progress) -> None:
         """Attach it behind the checkpoints, which know the best validation."""
         trainer.add_event_handler(Records.TRAIN, self._log_train)
         trainer.add_event_handler(Records.VALIDATION, self._log_validation, progress)
 
+    def _log_train(self, trainer: Engine) -> None:
+        self._log_row("train", trainer.state.metrics, trainer.state.iteration, trainer.state.epoch)
+
+    def _log_validation(self, trainer: Engine, progress: Progress) -> None:
+        self._log_row("val", validation_numbers(progress), trainer.state.iteration, trainer.state.epoch)
+
+    def log_test(self, scores: dict[str, Any], epoch: int | None) -> None:
+        """The scores of an evaluation by itself, see `records.summary_of_all`."""
+        self._log_row("test", score_numbers(scores), None, epoch)
+
+    def use_checkpoint(self, file: Path, reference: str) -> None:
+        """The checkpoint that an evaluation is of.
+
+        Args:
+            file: which holds it.
+            reference: where W&B has it, see `artifacts.reference_of`; empty: nowhere.
+        """
+        if self._session is not None and reference:
+            what = f"the use of {reference}"
+            self._session.later(what, lambda run: artifacts.use_checkpoint(run, reference, artifacts.sha256(file)))
+
+    def keep_checkpoint(self, saved: SavedCheckpoint) -> None:
+        """A checkpoint that is whole on the disk: the best at once, the last one of all in the end; for rank 0."""
+        wanted = self._cfg.WANDB.LOG_CHECKPOINTS.split("+")
+        if saved.kind == "best" and "best" in wanted:
+            self._log_checkpoint(saved)
+        if saved.kind == "last" and "last" in wanted:
+            self._last_saved = saved
+
+    def _log_checkpoint(self, saved: SavedCheckpoint) -> None:
+        session = self._session
+        if session is None or not session.is_recording:
+            return
+        name = artifacts.name_of(self._cfg, session.run_id, saved.kind)
+
+        def keep(run: wandb.Run) -> None:
+            file = artifacts.keep(saved.file, self._folder / artifacts.FOLDER)
+            self._kept.append(file)
+            kept = replace(saved, file=file)
+            facts = {"world_size": self._facts["world_size"], "dataset": self._facts["dataset"]}
+            session.later(f"{saved.file.name}", lambda run: artifacts.log_checkpoint(run, name, kept, facts))
+
+        session.do(saved.file.name, keep)
+
+    def _log_row(self, section: str, numbers: dict[str, Any], iteration: int | None, epoch: int | None) -> None:
+        row = {f"{section}/{name}": value for name, value in numbers.items()} | _place(iteration, epoch)
+        if self._session is not None:
+            self._session.do("a row of numbers", lambda run: run.log(row))
+
     def log_images(
-        self, key: str, files: Sequence[Path], captions: Sequence[str], *, iteration: int, epoch: int
+        self, key: str, files: Sequence[Path], captions: Sequence[str], *, iteration: int | None, epoch: int | None
     ) -> None:
         """Pictures that lie on the disk, under one key such as "val/galleries"; they may go once this has returned."""
-        place = {"iteration": iteration, "epoch": epoch}
 
         def log(run: wandb.Run) -> None:
             import wandb
 
             pictures = [wandb.Image(str(file), caption=words) for file, words in zip(files, captions, strict=True)]
-            run.log({key: pictures, **place})
+            run.log({key: pictures, **_place(iteration, epoch)})
 
-        self._attempt(log)
+        if self._session is not None:
+            self._session.do(key, log)
 
     def log_table(
-        self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, iteration: int, epoch: int
+        self,
+        key: str,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[Any]],
+        *,
+        iteration: int | None,
+        epoch: int | None,
     ) -> None:
         """A table of plain values; W&B keeps one more version of it for each call."""
-        place = {"iteration": iteration, "epoch": epoch}
+        names: list[str | int] = list(columns)
+        values = [list(row) for row in rows]
 
         def log(run: wandb.Run) -> None:
             import wandb
 
-            run.log({key: wandb.Table(columns=list(columns), data=[list(row) for row in rows]), **place})
+            run.log({key: wandb.Table(columns=names, data=values), **_place(iteration, epoch)})
 
-        self._attempt(log)
+        if self._session is not None:
+            self._session.later(key, log)
 
     def log_curve(
         self,
@@ -111,136 +202,52 @@ class Tracker:
         x_name: str,
         y_name: str,
         *,
-        iteration: int,
-        epoch: int,
+        iteration: int | None,
+        epoch: int | None,
     ) -> None:
         """One line over an axis of its own, as a CMC curve; kept as a table."""
-        place = {"iteration": iteration, "epoch": epoch}
+        values = [[x, y] for x, y in zip(xs, ys, strict=True)]
 
         def log(run: wandb.Run) -> None:
             import wandb
 
-            points = wandb.Table(columns=[x_name, y_name], data=[[x, y] for x, y in zip(xs, ys, strict=True)])
-            run.log({key: wandb.plot.line(points, x_name, y_name, title=title), **place})
+            points = wandb.Table(columns=[x_name, y_name], data=values)
+            run.log({key: wandb.plot.line(points, x_name, y_name, title=title), **_place(iteration, epoch)})
 
-        self._attempt(log)
+        if self._session is not None:
+            self._session.later(key, log)
 
-    def _finish(self, *, exit_code: int) -> None:
-        if self._run is None:
-            return
-        offline_folder = Path(self._run.dir).parent if self._run.settings._offline else None
-        self._attempt(lambda run: run.finish(exit_code=exit_code))
-        if offline_folder is not None:
-            logger.info("W&B: recorded offline; send it with: wandb sync %s", shlex.quote(str(offline_folder)))
-        self._run = None
 
-    def _attempt(self, action: Callable[[wandb.Run], object]) -> None:
-        """Does it with the run, if there is one; gives the run up where W&B's own process has died."""
-        import wandb
+def _place(iteration: int | None, epoch: int | None) -> dict[str, int]:
+    """What a row stands at, as far as it is known."""
+    return {name: value for name, value in (("iteration", iteration), ("epoch", epoch)) if value is not None}
 
-        if self._run is None:
-            return
-        try:
-            action(self._run)
-        except (wandb.errors.Error, OSError) as error:
-            self._run = None
-            logger.warning("W&B: gives up, and training goes on (%s: %s)", type(error).__name__, _first_line(error))
 
-    def _begin(self, run_id: str, *, is_known: bool) -> wandb.Run:
-        import wandb
-        from wandb.integration import tensorboard
+def choose_run(settings: CfgNode, begun_here: str, environment: Mapping[str, str]) -> Identity:
+    """Which W&B run training records to.
 
-        if "HOME" not in os.environ:  # as in some job scripts; W&B's own process would fill the console with complaints
-            os.environ.setdefault("WANDB_CACHE_DIR", str((self._folder / "wandb" / "cache").absolute()))
-        try:
-            wandb.setup(wandb.Settings(silent=True))
-        except ValueError as error:
-            reason = " ".join(str(error).split())
-            raise SettingsError(
-                f"W&B refuses its settings in the environment or in its settings files: {reason}; correct them, or use "
-                "WANDB.ENABLE no"
-            ) from error
-        if self._cfg.WANDB.SYNC_TENSORBOARD:
-            # Not by init(sync_tensorboard=True): without a root those rows would have the names of ours, and with them
-            # the iteration at which they happen to be read.
-            tensorboard.patch(root_logdir=str(self._folder.absolute()))
-        mode, reason = self._mode()
-        if mode == "online":
-            try:
-                run = self._init(run_id, "online")
-            except wandb.errors.Error as error:
-                # Without it the id counts as in use by this process.
-                wandb.teardown()
-                mode, reason = "offline", f"W&B did not answer ({type(error).__name__}: {_first_line(error)})"
-        if mode != "online":
-            run = self._init(run_id, mode)
-        if mode == "disabled":
-            logger.info("W&B: disabled, as %s", reason)
-        else:
-            place = run.url if mode == "online" else f"offline, as {reason}"
-            logger.info("W&B: %s %s (%s)", "continuing run" if is_known else "run", run.name or run.id, place)
-        return run
+    Args:
+        settings: the WANDB section.
+        begun_here: the id that OUTPUT_DIR knows; empty: none.
+        environment: of the process; in a sweep its agent says which run it is, and W&B takes no other.
 
-    def _mode(self) -> tuple[str, str]:
-        """online, offline or disabled, and why not online."""
-        import wandb
-
-        wanted, whose = self._cfg.WANDB.MODE, "WANDB.MODE"
-        if not wanted:
-            wanted, whose = os.environ.get("WANDB_MODE", ""), "the environment's WANDB_MODE"
-        if wanted in ("offline", "disabled", "dryrun"):
-            return "disabled" if wanted == "disabled" else "offline", f"{whose} is {wanted}"
-        try:
-            # Only asks whether there is a key: no prompt, no network, nothing written.
-            has_key = wandb.login(prompt=False, verify=False)
-        except wandb.errors.Error as error:
-            return "offline", f"W&B refuses the key ({_first_line(error)})"
-        return ("online", "") if has_key else ("offline", "no W&B key was found; set WANDB_API_KEY or run: wandb login")
-
-    def _init(self, run_id: str, mode: str) -> wandb.Run:
-        import wandb
-
-        settings = self._cfg.WANDB
-        run = wandb.init(
-            project=settings.PROJECT,
-            entity=settings.ENTITY or None,
-            name=settings.NAME or None,
-            tags=list(settings.TAGS) or None,
-            group=settings.GROUP or None,
-            job_type=settings.JOB_TYPE or None,
-            notes=settings.NOTES or None,
-            config=as_plain_dict(self._cfg) | self._facts,
-            dir=str(self._folder),
-            id=run_id,
-            resume="allow",
-            mode=mode,  # type: ignore[arg-type]
-            save_code=settings.SAVE_CODE,
-            settings=wandb.Settings(
-                silent=True,
-                console="off",  # log.txt has it
-                init_timeout=settings.INIT_TIMEOUT,
-                finish_timeout=settings.FINISH_TIMEOUT,
-                x_transaction_log_flush_interval=1.0,  # seconds of rows that a killed process may lose
-            ),
+    Raises:
+        SettingsError: WANDB.RESUME is must, and there is no run to go on with.
+    """
+    given = settings.RUN_ID or environment.get("WANDB_RUN_ID", "")
+    if "WANDB_SWEEP_ID" in environment and environment.get("WANDB_RUN_ID"):
+        run_id = environment["WANDB_RUN_ID"]
+        return Identity(run_id, is_known=run_id == begun_here, resume="allow", job_type=settings.JOB_TYPE)
+    known = given or ("" if settings.RESUME == "never" else begun_here)
+    if settings.RESUME == "must" and not known:
+        raise SettingsError(
+            "WANDB.RESUME must needs a run to go on with, but OUTPUT_DIR has begun none and WANDB.RUN_ID is ''; set "
+            "WANDB.RUN_ID, or use WANDB.RESUME allow"
         )
-        run.define_metric("iteration")
-        run.define_metric("epoch")
-        run.define_metric("train/*", step_metric="iteration")
-        run.define_metric("val/*", step_metric="epoch")
-        if settings.SYNC_TENSORBOARD:
-            run.define_metric("tensorboard/*", step_metric="global_step")
-        return run
-
-    def _log_train(self, trainer: Engine) -> None:
-        row = {f"train/{name}": value for name, value in trainer.state.metrics.items()}
-        row |= {"iteration": trainer.state.iteration, "epoch": trainer.state.epoch}
-        self._attempt(lambda run: run.log(row))
-
-    def _log_validation(self, trainer: Engine, progress: Progress) -> None:
-        row = {f"val/{name}": value for name, value in validation_numbers(progress).items()}
-        row |= {"iteration": trainer.state.iteration, "epoch": trainer.state.epoch}
-        self._attempt(lambda run: run.log(row))
+    run_id = known or _new_id()
+    is_known = settings.RESUME != "never" and (run_id == begun_here or settings.RESUME == "must")
+    return Identity(run_id, is_known=is_known, resume=settings.RESUME, job_type=settings.JOB_TYPE)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
+def _new_id() -> str:
+    return secrets.token_hex(4)

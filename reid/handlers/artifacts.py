@@ -1,0 +1,167 @@
+"""Data sets and checkpoints as W&B artifacts: made, found again and fetched; for rank 0."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from reid.errors import SettingsError, WorldError
+from reid.handlers.records import SavedCheckpoint
+from reid.handlers.wandb_session import first_line, set_up
+
+if TYPE_CHECKING:
+    import wandb
+
+FOLDER = "wandb_artifacts"  # in the run's: what W&B has still to take, and what was fetched from it
+_TYPES = {"best": "model", "last": "checkpoint"}
+_NO_LETTER = re.compile(r"[^A-Za-z0-9_.-]+")  # in an artifact's name
+
+
+def name_of(config: Mapping[str, Any], run_id: str, kind: str) -> str:
+    """What the checkpoints of a run are called at W&B.
+
+    Args:
+        config: the whole configuration of the run that made them.
+        run_id: of that run, so that the aliases of one run stay its own.
+        kind: best or last; they differ in what they hold.
+    """
+    given = config["WANDB"]["NAME"] or "-".join([*config["DATASETS"]["NAMES"], config["MODEL"]["NAME"]])
+    name = _NO_LETTER.sub("_", f"{given}-{run_id}")[-100:]
+    return name if kind == "best" else f"{name}-{kind}"
+
+
+def keep(file: Path, folder: Path) -> Path:
+    """The file under another name, which rotation does not take away and which costs no space.
+
+    W&B reads it when it sends it, which may be long after the checkpoint has made room for newer ones.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = (folder / file.name).absolute()
+    kept.unlink(missing_ok=True)
+    try:
+        os.link(file, kept)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(file, kept)
+    return kept
+
+
+def log_checkpoint(run: wandb.Run, name: str, saved: SavedCheckpoint, facts: Mapping[str, Any]) -> None:
+    """The checkpoint as the newest version of its artifact; the file must stay until it is sent.
+
+    Args:
+        run: which has made it.
+        name: of the artifact.
+        saved: the kept file.
+        facts: of the run.
+    """
+    import wandb
+
+    metadata = {**saved.facts, **facts, "kind": saved.kind, "run_id": run.id, "sha256": sha256(saved.file)}
+    artifact = wandb.Artifact(name, type=_TYPES[saved.kind], metadata=metadata)
+    # Immutable: W&B reads this very file, and makes no copy of it.
+    artifact.add_file(str(saved.file), policy="immutable", skip_cache=True)
+    run.log_artifact(artifact, aliases=["latest", saved.kind, f"epoch-{saved.facts['epoch']}"])
+
+
+def use_data_set(run: wandb.Run, name: str, fingerprint: str, *, seconds: float) -> None:
+    """Says that the run has used a data set; the same images are the same version, whoever says it.
+
+    Offline nothing can be used; there the run's configuration has the fingerprint.
+
+    Args:
+        run: which uses it.
+        name: of the data set.
+        fingerprint: of its images.
+        seconds: to wait for W&B to take it.
+    """
+    import wandb
+
+    if run.offline:
+        return
+    facts = {"name": name, "fingerprint": fingerprint}
+    artifact = wandb.Artifact(_NO_LETTER.sub("_", name), type="dataset", metadata=facts)
+    with artifact.new_file("dataset.json") as stream:
+        stream.write(json.dumps(facts, indent=2) + "\n")
+    run.log_artifact(artifact)
+    run.use_artifact(artifact.wait(timeout=max(1, round(seconds))))
+
+
+def use_checkpoint(run: wandb.Run, reference: str, digest: str) -> None:
+    """Says that the run has used a checkpoint, if W&B has the very one.
+
+    Args:
+        run: which uses it.
+        reference: [ENTITY/]PROJECT/NAME:ALIAS.
+        digest: SHA-256 of its file.
+    """
+    import wandb
+
+    if run.offline or not wandb.Api().artifact_exists(reference):
+        return
+    artifact = wandb.Api().artifact(reference)
+    if artifact.metadata.get("sha256") == digest:
+        run.use_artifact(artifact)
+
+
+def reference_of(content: Mapping[str, Any]) -> str:
+    """Where W&B has one of our checkpoints, if its run has logged it; empty for a file of others.
+
+    Args:
+        content: of the file.
+    """
+    config, epoch, run_id = (content.get(name) for name in ("config", "epoch", "wandb_run_id"))
+    if not (isinstance(config, str) and isinstance(epoch, int) and isinstance(run_id, str) and run_id):
+        return ""
+    settings = yaml.safe_load(config)
+    project, entity = settings["WANDB"]["PROJECT"], settings["WANDB"]["ENTITY"]
+    kind = "last" if "optimizer" in content else "best"
+    return f"{entity + '/' if entity else ''}{project}/{name_of(settings, run_id, kind)}:epoch-{epoch}"
+
+
+def fetch(setting: str, value: str, folder: Path) -> Path:
+    """The file of a checkpoint at W&B.
+
+    Args:
+        setting: the full key that names it.
+        value: wandb:ENTITY/PROJECT/NAME:ALIAS.
+        folder: of the run, to put it into.
+
+    Raises:
+        SettingsError: it is no such name.
+        WorldError: W&B does not give it.
+    """
+    import wandb
+
+    if not re.fullmatch(r"wandb:[^/:]+/[^/:]+/[^/:]+:[^/:]+", value):
+        raise SettingsError(
+            f"{setting} must be a file or wandb:ENTITY/PROJECT/NAME:ALIAS, got {value!r}; use for example "
+            "wandb:me/reid-strong-baseline/market1501-resnet50-1a2b3c4d:best"
+        )
+    set_up(folder)
+    try:
+        artifact = wandb.Api().artifact(value.removeprefix("wandb:"))
+        into = folder / FOLDER / artifact.name.replace(":", "-")
+        artifact.download(root=str(into), skip_cache=True)
+    except Exception as error:  # of wandb's own, pydantic's, and others
+        raise WorldError(
+            f"{setting}={value} cannot be fetched from W&B: {type(error).__name__}: {first_line(error)}; correct the "
+            "name, see that there is a key (wandb login) and a network, or give a file"
+        ) from error
+    files = sorted(into.glob("*.pt"))
+    if len(files) != 1 or sha256(files[0]) != artifact.metadata.get("sha256", sha256(files[0])):
+        raise WorldError(f"{setting}={value} must hold one checkpoint, whole, but it does not; give another one")
+    return Path(files[0])
+
+
+def sha256(file: Path) -> str:
+    """Of the file, as sha256sum prints it."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
