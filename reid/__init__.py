@@ -6,12 +6,14 @@ assembly builds, gathers and wires.
     the spine
     errors.py                   errors written for the user
     world.py                    what the launcher told this process about ranks
+    environment_file.py         variables from .env
     config.py                   the yacs tree: names, defaults, units, checks
     combinations.py             which losses the settings choose, and which settings do not fit
     checks.py                   from a file's or command line's words to plain values
     data_settings.py            the settings that name benchmarks
     commands.py                 what each command takes besides settings
     launcher.py                 from the command line to a running story
+    sweeps.py                   searches for settings, by W&B
     preemption.py               signals that ask a run to stop
     distributed.py              everything that knows there is more than one process
     wrapping.py                 precision and wrapping, by accelerate

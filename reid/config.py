@@ -224,13 +224,16 @@ _NO_EFFECT = {
 log = logging.getLogger("reid.config")
 
 
-def load_config(config_file: str | None, overrides: list[str], *, recorded: Iterable[Given] = ()) -> CfgNode:
+def load_config(
+    config_file: str | None, overrides: list[str], *, recorded: Iterable[Given] = (), subfolder: str = ""
+) -> CfgNode:
     """The frozen settings: defaults, then the file, then the command line (KEY VALUE or KEY=VALUE; the last wins).
 
     Args:
         config_file: YAML.
         overrides: the command line's.
         recorded: what a checkpoint says that it was made with, in the place of a file.
+        subfolder: of OUTPUT_DIR, which becomes OUTPUT_DIR; empty: none.
     """
     values = {key: default for key, (default, _) in SETTINGS.items()}
     places: dict[str, str] = {}  # where each key was given
@@ -244,6 +247,7 @@ def load_config(config_file: str | None, overrides: list[str], *, recorded: Iter
             places[given.key] = given.where
     _settle_backbone(values, places)
     values["OUTPUT_DIR"] = values["OUTPUT_DIR"] or f"runs/{Path(config_file).stem if config_file else 'default'}"
+    values["OUTPUT_DIR"] += f"/{subfolder}" if subfolder else ""
     cfg = _tree(values)
     check_combinations(cfg)
     for key, where in unused.items():

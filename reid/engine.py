@@ -14,6 +14,7 @@ from reid.backbones import normalisation
 from reid.criterion import Criterion, Losses
 from reid.data.augment import augment, normalise
 from reid.model import ReIDModel
+from reid.wrapping import clip_gradients
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -65,7 +66,9 @@ def build_trainer(
     num_parts: int = 1,
     max_grad_norm: float = 0,
 ) -> Engine:
-    """An engine whose output is the step's `Losses.shares`: scalars on the device, as the step never waits for it.
+    """An engine whose output is this rank's shares of the step's losses and of the gradient's 2-norm before clipping.
+
+    They are scalars on the device, as the step never waits for it.
 
     Args:
         model: wrapped by accelerate.
@@ -91,12 +94,13 @@ def build_trainer(
         del engine
         optimizer.zero_grad()
         losses = backward(batch)
-        if max_grad_norm:
-            accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+        norm = clip_gradients(accelerator, model, max_grad_norm)
         optimizer.step()
         if centers is not None:
             criterion.move_centers(losses, centers)
-        return losses.shares
+        # It is the same on all ranks. Where fp16 overflows, the step is left out, and says nothing of the loss.
+        share = norm.nan_to_num(0, 0, 0) / accelerator.num_processes
+        return {**losses.shares, "grad_norm": share}
 
     return Engine(step)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from reid.combinations import check_training
 from reid.commands import COMMANDS, Words, read_words
 from reid.config import load_config
+from reid.environment_file import read_environment_file
 from reid.errors import USER_ERRORS, SettingsError, UnsavedError, WorldError
 from reid.preemption import MARKER, Preempted, Signals, write_marker
 from reid.world import World, read_world
@@ -55,11 +56,12 @@ def main(story: str, description: str) -> int:
 
 def _answer(story: str, description: str, signals: Signals) -> int:
     try:
+        read_environment_file(Path(".env"), os.environ)  # before wandb or torch look
         world = read_world(os.environ)
         if world.rank != 0:
             logging.getLogger("reid").setLevel(logging.ERROR)
         words = read_words(story, description)
-        cfg = load_config(words.config_file, words.overrides)
+        cfg = load_config(words.config_file, words.overrides, subfolder=_trial() if story == "train" else "")
         if story == "train":
             check_training(cfg, world.num_ranks)
         _check_alone(story, world)
@@ -84,6 +86,11 @@ def _check_alone(story: str, world: World) -> None:
         raise SettingsError(
             f"launch/{story}.py must be started as one process, got {world.num_ranks}; start it without torchrun"
         )
+
+
+def _trial() -> str:
+    """The run that an agent of a W&B sweep wants; its trials have the same command, and must not share a folder."""
+    return os.environ.get("WANDB_RUN_ID", "") if os.environ.get("WANDB_SWEEP_ID") else ""
 
 
 def _prepare(story: str, words: Words, cfg: CfgNode) -> tuple[CfgNode, Callable[[CfgNode, World, Signals], None]]:

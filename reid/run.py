@@ -15,9 +15,9 @@ from reid import backbones, distributed, weights
 from reid.checkpoint_files import checkpoints_in
 from reid.config import by_full_key
 from reid.criterion import Criterion
-from reid.data.benchmarks import Benchmark
 from reid.data.loaders import TrainData, build_stores, build_train_data
 from reid.data.sets import DataSets, open_data_sets
+from reid.data.splits import Benchmark
 from reid.engine import Preparation, build_trainer
 from reid.errors import SettingsError, shared
 from reid.evaluation import Evaluators, Scores, report_queries

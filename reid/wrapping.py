@@ -161,3 +161,23 @@ def wrap(
     if compiled:
         wrapped.compile()  # in place: parameter names stay as they are, and evaluation uses the model as it is
     return wrapped, optimizer
+
+
+def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:
+    """Clips the gradients and returns their 2-norm before, all together: a scalar on the device; nothing waits for it.
+
+    The gradients are those of the global batch, so the norm is the same on every rank and for any number of them.
+
+    Args:
+        accelerator: which wrapped the model.
+        model: wrapped, behind its backward pass.
+        max_norm: the largest norm; 0: not clipped.
+    """
+    if max_norm:
+        norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
+    else:
+        accelerator.unscale_gradients()  # of fp16
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+    whole_norm: Tensor = whole(norm.detach())
+    return whole_norm

@@ -278,7 +278,7 @@ def torchvision_is_of_another_torch() -> None:
 def records(folder: Path, kind: str, *, speeds: bool = True) -> list[dict]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     found = [record for record in map(json.loads, lines) if record["kind"] == kind]
-    left_out = () if speeds else ("images_per_second", "data_wait")
+    left_out = () if speeds else ("images_per_second", "data_wait", "gpu_mem_max_mb")
     return [{name: value for name, value in record.items() if name not in left_out} for record in found]
 
 

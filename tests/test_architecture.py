@@ -24,7 +24,7 @@ OWNERS = {
     "safetensors": {"safetensors_files.py"},
     "faiss": {"nearest.py"},
     "onnxruntime": {"export.py"},
-    "wandb": {"handlers/tracking.py", "handlers/wandb_session.py", "handlers/artifacts.py"},
+    "wandb": {"handlers/tracking.py", "handlers/wandb_session.py", "handlers/artifacts.py", "sweeps.py"},
     "yacs": {"config.py"},
 }
 # Pure functions on tensors and arrays: they may import each other and nothing else of ours but the errors.
@@ -61,6 +61,7 @@ MATHEMATICS = {
 # Answer before torch is imported.
 LIGHT = {
     "errors.py",
+    "environment_file.py",
     "world.py",
     "checks.py",
     "config.py",

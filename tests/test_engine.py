@@ -15,7 +15,7 @@ from reid.engine import Preparation, build_embedder, build_trainer
 from reid.errors import SettingsError, WorldError
 from reid.model import ReIDModel
 from reid.optim import build_optimizer
-from reid.wrapping import build_accelerator, wrap
+from reid.wrapping import build_accelerator, clip_gradients, wrap
 
 BASE = ["MODEL.DEVICE=cpu", "SOLVER.IMS_PER_BATCH=16", "INPUT.SIZE_TRAIN=(32,16)", "INPUT.PADDING=2"]
 
@@ -43,7 +43,9 @@ def batches(num_batches: int) -> list[Batch]:
     return [Batch(part, pids, torch.arange(16), drawn) for part in images]
 
 
-def trained(*overrides: str, num_steps: int = 6, model: ReIDModel | None = None) -> tuple[ReIDModel, list[float]]:
+def trained(
+    *overrides: str, num_steps: int = 6, model: ReIDModel | None = None, told: list[float] | None = None
+) -> tuple[ReIDModel, list[float]]:
     """The model after some steps, and the loss of each."""
     cfg = load_config(None, [*BASE, *overrides])
     accelerator = build_accelerator(cfg, on_gpu=False, num_ranks=1)
@@ -59,6 +61,8 @@ def trained(*overrides: str, num_steps: int = 6, model: ReIDModel | None = None)
     for batch in batches(num_steps):
         trainer.run([batch], max_epochs=1)
         losses.append(float(trainer.state.output["loss"]))
+        if told is not None:
+            told.append(float(trainer.state.output["grad_norm"]))
     return model, losses
 
 
@@ -167,3 +171,26 @@ def test_a_flipped_embedding_is_the_mean_of_the_images_and_its_mirror_images(pre
     assert not torch.equal(mirrored, embedded(batch))
     torch.testing.assert_close(embedded(batch, flip=True), (embedded(batch) + mirrored) / 2, rtol=0, atol=0)
     assert embedded(batch, flip=True).dtype == torch.float32
+
+
+# ---- the gradient's norm ----
+
+
+@pytest.mark.parametrize("clipped", ["", "SOLVER.CLIP_GRAD_NORM=0.5"])
+@pytest.mark.parametrize("parts", ["", "SOLVER.ACCUMULATE=2"])
+def test_the_norm_told_is_that_of_all_gradients_together_before_clipping(monkeypatch, clipped, parts):
+    seen = []
+
+    def recorded(accelerator, model, max_norm):
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        seen.append(sum(float((gradient.double() ** 2).sum()) for gradient in gradients) ** 0.5)
+        told = clip_gradients(accelerator, model, max_norm)
+        after = sum(float((gradient.double() ** 2).sum()) for gradient in gradients) ** 0.5
+        assert after == pytest.approx(min(seen[-1], max_norm or seen[-1]), rel=1e-4)
+        return told
+
+    monkeypatch.setattr("reid.engine.clip_gradients", recorded)
+    told = []
+    trained(*filter(None, (clipped, parts)), num_steps=3, told=told)
+    assert told == pytest.approx(seen, rel=1e-6)
+    assert min(seen) > 0.5  # so that clipping does something

@@ -20,7 +20,7 @@ from reid.handlers.wandb_session import first_line, set_up
 if TYPE_CHECKING:
     import wandb
 
-FOLDER = "wandb_artifacts"  # in the run's: what W&B has still to take, and what was fetched from it
+FOLDER = Path("wandb", "checkpoints")  # in the run's: what W&B has still to take, and what was fetched from it
 _TYPES = {"best": "model", "last": "checkpoint"}
 _NO_LETTER = re.compile(r"[^A-Za-z0-9_.-]+")  # in an artifact's name
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("reid.checkpoint")
 
-_FORMAT = 2
+_FORMAT = 3
 _NUM_LAST = 2  # a file is deleted only when this many newer ones are whole
 # Settings that a resumed run may change (beginnings of keys): they decide neither what is learnt nor how.
 _FREE = (

@@ -19,7 +19,8 @@ class TrainMeter:
     """Accumulates the step's shares on the device and sums them over the ranks where a record is due.
 
     That is every `log_period` steps and at an epoch's end. The record is a mean over the steps since the last one, with
-    images per second (waiting for data included) and the fraction of the time that went into waiting for data.
+    images per second (waiting for data included), the fraction of the time that the rank which waited longest spent on
+    waiting for data, and the GPU memory (MiB) that the rank with the most has needed so far.
 
     Args:
         log_period: in steps, counted within an epoch.
@@ -92,15 +93,24 @@ class TrainMeter:
             self._start_window()
 
     def _publish(self, trainer: Engine) -> None:
-        means = (distributed.sum_over_ranks(self._sums) / self._num_steps).tolist()  # waits for the device
+        """Sums over the ranks what is summed, and gathers what each has of its own, in one reduction."""
+        of_ranks = self._sums.new_zeros(distributed.num_ranks(), 2)
+        of_ranks[distributed.rank()] = torch.tensor([self._waited, _gpu_memory(self._sums.device)])
+        gathered = distributed.sum_over_ranks(
+            torch.cat([self._sums, of_ranks.flatten()])
+        ).tolist()  # waits for the device
         seconds = time.perf_counter() - self._window_start
+        means = [value / self._num_steps for value in gathered[: len(self._names)]]
         if not all(map(math.isfinite, means)):
             self._stop(trainer)
+        waited, memory = max(gathered[len(self._names) :: 2]), max(gathered[len(self._names) + 1 :: 2])
         trainer.state.metrics = dict(zip(self._names, means, strict=True)) | {
             "lr": self._optimizer.param_groups[0]["lr"],  # that of the weights
             "images_per_second": self._num_timed * self._batch_size / seconds,
-            "data_wait": self._waited / seconds,
+            "data_wait": min(waited / seconds, 1.0),
         }
+        if memory:
+            trainer.state.metrics["gpu_mem_max_mb"] = memory
         trainer.fire_event(Records.TRAIN)
 
     def _stop(self, trainer: Engine) -> None:
@@ -116,3 +126,8 @@ class TrainMeter:
             "SOLVER.PRECISION fp32"
         )
         raise shared(error)
+
+
+def _gpu_memory(device: torch.device) -> float:
+    """The most that this process has allocated so far, in MiB; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0

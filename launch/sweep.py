@@ -1,0 +1,8 @@
+"""Searches for settings: python launch/sweep.py --sweep-config FILE [--count N] [--sweep-id ID]."""
+
+import sys
+
+from reid.sweeps import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""W&B sweeps: a file checked like settings, the sweep created, W&B's own agent started."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from reid.checks import Refused, nearest, shown
+from reid.config import SETTINGS
+from reid.environment_file import read_environment_file
+from reid.errors import USER_ERRORS, SettingsError, UnknownKeyError, WorldError
+
+logger = logging.getLogger("reid.sweeps")
+
+_NEEDED = ("program", "method", "parameters", "command")
+_ARGUMENTS = "${args_no_hyphens}"  # the trial's KEY=VALUE, as launch/train.py takes them
+
+
+def main() -> int:
+    """Creates the sweep of a file, or goes on with one, and runs trials of it here; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    parser = argparse.ArgumentParser(description="Search for settings with a W&B sweep.", allow_abbrev=False)
+    parser.add_argument("--sweep-config", metavar="FILE", required=True, help="as configs/sweeps/softmax_triplet.yaml")
+    parser.add_argument("--sweep-id", metavar="ID", help="of a sweep to go on with, instead of a new one")
+    parser.add_argument("--count", metavar="N", type=int, help="trials to run here; without it, until the sweep ends")
+    arguments = parser.parse_args()
+    try:
+        read_environment_file(Path(".env"), os.environ)
+        sweep = read_sweep(Path(arguments.sweep_config))
+        name = arguments.sweep_id or _create(sweep)
+    except USER_ERRORS as error:
+        logging.basicConfig(force=True, level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        logger.error("error: %s", error)
+        return 2 if isinstance(error, ValueError) else 1
+    count = ["--count", str(arguments.count)] if arguments.count else []
+    # Signals go on to the trials, which save and stop.
+    return subprocess.run([sys.executable, "-m", "wandb", "agent", "--forward-signals", *count, name]).returncode
+
+
+def read_sweep(file: Path) -> dict[str, Any]:
+    """A sweep's definition, whose parameters are settings with values that they take.
+
+    Raises:
+        SettingsError: it is none.
+    """
+    try:
+        sweep = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingsError(f"--sweep-config must be a YAML file, got {file}: {reason}; correct it") from error
+    missing = [name for name in _NEEDED if not (isinstance(sweep, dict) and sweep.get(name))]
+    if missing or not isinstance(sweep["parameters"], dict):
+        wanted = ", ".join(missing) or "parameters as KEY: {values: [...]}"
+        raise SettingsError(f"{file} must be a W&B sweep, but lacks {wanted}; see configs/sweeps/softmax_triplet.yaml")
+    if _ARGUMENTS not in sweep["command"]:
+        raise SettingsError(f"command in {file} must pass a trial's settings on, but lacks {_ARGUMENTS}; add it")
+    for key, space in sweep["parameters"].items():
+        _check_parameter(str(key), space, file)
+    return dict(sweep)
+
+
+def _check_parameter(key: str, space: Any, file: Path) -> None:
+    if key not in SETTINGS:
+        meant = " or ".join(nearest(key, SETTINGS)) or "a key in reid/config.py"
+        raise UnknownKeyError(f"parameters in {file} must be settings by their full keys, got {key}; use {meant}")
+    space = space if isinstance(space, Mapping) else {}
+    values = [*space.get("values", []), *(space[name] for name in ("value", "min", "max") if name in space)]
+    if not values:
+        raise SettingsError(f"{key} in {file} must say what to try, got nothing; give it values, or min and max")
+    for value in values:
+        try:
+            SETTINGS[key][1](value)
+        except Refused as refused:
+            remedy = refused.remedy or "correct it"
+            raise SettingsError(f"{key} in {file} must be {refused.wanted}, got {shown(value)}; {remedy}") from None
+
+
+def _create(sweep: dict[str, Any]) -> str:
+    """The new sweep's name, for agents on other machines too."""
+    import wandb
+
+    try:
+        if not wandb.login(prompt=False, verify=False):
+            raise WorldError("W&B makes no sweep without a key; set WANDB_API_KEY, or run: wandb login")
+        project = sweep.get("project") or SETTINGS["WANDB.PROJECT"][0]
+        sweep_id = wandb.sweep(sweep, entity=sweep.get("entity"), project=project)
+    except wandb.errors.Error as error:
+        reason = " ".join(str(error).split())
+        raise WorldError(f"W&B does not make the sweep: {reason}; see that there is a network") from error
+    return "/".join([*([sweep["entity"]] if sweep.get("entity") else []), project, sweep_id])

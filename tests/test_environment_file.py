@@ -1,0 +1,57 @@
+"""Variables from .env."""
+
+import pytest
+
+from reid.environment_file import read_environment_file
+from reid.errors import SettingsError
+
+
+def read(tmp_path, text: str, **before: str) -> dict[str, str]:
+    (tmp_path / ".env").write_text(text)
+    read_environment_file(tmp_path / ".env", before)
+    return before
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("NAME=value", "value"),
+        ("  export NAME = value  ", "value"),
+        ("NAME='a b # c'", "a b # c"),
+        ('NAME="a b" # a comment', "a b"),
+        ("NAME=value # a comment", "value"),
+        ("NAME=a#b", "a#b"),
+        ("NAME=https://host:8080/x?y=z", "https://host:8080/x?y=z"),
+        ("NAME=", ""),
+        ("NAME=''", ""),
+        ("NAME=$HOME", "$HOME"),
+    ],
+)
+def test_a_line_gives_a_variable(tmp_path, line, value):
+    assert read(tmp_path, f"# a comment\n\n{line}\n") == {"NAME": value}
+
+
+def test_the_environment_keeps_its_values(tmp_path):
+    assert read(tmp_path, "NAME=theirs\nOTHER=new\n", NAME="own") == {"NAME": "own", "OTHER": "new"}
+
+
+def test_without_a_file_there_is_nothing_to_do(tmp_path):
+    environment: dict[str, str] = {}
+    read_environment_file(tmp_path / ".env", environment)
+    assert environment == {}
+
+
+@pytest.mark.parametrize(
+    "line", ["secret", "secret value", "NAME=secret value", "NAME='secret", "1NAME=secret", "=secret"]
+)
+def test_another_line_is_named_and_not_shown(tmp_path, line):
+    with pytest.raises(SettingsError) as error:
+        read(tmp_path, f"NAME=value\n{line}\n")
+    assert str(error.value).startswith(f"line 2 of {tmp_path}/.env must be NAME=VALUE")
+    assert "secret" not in str(error.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / ".env").write_bytes(b"NAME=\xff\n")
+    with pytest.raises(SettingsError, match=r"\.env cannot be read \(UnicodeDecodeError\)"):
+        read_environment_file(tmp_path / ".env", {})
