@@ -283,6 +283,7 @@ class WandbServer:
             "__typename": "ArtifactCollectionMembership",
             "id": "membership",
             "versionIndex": artifact.version,
+            "createdAt": "2026-01-01T00:00:00Z",
             "aliases": [{"__typename": "ArtifactAlias", "id": each, "alias": each} for each in artifact.aliases],
             "artifactCollection": self._collection(artifact),
             "artifact": self._described(artifact),
