@@ -1,0 +1,385 @@
+"""Weights & Biases with a server: what arrives, who used what, and a server that goes away at the worst moments."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from program import REPOSITORY, Ended, Place, names, newest, records, same
+from wandb_server import ENTITY, Run, WandbServer
+
+PROJECT = "reid-strong-baseline"
+
+
+@pytest.fixture
+def server() -> Iterator[WandbServer]:
+    server = WandbServer()
+    yield server
+    server.mute.clear()
+    server.stop()
+    assert server.unknown == []
+    assert server.failures == []
+
+
+def settings(output_dir: str, epochs: int, *others: object) -> list[object]:
+    return ["OUTPUT_DIR", output_dir, "WANDB.ENABLE", "yes", "SOLVER.MAX_EPOCHS", epochs, *others]
+
+
+def said(ended: Ended) -> list[str]:
+    return [line for line in ended.out.splitlines() if line.startswith("W&B")]
+
+
+def steps(run: Run) -> list[int]:
+    return [row["iteration"] for row in run.history if "train/loss" in row]
+
+
+def the_run(server: WandbServer) -> Run:
+    (run,) = server.runs.values()
+    return run
+
+
+def send(place: Place, server: WandbServer, ended: Ended) -> None:
+    """Does what the last line says."""
+    (command,) = re.findall(r"send it with: (wandb sync .*)", ended.out)
+    given = {name: value for name, value in server.environment.items() if value is not None}
+    environment = {name: value for name, value in place.environment.items() if name != "WANDB_MODE"} | given
+    subprocess.run(command, shell=True, cwd=place.folder, env=environment, check=True, timeout=100, capture_output=True)
+
+
+# ---- a run on two ranks, and the evaluation of what it has made ----
+
+
+@pytest.fixture(scope="module")
+def story(place) -> Iterator[tuple[WandbServer, Ended, Ended]]:
+    server = WandbServer()
+    options = {"environment": server.environment, "num_ranks": 2}
+    trained = place.train(*settings("online", 2, "WANDB.LOG_CHECKPOINTS", "best+last"), **options)
+    (run_id,) = server.runs
+    weight = f"wandb:{ENTITY}/{PROJECT}/synthetic-resnet18-{run_id}:best"
+    evaluated, _ = place.run("evaluate", *settings("online evaluation", 2, "TEST.WEIGHT", weight), **options)
+    yield server, trained, evaluated
+    server.stop()
+    assert server.unknown == []
+    assert server.failures == []
+
+
+def runs(server: WandbServer) -> tuple[Run, Run]:
+    trained, evaluated = server.runs.values()
+    return trained, evaluated
+
+
+def test_two_ranks_are_one_run_that_says_where_it_is_twice(place, story):
+    server, ended, _ = story
+    run, _ = runs(server)
+    url = f"{server.url}/{ENTITY}/{PROJECT}/runs/{run.name}"
+    assert said(ended) == [f"W&B: run run-{run.name} ({url})", f"W&B: all is at {url}"]
+    assert ended.err == ""
+    assert len(list((place.folder / "online").glob("wandb/*run-*/run-*.wandb"))) == 1
+    assert run.ends[-1]["exitcode"] == 0
+
+
+def test_every_row_arrives(place, story):
+    run, _ = runs(story[0])
+    sent = [{name: value for name, value in row.items() if not name.startswith("_")} for row in run.history]
+    train = [{k: v for k, v in record.items() if k != "kind"} for record in records(place.folder / "online", "train")]
+    assert [row["_step"] for row in run.history] == list(range(len(run.history)))
+    for row, record in zip([row for row in sent if "train/loss" in row], train, strict=True):
+        assert {name.removeprefix("train/"): value for name, value in row.items()} == pytest.approx(record)
+    assert run.summary["val/mAP_best"] == pytest.approx(max(r["mAP"] for r in records(place.folder / "online", "val")))
+
+
+def test_the_best_and_the_last_checkpoint_are_kept_under_their_names(place, story):
+    server, _, _ = story
+    run, _ = runs(server)
+    for kind, type_, name in (("best", "model", ""), ("last", "checkpoint", "-last")):
+        artifact = server.artifact(f"synthetic-resnet18-{run.name}{name}", "latest")
+        file = sorted((place.folder / "online" / "checkpoints").glob(f"{kind}_*.pt"))[-1]
+        assert (artifact.type, artifact.state, artifact.run) == (type_, "COMMITTED", run.name)
+        epoch = artifact.metadata["epoch"]
+        assert {"latest", kind, f"epoch-{epoch}"} == set(artifact.aliases)
+        assert server.files_of(artifact) == {file.name: file.read_bytes()}
+        assert artifact.metadata["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+        (val,) = (record for record in records(place.folder / "online", "val") if record["epoch"] == epoch)
+        expected = {"mAP": val["mAP"], "rank-1": val["rank-1"], "iteration": val["iteration"], "world_size": 2}
+        assert expected.items() <= artifact.metadata.items()
+
+
+def test_what_is_sent_is_not_kept_twice(place, story):
+    assert names(place.folder / "online" / "wandb" / "checkpoints") == []
+    copies = [file for folder in ("home", "wandb") for file in (place.folder / folder).rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in copies) < 1e6
+
+
+def test_the_evaluation_is_a_run_that_used_the_model_and_the_test_images(story):
+    server, _, _ = story
+    trained, evaluated = runs(server)
+    made = {artifact.id: artifact for artifact in server.artifacts}
+    assert [(made[id_].type, made[id_].collection) for id_ in trained.used] == [("dataset", "synthetic")]
+    used = {made[id_].type: made[id_] for id_ in evaluated.used}
+    assert used["dataset"].collection == "synthetic-test"
+    assert used["model"] is server.artifact(f"synthetic-resnet18-{trained.name}", "best")
+    assert (trained.fields["jobType"], evaluated.fields["jobType"]) == ("train", "eval")
+
+
+def test_the_fetched_model_scores_on_all_ranks_as_in_training(place, story):
+    server, _, ended = story
+    trained, evaluated = runs(server)
+    assert ended.code == 0, ended
+    assert evaluated.summary["test/mAP"] == pytest.approx(trained.summary["val/mAP_best"], abs=1e-6)
+    assert "TEST.WEIGHT=wandb:" in ended.out
+
+
+@pytest.mark.slow
+def test_the_evaluation_of_a_local_file_finds_its_model(place, story):
+    server, _, _ = story
+    (file,) = (place.folder / "online" / "checkpoints").glob("best_*.pt")
+    (ended,) = place.run("evaluate", *settings("local", 2, "TEST.WEIGHT", file), environment=server.environment)
+    assert ended.code == 0, ended
+    made = {artifact.id: artifact for artifact in server.artifacts}
+    assert "model" in {made[id_].type for id_ in list(server.runs.values())[-1].used}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("weight", "words", "code"),
+    [
+        ("wandb:best", "TEST.WEIGHT must be a file or wandb:ENTITY/PROJECT/NAME:ALIAS, got 'wandb:best'; use", 2),
+        (f"wandb:{ENTITY}/{PROJECT}/nothing:best", "nothing:best cannot be fetched from W&B: ", 1),
+    ],
+)
+def test_a_model_that_is_not_there_is_one_sentence(place, story, weight, words, code):
+    given = settings("gone", 2, "TEST.WEIGHT", weight)
+    assert words in place.refusal("evaluate", *given, environment=story[0].environment, code=code)
+
+
+@pytest.mark.slow
+def test_the_key_is_written_nowhere(place, story):
+    key = str(story[0].environment["WANDB_API_KEY"]).encode()
+    files = [file for folder in ("online", "home", "wandb") for file in (place.folder / folder).rglob("*")]
+    assert not [file for file in files if file.is_file() and file.suffix != ".pt" and key in file.read_bytes()]
+
+
+# ---- going on ----
+
+
+@pytest.mark.slow
+def test_a_preempted_run_goes_on_as_the_same_run(place, server):
+    given = settings("preempted", 6)
+    ranks = place.start("train", *given, environment=server.environment, num_ranks=2)
+    ranks.wait_for("epoch 2/6 step 2/2")
+    ranks.signal(signal.SIGTERM)
+    assert [ended.code for ended in ranks.ended()] == [85, 85]
+    assert the_run(server).ends[-1]["preempting"]
+    ended = place.train(*given, environment=server.environment)
+    assert said(ended)[0].startswith("W&B: continuing run ")
+    assert steps(the_run(server)) == list(range(1, 13))
+    assert [row["_step"] for row in the_run(server).history] == list(range(len(the_run(server).history)))
+    assert the_run(server).config["world_size"]["value"] == 1
+
+
+@pytest.mark.slow
+def test_rows_survive_when_rank_0_is_killed_and_arrive_with_the_next_start(place, server):
+    given = settings("killed", 6)
+    ranks = place.start("train", *given, environment=server.environment)
+    ranks.wait_for("epoch 3/6 step 1/2")
+    time.sleep(0.5)  # what comes later than 0.1 s before may be lost
+    ranks.kill()
+    place.train(*given, environment=server.environment)
+    assert sorted(set(steps(the_run(server)))) == list(range(1, 13))
+    assert steps(the_run(server))[:5] == list(range(1, 6))
+
+
+@pytest.mark.slow
+def test_what_was_recorded_without_a_server_is_sent_before_the_run_goes_on(place, server):
+    given = settings("later", 5, "WANDB.INIT_TIMEOUT", 1, "WANDB.LOG_CHECKPOINTS", "best")
+    server.stop()
+    ranks = place.start("train", *given, environment=server.environment)
+    ranks.wait_for("epoch 2/5 step 2/2")
+    ranks.signal(signal.SIGTERM)
+    (ended,) = ranks.ended()
+    assert (ended.code, len(said(ended))) == (85, 2)
+    assert "(offline, as W&B did not answer (" in said(ended)[0]
+    server.again()
+    ended = place.train(*given[:-2], environment=server.environment)
+    assert said(ended)[-1].startswith("W&B: all is at ")
+    assert steps(the_run(server)) == list(range(1, 11))
+    assert {artifact.state for artifact in server.artifacts} == {"COMMITTED"}
+
+
+@pytest.mark.slow
+def test_three_offline_pieces_become_one_run_with_every_checkpoint(place, server):
+    given = settings("pieces", 6, "WANDB.LOG_CHECKPOINTS", "best+last")
+    for epoch in (2, 4):
+        ranks = place.start("train", *given)
+        ranks.wait_for(f"epoch {epoch}/6 step 1/2")
+        ranks.signal(signal.SIGTERM)
+        (ended,) = ranks.ended()
+        assert ended.code == 85, ended
+    ended = place.train(*given)
+    assert len(re.findall("offline-run-", said(ended)[-1])) == 3
+    send(place, server, ended)
+    run = the_run(server)
+    assert steps(run) == list(range(1, 13))
+    assert [row["_step"] for row in run.history] == list(range(len(run.history)))
+    assert {artifact.state for artifact in server.artifacts} == {"COMMITTED"}
+    for artifact in server.artifacts:  # rotated away long ago
+        ((name, content),) = server.files_of(artifact).items()
+        assert hashlib.sha256(content).hexdigest() == artifact.metadata["sha256"], name
+    assert {row["epoch"] for row in run.history if "val/mAP" in row} == set(range(1, 7))
+
+
+# ---- going away ----
+
+AWAY = {
+    "gone": lambda server: server.stop(),
+    "silent": lambda server: server.mute.set(),
+    "500": lambda server: setattr(server, "status", 500),
+    "401": lambda server: setattr(server, "status", 401),
+}
+
+
+def come_back(server: WandbServer, how: str) -> None:
+    server.mute.clear()
+    server.status = 0
+    if how == "gone":
+        server.again()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", AWAY)
+def test_a_server_that_goes_away_in_the_middle_costs_neither_training_nor_a_row(place, server, how):
+    given = settings(f"away {how}", 4, "WANDB.FINISH_TIMEOUT", 12, "WANDB.LOG_CHECKPOINTS", "best")
+    ranks = place.start("train", *given, environment=server.environment)
+    ranks.wait_for("epoch 1/4 step 2/2")
+    AWAY[how](server)
+    ranks.wait_for("epoch 4: mAP")
+    start = time.monotonic()
+    (ended,) = ranks.ended()
+    assert time.monotonic() - start < 12 + 20
+    assert ended.code == 0, ended
+    assert "W&B: not all could be sent; send it with: wandb sync " in ended.out
+    come_back(server, how)
+    send(place, server, ended)
+    assert steps(the_run(server)) == list(range(1, 9))
+    models = [artifact for artifact in server.artifacts if artifact.type == "model"]
+    kept = place.folder / f"away {how}" / "checkpoints"
+    (best,) = kept.glob("best_*.pt")
+    assert any(server.files_of(model) == {best.name: best.read_bytes()} for model in models if model.manifest)
+
+
+@pytest.mark.slow
+def test_without_a_server_wandbs_own_process_ends_with_rank_0(place, server):
+    ranks = place.start("train", *settings("orphan", 50), environment=server.environment)
+    ranks.wait_for("epoch 1/50 step 2/2")
+    server.stop()
+    ranks.wait_for("epoch 3/50 step 2/2")
+    parent = ranks.pid()
+
+    def cores() -> list[str]:
+        found = [folder / "cmdline" for folder in Path("/proc").glob("[0-9]*")]
+        lines = [file.read_bytes().decode().split("\0") for file in found if file.exists()]
+        return [line[0] for line in lines if "wandb-core" in line[0] and str(parent) in line]
+
+    assert len(cores()) == 1
+    ranks.kill()
+    deadline = time.monotonic() + 20
+    while cores() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert cores() == []
+
+
+@pytest.mark.slow
+def test_on_failure_disable_does_without(place, server):
+    server.stop()
+    given = settings("disable", 1, "WANDB.INIT_TIMEOUT", 1, "WANDB.ON_FAILURE", "disable")
+    ended = place.train(*given, environment=server.environment)
+    (line,) = said(ended)
+    assert line.startswith("W&B: disabled, as W&B did not answer (")
+    assert not list((place.folder / "disable" / "wandb").glob("offline-run-*"))
+
+
+@pytest.mark.slow
+def test_on_failure_raise_ends_at_once_at_the_start(place, server):
+    server.stop()
+    given = settings("raise", 1, "WANDB.INIT_TIMEOUT", 1, "WANDB.ON_FAILURE", "raise")
+    sentence = place.refusal("train", *given, environment=server.environment, num_ranks=2, code=1)
+    assert sentence.startswith("W&B cannot be reached: W&B did not answer (")
+    assert sentence.endswith("WANDB.ON_FAILURE offline records on the disk then, WANDB.MODE offline always")
+
+
+@pytest.mark.slow
+def test_on_failure_raise_ends_later_with_all_saved(place, server):
+    given = settings("raise late", 2, "WANDB.FINISH_TIMEOUT", 6, "WANDB.ON_FAILURE", "raise")
+    ranks = place.start("train", *given, environment=server.environment, num_ranks=2)
+    ranks.wait_for("epoch 1/2 step 1/2")
+    server.stop()
+    first, second = ranks.ended()
+    assert first.code == 1, first
+    assert re.fullmatch("error: W&B lacks a part of this run: .*; the training itself is complete.*\n", first.err)
+    assert second.err == ""
+    assert newest(place.folder / "raise late")["epoch"] == 2
+    server.again()
+    send(place, server, first)
+    assert steps(the_run(server)) == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_resume_must_refuses_another_run(place, server):
+    given = settings("must", 1, "WANDB.RESUME", "must", "WANDB.RUN_ID", "unknown1")
+    sentence = place.refusal("train", *given, environment=server.environment, code=2)
+    assert sentence.startswith("WANDB.RESUME is must, but W&B says: ")
+
+
+@pytest.mark.slow
+def test_training_does_not_depend_on_wandb(place, server):
+    place.train(*settings("with", 2), environment=server.environment)
+    place.train("OUTPUT_DIR", "without", "WANDB.ENABLE", "no", "SOLVER.MAX_EPOCHS", 2)
+    assert same(newest(place.folder / "with")["model"], newest(place.folder / "without")["model"])
+
+
+# ---- sweeps ----
+
+
+@pytest.mark.slow
+def test_an_agent_starts_torchrun_once_for_each_trial(place, server):
+    sweep = yaml.safe_load((REPOSITORY / "configs" / "sweeps" / "demo.yaml").read_text())
+    sweep["program"] = str(REPOSITORY / "launch" / "train.py")
+    config = ["--config_file=tiny.yml", "WANDB.ENABLE=yes", "OUTPUT_DIR=sweep"]
+    sweep["command"] = [word for word in sweep["command"] if "config_file" not in word][:-1] + config
+    sweep["command"].append("${args_no_hyphens}")
+    (place.folder / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    given = {name: value for name, value in server.environment.items() if value is not None}
+    (place.folder / ".env").write_text("\n".join(f"export {name}='{value}'" for name, value in given.items()))
+    for rate in (0.002, 0.001):
+        args = {"SOLVER.BASE_LR": {"value": rate}, "SOLVER.MARGIN": {"value": 0.3}}
+        command = {"type": "run", "run_id": f"trial{rate}", "program": sweep["program"], "args": args}
+        server.trials.append(command)
+    words = [sys.executable, REPOSITORY / "launch" / "sweep.py", "--sweep-config", "sweep.yaml", "--count", 2]
+    environment = {name: value for name, value in place.environment.items() if name != "WANDB_MODE"}
+    done = subprocess.run(
+        [str(word) for word in words], cwd=place.folder, env=environment, timeout=300, capture_output=True, text=True
+    )
+    (place.folder / ".env").unlink()
+    assert done.returncode == 0, done
+    assert yaml.safe_load(server.sweep["config"])["metric"]["name"] == "val/mAP_best"
+    assert sorted(server.runs) == ["trial0.001", "trial0.002"]
+    for rate in (0.001, 0.002):
+        run = server.runs[f"trial{rate}"]
+        assert run.fields["sweep"] == "sweep1"
+        assert run.config["SOLVER"]["value"]["BASE_LR"] == rate
+        assert run.config["world_size"]["value"] == 2
+        assert steps(run) == [1, 2, 3, 4]
+        assert "val/mAP_best" in run.summary
+        content = torch.load(
+            sorted((place.folder / "sweep" / f"trial{rate}" / "checkpoints").glob("last_*"))[-1], weights_only=True
+        )
+        assert f"BASE_LR: {rate}" in content["config"]
