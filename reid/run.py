@@ -72,7 +72,8 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
         max_grad_norm=cfg.SOLVER.CLIP_GRAD_NORM,
     )
     watchdog, progress = Watchdog(cfg.SOLVER.TIMEOUT_MINUTES), Progress()
-    pictures, tensorboard = Pictures(cfg, folder.pictures, data), TensorBoard(cfg, folder.path)
+    tracker, tensorboard = _build_tracker(cfg, folder, data.train, dataset), TensorBoard(cfg, folder.path)
+    pictures = Pictures(cfg, folder.pictures, data, tracker.show)
     evaluator = Evaluators(
         data,
         model,
@@ -84,7 +85,6 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     )
     evaluations = schedule.Evaluations(evaluator.run, progress, cfg.SOLVER)
     meter = TrainMeter(log_period=cfg.SOLVER.LOG_PERIOD, batch_size=cfg.SOLVER.IMS_PER_BATCH, optimizer=optimizer)
-    tracker = _build_tracker(cfg, folder, data.train, dataset)
     checkpoints = Checkpoints(
         folder.checkpoints,
         model,
@@ -210,9 +210,10 @@ def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     model = build_model(cfg, num_pids=weights.num_pids_of(content))
     weights.load_for_evaluation(model, content, source)
     place(model, cfg, accelerator)
-    watchdog, pictures = Watchdog(cfg.SOLVER.TIMEOUT_MINUTES), Pictures(cfg, folder.pictures, data)
-    evaluator = Evaluators(data, model, accelerator, cfg, on_scored=pictures.compare, beat=watchdog.beat)
+    watchdog = Watchdog(cfg.SOLVER.TIMEOUT_MINUTES)
     tracker = _build_tracker(cfg, folder, data.test, data.fingerprint_of_tests())
+    pictures = Pictures(cfg, folder.pictures, data, tracker.show)
+    evaluator = Evaluators(data, model, accelerator, cfg, on_scored=pictures.compare, beat=watchdog.beat)
     epoch = content.get("epoch") if isinstance(content.get("epoch"), int) else None  # others may have anything there
     with tracker.evaluation(), watchdog.watching():
         fetched_from = cfg.TEST.WEIGHT.removeprefix("wandb:") if _is_at_wandb(cfg) else ""

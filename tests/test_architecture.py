@@ -21,7 +21,7 @@ OWNERS = {
     "ignite.distributed": {"distributed.py"},
     "accelerate": {"wrapping.py"},
     "ignite.handlers.tensorboard_logger": {"handlers/tensorboard.py"},
-    "safetensors": {"safetensors_files.py"},
+    "safetensors": {"safetensors_files.py", "timm_models.py"},
     "faiss": {"nearest.py"},
     "onnxruntime": {"export.py"},
     "wandb": {"handlers/tracking.py", "handlers/wandb_session.py", "handlers/artifacts.py", "sweeps.py"},

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import wandb
     from yacs.config import CfgNode
 
+    from reid.handlers.pictures import Drawn
+
 _RUN_ID_FILE = "wandb_run_id"
 
 
@@ -157,6 +159,16 @@ class Tracker:
         row = {f"{section}/{name}": value for name, value in numbers.items()} | _place(iteration, epoch)
         if self._session is not None:
             self._session.do("a row of numbers", lambda run: run.log(row))
+
+    def show(self, drawn: Drawn) -> None:
+        """The pictures, curves and tables of one point of a run."""
+        place = {"iteration": drawn.iteration, "epoch": drawn.epoch}
+        for key, file, caption in drawn.images:
+            self.log_images(key, [file], [caption], **place)
+        for key, xs, ys, title, x_name, y_name in drawn.curves:
+            self.log_curve(key, xs, ys, title, x_name, y_name, **place)
+        for key, columns, rows in drawn.tables:
+            self.log_table(key, columns, rows, **place)
 
     def log_images(
         self, key: str, files: Sequence[Path], captions: Sequence[str], *, iteration: int | None, epoch: int | None
