@@ -126,9 +126,10 @@ def wandb_records(first, place, output_dir) -> list[dict]:
     return place.wandb_records(output_dir)
 
 
-def rows(wandb_records: list[dict], section: str) -> list[dict]:
+def rows(wandb_records: list[dict], number: str) -> list[dict]:
+    """Those with this number; pictures and tables have rows of their own."""
     history = [record["history"]["item"] for record in wandb_records if record["type"] == "history"]
-    return [row for row in history if any(name.startswith(f"{section}/") for name in row)]
+    return [row for row in history if number in row]
 
 
 def test_one_wandb_run_for_all_ranks_under_the_id_on_disk(first, output_dir):
@@ -137,17 +138,23 @@ def test_one_wandb_run_for_all_ranks_under_the_id_on_disk(first, output_dir):
 
 
 def test_wandb_has_every_training_and_validation_row(wandb_records, output_dir):
-    for row, record in zip(rows(wandb_records, "train"), records(output_dir, "train"), strict=True):
+    for row, record in zip(rows(wandb_records, "train/loss"), records(output_dir, "train"), strict=True):
         told = {name.removeprefix("train/"): value for name, value in row.items() if not name.startswith("_")}
         assert told == pytest.approx({name: value for name, value in record.items() if name != "kind"})
     best = 0.0
-    for row, record in zip(rows(wandb_records, "val"), records(output_dir, "val"), strict=True):
+    for row, record in zip(rows(wandb_records, "val/mAP"), records(output_dir, "val"), strict=True):
         best = max(best, record["mAP"])
         assert (row["val/mAP"], row["val/mAP_best"]) == pytest.approx((record["mAP"], best))
         assert [row[f"val/cmc_rank_{k}"] for k in (1, 5, 10)] == pytest.approx(
             [record[f"rank-{k}"] for k in (1, 5, 10)]
         )
         assert (row["epoch"], row["iteration"]) == (record["epoch"], record["iteration"])
+
+
+def test_wandb_is_shown_what_was_drawn(wandb_records, output_dir):
+    keys = {name for record in wandb_records if record["type"] == "history" for name in record["history"]["item"]}
+    for shown in ("train/batch", "val/random_queries", "val/worst_queries", "val/AP_per_query"):
+        assert [key for key in keys if key.startswith(shown)], keys
 
 
 def test_wandb_drops_no_row(wandb_records, output_dir):
