@@ -83,7 +83,7 @@ def test_killed_and_gone_on_every_step_is_there_once(place):
 
 def no_tensorboard() -> None:
     """To be done before the program starts: as where the extra is not installed."""
-    sys.modules["tensorboard"] = sys.modules["tensorboardX"] = None  # type: ignore[assignment]
+    sys.modules["tensorboard"] = None  # type: ignore[assignment]
 
 
 def test_without_the_package_the_extra_is_named(place):

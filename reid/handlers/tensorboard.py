@@ -43,7 +43,7 @@ class TensorBoard:
         distributed.together(self._check_package)
 
     def _check_package(self) -> None:
-        if self._is_wanted and distributed.is_main() and not (find_spec("tensorboardX") or find_spec("tensorboard")):
+        if self._is_wanted and distributed.is_main() and not find_spec("tensorboard"):
             raise SettingsError(
                 "LOG.TENSORBOARD yes needs the package tensorboard, which is not installed; install it with: "
                 "uv sync --extra tensorboard, or use LOG.TENSORBOARD no"
