@@ -84,6 +84,7 @@ def test_onnx_computes_what_the_model_does_for_any_number_of_images(said, folder
         torch.testing.assert_close(torch.from_numpy(embedding), model(images(num)), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11
 @pytest.mark.parametrize("num", [1, 3])
 def test_the_program_computes_what_the_model_does(said, folder, model, num):
     found = {"metadata.json": ""}
