@@ -85,7 +85,7 @@ class Session:
 
     def _begin(self) -> wandb.Run | None:
         set_up(self._folder)
-        if self._settings.SYNC_TENSORBOARD:
+        if self._settings.SYNC_TENSORBOARD and self._identity.job_type != "eval":  # which writes no such files
             from wandb.integration import tensorboard
 
             # Not by init(sync_tensorboard=True): without a root those rows would have the names of ours, and with them
