@@ -56,9 +56,9 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     folder = RunDirectory(Path(cfg.OUTPUT_DIR))
     folder.claim()
     data = _open_data(cfg, train=True)
-    train_data, dataset = build_train_data(cfg, data.train, accelerator.device), data.fingerprint_of_training()
+    model = _new_model(cfg, accelerator, data.num_train_pids, folder)  # first, as its weights may be missing
+    train_data, dataset = _decode(cfg, data, accelerator.device), data.fingerprint_of_training()
 
-    model = _new_model(cfg, accelerator, train_data.num_pids, folder)
     wrapped, optimizer = wrap(accelerator, model, build_optimizer(cfg.SOLVER, model), compiled=cfg.MODEL.COMPILE)
     settle_gradient_buckets(wrapped, cfg.INPUT.SIZE_TRAIN)
 
@@ -172,7 +172,7 @@ def _run(
 
 
 def _open_data(cfg: CfgNode, *, train: bool) -> DataSets:
-    """The benchmarks, the same on all ranks, with their images decoded."""
+    """The benchmarks, the same on all ranks."""
     data = open_data_sets(cfg, train=train)
     distributed.agree(
         {
@@ -180,7 +180,6 @@ def _open_data(cfg: CfgNode, *, train: bool) -> DataSets:
             "the fingerprint of the test images": data.fingerprint_of_tests(),
         }
     )
-    build_stores(cfg, data)
     return data
 
 
@@ -191,6 +190,11 @@ def _report_end(folder: RunDirectory, progress: Progress, evaluator: Evaluators,
     console.report_test_sets(progress.best)
     best = progress.best
     logger.info("best mAP %.1f %% after epoch %d; all is in %s", 100 * best["mAP"], best["epoch"], folder.path)
+
+
+def _decode(cfg: CfgNode, data: DataSets, device: torch.device) -> TrainData:
+    build_stores(cfg, data)
+    return build_train_data(cfg, data.train, device)
 
 
 def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
@@ -210,6 +214,7 @@ def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     model = build_model(cfg, num_pids=weights.num_pids_of(content))
     weights.load_for_evaluation(model, content, source)
     place(model, cfg, accelerator)
+    build_stores(cfg, data)
     watchdog = Watchdog(cfg.SOLVER.TIMEOUT_MINUTES)
     tracker = _build_tracker(cfg, folder, data.test, data.fingerprint_of_tests())
     pictures = Pictures(cfg, folder.pictures, data, tracker.show)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class StoredImages(Dataset[Batch]):
         else:
             drawn = augment.draw(self._recipe, planned.epoch, planned.positions)
         return Batch(
-            images=torch.from_numpy(self.images(planned.sample_ids)),
+            images=torch.from_numpy(self.images(planned.sample_ids if self._with_images else planned.sample_ids[:0])),
             pids=torch.from_numpy(self._pids[planned.sample_ids]),
             sample_ids=torch.from_numpy(planned.sample_ids),
             drawn=drawn,
@@ -246,7 +247,8 @@ def _build_loader(
     return DataLoader(
         dataset,
         batch_sampler=batches,  # type: ignore[arg-type]  # yields PlannedBatch for a list of ids
-        num_workers=num_workers,
+        # More than there are cores (old files say 8) only get in each other's way.
+        num_workers=min(num_workers, len(os.sched_getaffinity(0))),
         # Python 3.14 would start them from a server instead, which imports torch anew and is sent the stores' pixels.
         multiprocessing_context="fork" if num_workers else None,
         collate_fn=_as_it_is,  # type: ignore[arg-type]

@@ -37,6 +37,11 @@ class DataSets:
     train: tuple[Benchmark, ...]
     test: tuple[Benchmark, ...]
 
+    @property
+    def num_train_pids(self) -> int:
+        """C, the number of classes to train."""
+        return sum(benchmark.num_train_pids for benchmark in self.train)
+
     def fingerprint_of_training(self) -> str:
         """SHA-256 (hex) over the training images, see `benchmarks.fingerprint`."""
         return _digest(fingerprint(benchmark.train) for benchmark in self.train)
