@@ -36,6 +36,7 @@ assembly builds, gathers and wires.
     handlers/wandb_session.py   where that goes, and what happens where W&B fails
     handlers/wandb_pieces.py    what lies on the disk, and what of it W&B has
     run_directory.py            the files of a run
+    ownership.py                which start of a training may write them
     checkpoint_files.py         files that are whole or absent, written in the background
 
     the use of a trained model

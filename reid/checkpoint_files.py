@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reid.errors import WorldError
+from reid.errors import TakenOverError, WorldError
 
 
 def checkpoints_in(folder: Path, kind: str) -> list[Path]:
@@ -37,22 +38,30 @@ def host_copy(content: Any) -> Any:
     return content
 
 
-def save_atomically(file: Path, content: dict[str, Any]) -> None:
+def save_atomically(file: Path, content: dict[str, Any], check: Callable[[], None] = lambda: None) -> None:
     """The whole file under that name, or what stood there before.
 
     torch.save writes a zip archive with a CRC-32 of every tensor, which `weights.read_file` checks.
 
+    Args:
+        file: to write.
+        content: of it.
+        check: raises where the file must not appear after all; called last of all.
+
     Raises:
         WorldError: the disk is full or not writable.
     """
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as stream:
             torch.save(content, stream)
             stream.flush()
             os.fsync(stream.fileno())
+        check()
         temporary.replace(file)
         _sync_folder(file.parent)
+    except TakenOverError:
+        raise
     except (OSError, RuntimeError) as error:
         # Whatever stops torch.save while it writes, Ctrl-C too, comes out as a RuntimeError about positions.
         reason = error if isinstance(error, OSError) else error.__context__ or error

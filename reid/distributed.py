@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from reid.errors import USER_ERRORS, WorldError, shared
 from reid.preemption import Preempted
-from reid.world import HIDDEN, World
+from reid.world import World
 from reid.wrapping import build_accelerator
 
 if TYPE_CHECKING:
@@ -42,10 +43,10 @@ def session(world: World, cfg: CfgNode) -> Iterator[Accelerator]:
     """
     on_gpu = _on_gpu(world, cfg.MODEL.DEVICE)
     if world.has_group:
-        _hide_slurm()
         # A minute more than the watchdog waits, which can say who is missing and where.
         timeout = timedelta(minutes=cfg.SOLVER.TIMEOUT_MINUTES + 1)
-        idist.initialize("nccl" if on_gpu else "gloo", timeout=timeout)
+        with _slurm_as_ignite_reads_it(by_srun=world.by_srun):
+            idist.initialize("nccl" if on_gpu else "gloo", timeout=timeout)
     try:
         _check_same_world("Ignite", idist.get_world_size(), idist.get_rank(), world)
         accelerator = together(lambda: build_accelerator(cfg, on_gpu=on_gpu, num_ranks=world.num_ranks))
@@ -81,10 +82,26 @@ def _on_gpu(world: World, device: str) -> bool:
     return True
 
 
-def _hide_slurm() -> None:
-    """Where torchrun made the ranks, Ignite would still read Slurm's, and overwrite LOCAL_RANK with them."""
-    for name in [name for name in os.environ if name.startswith("SLURM_")]:
-        os.environ[HIDDEN + name] = os.environ.pop(name)
+@contextmanager
+def _slurm_as_ignite_reads_it(*, by_srun: bool) -> Iterator[None]:
+    """Ignite takes every process in a Slurm job for one of the job's tasks.
+
+    Where torchrun made the ranks, it would overwrite LOCAL_RANK by the task's; and the tasks of a step may be fewer
+    than those that the job asked for, for which it would wait.
+    """
+    if by_srun:
+        step = {"NTASKS": "NUM_TASKS", "JOB_NUM_NODES": "NUM_NODES", "JOB_NODELIST": "NODELIST"}
+        seen = {f"SLURM_{job}": os.environ[f"SLURM_STEP_{own}"] for job, own in step.items()}
+    else:
+        seen = {}
+    ours = {name: os.environ[name] for name in ("SLURM_JOB_ID", *seen) if name in os.environ}
+    if not by_srun:
+        os.environ.pop("SLURM_JOB_ID", None)
+    os.environ.update(seen)
+    try:
+        yield
+    finally:
+        os.environ.update(ours)
 
 
 def _check_same_world(library: str, num_ranks: int, own_rank: int, world: World) -> None:
@@ -219,7 +236,8 @@ class Noticeboard:
     """
 
     def __init__(self, topic: str, patience: float) -> None:
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        # torchrun may keep the store for the next group; its own count of them differs between nodes.
+        attempt = on_main(lambda: secrets.token_hex(4))
         store = dist.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),

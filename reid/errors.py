@@ -26,6 +26,10 @@ class WorldError(RuntimeError):
     """The world around the run does not fit: a missing rank, a checkpoint of another model, a full disk."""
 
 
+class TakenOverError(WorldError):
+    """Another start of the training has the run's folder now; this one must not write into it any more."""
+
+
 class UnsavedError(WorldError):
     """Training is over, but not all of its outcome could be written."""
 

@@ -32,10 +32,11 @@ from reid.handlers.watchdog import Watchdog
 from reid.layouts import epoch_in_name
 from reid.model import ReIDModel, build_model
 from reid.optim import build_optimizer
+from reid.ownership import claim
 from reid.preemption import Preempted, Signals
 from reid.run_directory import RunDirectory, commit, environment_facts, source_fingerprint
 from reid.sync_batchnorm import synchronise_batchnorm
-from reid.world import slurm_job
+from reid.world import read_start, slurm_job
 from reid.wrapping import settle_gradient_buckets, wrap
 
 if TYPE_CHECKING:
@@ -52,10 +53,10 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     Raises:
         Preempted: on all ranks, when a signal came; all is saved.
     """
-    _check_start(cfg)
+    check_start(cfg)
     folder = RunDirectory(Path(cfg.OUTPUT_DIR))
-    folder.claim()
-    data = _open_data(cfg, train=True)
+    ownership = claim(folder, read_start(os.environ))
+    data = open_data(cfg, train=True)
     model = _new_model(cfg, accelerator, data.num_train_pids, folder)  # first, as its weights may be missing
     train_data, dataset = _decode(cfg, data, accelerator.device), data.fingerprint_of_training()
 
@@ -95,6 +96,7 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
         meter=meter,
         scaler=accelerator.scaler,
         on_saved=tracker.keep_checkpoint,
+        check=ownership.check,
     )
 
     # Each line is one effect. Where two share an event, the upper one acts first: evaluate, keep the best, write it
@@ -106,6 +108,7 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     guards.check_first_batch(trainer, cfg)
     meter.attach(trainer)
     evaluations.attach(trainer)
+    ownership.attach(trainer)
     checkpoints.attach(trainer)
     console.attach(trainer, folder, progress)
     tracker.attach(trainer, progress)
@@ -119,8 +122,7 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     if trainer.state.iteration >= num_steps and not evaluations.is_missing(trainer):
         logger.info("all %d epochs are done; raise SOLVER.MAX_EPOCHS to go on", cfg.SOLVER.MAX_EPOCHS)
         return
-    folder.describe(cfg, accelerator.device)
-    _announce(cfg, accelerator, model, train_data)
+    _announce(cfg, accelerator, model, train_data, folder)
     with tracker.training(progress), tensorboard.running(trainer), watchdog.watching(), signals.deferred():
         _run(trainer, train_data, num_steps, evaluations, checkpoints, folder)
     _report_end(folder, progress, evaluator, evaluations.scores)
@@ -171,7 +173,7 @@ def _run(
     folder.finish()
 
 
-def _open_data(cfg: CfgNode, *, train: bool) -> DataSets:
+def open_data(cfg: CfgNode, *, train: bool) -> DataSets:
     """The benchmarks, the same on all ranks."""
     data = open_data_sets(cfg, train=train)
     distributed.agree(
@@ -200,7 +202,7 @@ def _decode(cfg: CfgNode, data: DataSets, device: torch.device) -> TrainData:
 def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     """Evaluates the checkpoint TEST.WEIGHT and writes result.json and per_query.csv."""
     del signals  # there is nothing to save: the first one ends it
-    _check_start(cfg)
+    check_start(cfg)
     if not cfg.TEST.WEIGHT:
         found = checkpoints_in(Path(cfg.OUTPUT_DIR) / "checkpoints", "best")
         remedy = f"the best of this run is {found[-1]}" if found else "add TEST.WEIGHT FILE to the command"
@@ -210,7 +212,7 @@ def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     distributed.together(lambda: weights.check_settings(content, cfg, source))
     distributed.agree({"the contents of TEST.WEIGHT": weights.checksum(content)})
     folder = RunDirectory(Path(cfg.OUTPUT_DIR))
-    data = _open_data(cfg, train=False)
+    data = open_data(cfg, train=False)
     model = build_model(cfg, num_pids=weights.num_pids_of(content))
     weights.load_for_evaluation(model, content, source)
     place(model, cfg, accelerator)
@@ -272,7 +274,7 @@ def place(model: ReIDModel, cfg: CfgNode, accelerator: Accelerator) -> None:
         model.to(memory_format=torch.channels_last)
 
 
-def _check_start(cfg: CfgNode) -> None:
+def check_start(cfg: CfgNode) -> None:
     """What would be found out late: ranks that differ, and a backbone that there is not."""
     distributed.agree(_facts(cfg))
     distributed.together(lambda: backbones.check(cfg))
@@ -280,7 +282,7 @@ def _check_start(cfg: CfgNode) -> None:
 
 def _facts(cfg: CfgNode) -> dict[str, object]:
     """What must be the same on all ranks; each node may have data and caches in folders of its own."""
-    own_folders = ("DATASETS.ROOT_DIR", "DATASETS.CACHE_DIR")
+    own_folders = ("DATASETS.ROOT_DIR", "DATASETS.CACHE_DIR", "DATASETS.NODE_LOCAL_DIR")
     settings = {key: value for key, value in by_full_key(cfg).items() if key not in own_folders}
     return settings | {
         **{name: version(name) for name in ("torch", "torchvision", "timm", "accelerate", "numpy")},
@@ -289,7 +291,10 @@ def _facts(cfg: CfgNode) -> dict[str, object]:
     }
 
 
-def _announce(cfg: CfgNode, accelerator: Accelerator, model: ReIDModel, train_data: TrainData) -> None:
+def _announce(
+    cfg: CfgNode, accelerator: Accelerator, model: ReIDModel, train_data: TrainData, folder: RunDirectory
+) -> None:
+    folder.describe(cfg, accelerator.device)
     logger.info(
         "training %s (%.1f million parameters) on %d x %s: %d identities, %d steps of %d images an epoch, %d epochs",
         cfg.MODEL.NAME,

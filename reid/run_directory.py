@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import secrets
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -66,29 +67,20 @@ class RunDirectory:
         self._log.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logging.getLogger("reid").addHandler(self._log)
 
-    def claim(self) -> None:
-        """Keeps other trainings out for as long as this process lives, and tidies up; called by all ranks.
-
-        Raises:
-            WorldError: another one is at work here.
-        """
-        distributed.together(self._lock)
-
-    def _lock(self) -> None:
-        if not distributed.is_main():
-            return
+    def lock(self) -> bool:
+        """Keeps other trainings out for as long as this process lives; for rank 0. False: another one is in here."""
         assert self._log.stream is not None
         try:
             # Of this process alone: a loader process that outlives it for a moment does not hold it.
             fcntl.lockf(self._log.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return  # a file system without locks
-            raise WorldError(
-                f"OUTPUT_DIR={self.path} is in use by another training; wait for its end, or choose another OUTPUT_DIR"
-            ) from error
+            return error.errno not in (errno.EACCES, errno.EAGAIN)  # else a file system without locks
+        return True
+
+    def tidy(self) -> None:
+        """Removes what a killed process was writing; for rank 0."""
         for unfinished in chain(*(folder.glob(".*.tmp") for folder in (self.path, self.checkpoints, self.pictures))):
-            unfinished.unlink(missing_ok=True)  # of a process that was killed while it wrote
+            unfinished.unlink(missing_ok=True)
 
     def describe(self, cfg: CfgNode, device: torch.device) -> None:
         """Writes config.yaml and environment.json; called by all ranks."""
@@ -214,7 +206,7 @@ def write_atomically(file: Path, text: str) -> None:
     Raises:
         WorldError: the disk is full or not writable.
     """
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
     with _disk_errors(file):
         try:
             with temporary.open("w", encoding="utf-8") as stream:

@@ -96,7 +96,7 @@ def test_a_training_clears_away_what_a_killed_one_was_writing(folder):
     unfinished = [folder.path / ".result.json.123.tmp", folder.checkpoints / ".last_0001_00000002.pt.123.tmp"]
     for file in unfinished:
         file.touch()
-    folder.claim()
+    folder.tidy()
     assert not any(file.exists() for file in unfinished)
     assert (folder.path / "log.txt").exists()
 

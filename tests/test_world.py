@@ -3,11 +3,19 @@
 import pytest
 
 from reid.errors import WorldError
-from reid.world import World, read_world
+from reid.world import Start, World, read_start, read_world, speaks_for_node
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
 # One task of each node of a job of two nodes, as `srun torchrun` leaves it to torchrun's processes.
-SLURM = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_NTASKS": "4",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}
 
 
 def test_a_single_process_needs_no_launcher():
@@ -25,6 +33,10 @@ def test_torchrun_with_one_process_still_has_a_group():
 
 def test_torchrun_counts_and_not_the_slurm_step_around_it():
     assert read_world(TORCHRUN | SLURM) == World(rank=3, local_rank=1, num_ranks=4, has_group=True)
+
+
+def test_the_tasks_of_a_slurm_step_are_ranks():
+    assert read_world(SLURM) == World(rank=1, local_rank=0, num_ranks=2, has_group=True, by_srun=True)
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
@@ -58,3 +70,59 @@ def test_a_number_that_is_none_is_refused(value):
 def test_ranks_outside_the_world_are_refused(ranks):
     with pytest.raises(WorldError, match="below WORLD_SIZE"):
         read_world(TORCHRUN | ranks)
+
+
+def test_the_tasks_of_a_slurm_step_must_be_its_own():
+    with pytest.raises(WorldError, match="SLURM_PROCID and SLURM_LOCALID must be below SLURM_STEP_NUM_TASKS"):
+        read_world(SLURM | {"SLURM_PROCID": "2"})
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_a_step_of_slurm_with_half_of_torchruns_variables_is_refused(name):
+    with pytest.raises(WorldError, match="each would train alone"):
+        read_world(SLURM | {name: "1"})
+
+
+@pytest.mark.parametrize(
+    ("environment", "speaks"),
+    [
+        ({}, True),
+        (TORCHRUN, False),
+        (TORCHRUN | {"LOCAL_RANK": "0", "SLURM_LOCALID": "1"}, True),
+        (SLURM, True),
+        (SLURM | {"SLURM_LOCALID": "1"}, False),
+    ],
+)
+def test_one_process_speaks_for_its_node(environment, speaks):
+    assert speaks_for_node(environment) == speaks
+
+
+# ---- which start of which job ----
+
+
+def test_starts_are_read_of_slurm_and_of_torchrun():
+    assert read_start({}) == Start()
+    assert read_start({"TORCHELASTIC_RUN_ID": "none"}) == Start()
+    assert read_start({"TORCHELASTIC_RUN_ID": "a"}) == Start("a", 0, "a")
+    assert read_start(SLURM) == Start("7", 0, "")
+    requeued = {"SLURM_RESTART_COUNT": "3", "TORCHELASTIC_RUN_ID": "7-3"}
+    assert read_start(SLURM | requeued) == Start("7", 3, "7-3")
+
+
+@pytest.mark.parametrize(
+    ("own", "former", "order"),
+    [
+        (Start("7", 1, "7-1"), Start("7", 0, "7-0"), "replaces"),  # requeued
+        (Start("7", 0, "7-0"), Start("7", 1, "7-1"), "precedes"),
+        (Start("7", 0, "7-0"), Start("7", 0, "7-0"), "replaces"),  # torchrun's next group
+        (Start("a", 0, "a"), Start("a", 0, "a"), "replaces"),
+        (Start("7", 0, ""), Start("7", 0, ""), None),  # twice srun in one job
+        (Start("7", 0, "x"), Start("7", 0, "y"), None),  # twice torchrun in one job
+        (Start("8", 1, "8-1"), Start("7", 0, "7-0"), None),  # another job
+        (Start("", 0, ""), Start("", 0, ""), None),  # nobody counts
+        (Start("7", 1, "7-1"), Start("", 0, ""), None),
+    ],
+)
+def test_only_what_was_given_up_is_replaced(own, former, order):
+    assert own.replaces(former) == (order == "replaces")
+    assert own.precedes(former) == (order == "precedes")

@@ -17,7 +17,7 @@ from torch import Tensor
 from reid import distributed
 from reid.checkpoint_files import BackgroundWriter, checkpoints_in, host_copy, save_atomically
 from reid.config import dump
-from reid.errors import UnsavedError, WorldError
+from reid.errors import TakenOverError, UnsavedError, WorldError
 from reid.handlers.meters import TrainMeter
 from reid.handlers.records import Progress, Records, SavedCheckpoint
 from reid.model import ReIDModel
@@ -73,6 +73,7 @@ class Checkpoints:
         meter: whose open window is saved along; None without one.
         scaler: of the loss under fp16; None otherwise.
         on_saved: told on rank 0 of each file that is whole on the disk, before the next one is written.
+        check: raises where this process must not write any more; called before each file appears.
     """
 
     def __init__(
@@ -86,10 +87,11 @@ class Checkpoints:
         meter: TrainMeter | None = None,
         scaler: torch.amp.GradScaler | None = None,
         on_saved: Callable[[SavedCheckpoint], None] = lambda saved: None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._folder, self._model, self._optimizer = folder, model, optimizer
         self._progress, self._cfg, self._dataset = progress, cfg, dataset
-        self._meter, self._scaler, self._on_saved = meter, scaler, on_saved
+        self._meter, self._scaler, self._on_saved, self._check = meter, scaler, on_saved, check
         self._writer = BackgroundWriter()
         self._began = time.monotonic()
         self._being_written: SavedCheckpoint | None = None
@@ -168,11 +170,13 @@ class Checkpoints:
             copied, kind, file = host_copy(content), name.split("_")[0], self._folder / name
             facts = {**(self._progress.last or {}), "epoch": content["epoch"], "iteration": iteration}
             self._being_written = SavedCheckpoint(kind, file, facts)
-            self._writer.start(kind, lambda: _write_and_rotate(file, copied, num_kept))
+            self._writer.start(kind, lambda: _write_and_rotate(file, copied, num_kept, check=self._check))
 
     def _wait(self) -> None:
         """For the write before this one; a failure is told at once and forgotten with the next success."""
         kind, error = self._writer.wait()
+        if isinstance(error, TakenOverError):
+            raise error
         self._lost.pop(kind, None)
         saved, self._being_written = self._being_written, None
         if error is None and saved is not None:
@@ -257,8 +261,8 @@ def _epoch_of(iteration: int, epoch_length: int) -> int:
     return -(-iteration // epoch_length)
 
 
-def _write_and_rotate(file: Path, content: dict[str, Any], num_kept: int) -> None:
-    save_atomically(file, content)
+def _write_and_rotate(file: Path, content: dict[str, Any], num_kept: int, check: Callable[[], None]) -> None:
+    save_atomically(file, content, check)
     others = [other for other in checkpoints_in(file.parent, file.name.split("_")[0]) if other != file]
     for old in others[: len(others) - (num_kept - 1)]:
         old.unlink(missing_ok=True)

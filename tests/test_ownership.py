@@ -1,0 +1,98 @@
+"""One training at a time writes into a run's folder, and the latest start of a job is the one."""
+
+import json
+import logging
+
+import pytest
+from ignite.engine import Engine
+
+from reid.errors import TakenOverError, WorldError
+from reid.handlers.records import Records
+from reid.ownership import claim
+from reid.world import Start
+
+
+class Folder:
+    """A run's folder; whether it is locked by another training is the test's choice."""
+
+    def __init__(self, path):
+        self.path, self.is_free, self.num_tidied = path, True, 0
+
+    def lock(self):
+        return self.is_free
+
+    def tidy(self):
+        self.num_tidied += 1
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Folder(tmp_path)
+
+
+def test_a_free_folder_is_claimed_by_anybody(folder):
+    for start in (Start(), Start("7", 0, "7-0"), Start("8", 0, "8-0"), Start()):
+        claim(folder, start).check()
+    assert folder.num_tidied == 4
+
+
+@pytest.mark.parametrize("start", [Start(), Start("8", 5, "8-5"), Start("7", 0, "another")])
+def test_a_locked_folder_is_refused(folder, start):
+    first = claim(folder, Start("7", 0, "7-0"))
+    folder.is_free = False
+    with pytest.raises(WorldError, match="is in use by another training; wait for its end"):
+        claim(folder, start)
+    first.check()
+    assert folder.num_tidied == 1
+
+
+@pytest.mark.parametrize("start", [Start("7", 1, "7-1"), Start("7", 0, "7-0")])
+def test_the_next_start_of_a_job_takes_the_folder_over_from_one_that_still_lives(folder, start, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("reid"), "propagate", True)
+    zombie = claim(folder, Start("7", 0, "7-0"))
+    folder.is_free = False
+    with caplog.at_level(logging.WARNING, "reid.run"):
+        owner = claim(folder, start)
+    assert "is taken over from the start before this one" in caplog.text
+    owner.check()
+    with pytest.raises(TakenOverError, match=f"was taken over by restart {start.restart} of job 7, on .* ends"):
+        zombie.check()
+
+
+@pytest.mark.parametrize("is_free", [True, False])
+def test_a_start_that_was_given_up_and_comes_late_does_not_begin(folder, is_free):
+    owner = claim(folder, Start("7", 2, "7-2"))
+    folder.is_free = is_free
+    with pytest.raises(TakenOverError, match="by restart 2 of job 7"):
+        claim(folder, Start("7", 1, "7-1"))
+    owner.check()
+
+
+@pytest.mark.parametrize("event", list(Records))
+def test_it_ends_before_others_write_a_record(folder, event):
+    zombie, written = claim(folder, Start("7", 0, "7-0")), []
+    trainer = Engine(lambda engine, batch: engine.fire_event(event))
+    trainer.register_events(*Records)
+    zombie.attach(trainer)
+    trainer.add_event_handler(event, lambda: written.append(1))
+    trainer.run([0], max_epochs=1)
+    assert written == [1]
+    claim(folder, Start("7", 1, "7-1"))
+    with pytest.raises(TakenOverError):
+        trainer.run([0], max_epochs=1)
+    assert written == [1]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"start": {"job": "7", "wrong": 1}}', '{"start": 1}'])
+def test_a_file_that_is_none_of_ours_is_nobodys(folder, content):
+    (folder.path / "owner.json").write_text(content)
+    owner = claim(folder, Start("7", 0, "7-0"))
+    (folder.path / "owner.json").write_text(content)
+    owner.check()
+
+
+def test_the_file_says_who_it_is(folder):
+    claim(folder, Start("7", 1, "7-1"))
+    content = json.loads((folder.path / "owner.json").read_text())
+    assert content["start"] == {"job": "7", "restart": 1, "rendezvous": "7-1"}
+    assert content["host"]
