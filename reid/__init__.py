@@ -65,6 +65,7 @@ assembly builds, gathers and wires.
     data/people.py              how its people look
     data/photographs.py         how its cameras see them
     data/store.py               images decoded and resized once, memory-mapped
+    data/large_files.py         large files that appear whole, and copies of them
     data/randomness.py          random numbers as a pure function of integers
     data/samplers.py            the global batch of (seed, epoch, step), and this rank's part
     data/augment.py             whole uint8 batches to normalised float batches on the device

@@ -112,6 +112,9 @@ SETTINGS: dict[str, tuple[Any, Check]] = {
     "DATASETS.CUHK03.BOXES": ("detected", one_of("detected", "labeled")),  # boxes by a detector or by hand
     "DATASETS.CUHK03.SPLIT": (0, integer(0, NUM_CLASSIC_SPLITS - 1)),  # which of the classic splits
     "DATASETS.VEHICLEID.TEST": (800, vehicleid_test),  # vehicles in the test list of VehicleID
+    # a folder on each node's own disk, to which decoded images are copied while a run lasts; with names of environment
+    # variables ($SLURM_TMPDIR), and without a copy where they are not set; empty: no copies
+    "DATASETS.NODE_LOCAL_DIR": ("", text()),
     # people in the training set of the generated benchmark (NAMES synthetic)
     "DATASETS.SYNTHETIC.NUM_TRAIN_PIDS": (64, integer(2)),
     "DATASETS.SYNTHETIC.NUM_TEST_PIDS": (48, integer(2)),  # people in its query and gallery

@@ -1,5 +1,6 @@
 """From plans to batches: the right images with the right labels and draws, whoever loads them."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -192,3 +193,46 @@ def test_batches_are_the_same_with_all_images_on_the_device(folder, benchmark, n
         assert torch.equal(one.pids, other.pids)
         expected, got = (way.for_training(batch) for way, batch in zip(preparations, (one, other), strict=True))
         assert torch.equal(got, expected)
+
+
+# ---- DATASETS.NODE_LOCAL_DIR ----
+
+
+def loaded_through(folder, benchmark, local_dir):
+    """What comes out of both loaders, and the files that they have open."""
+    cfg = settings(folder, f"DATASETS.NODE_LOCAL_DIR={local_dir}")
+    train, test = build_train_data(cfg, [benchmark]), build_test_data(cfg, benchmark)
+    train.batches.set_position(epoch=2, step=0)
+    opened = Path("/proc/self/maps").read_text()
+    return (batches(train.loader), batches(test.loader)), opened
+
+
+def test_images_come_from_a_copy_that_is_gone_with_the_process(folder, benchmark, tmp_path, monkeypatch):
+    expected, opened = loaded_through(folder, benchmark, "")
+    assert f"{folder}/cache" in opened
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    leftover = tmp_path / "x.npy.0.partial"  # of a process that was killed
+    leftover.touch()
+    found, opened = loaded_through(folder, benchmark, "$SCRATCH/below")
+    loaded_through(folder, benchmark, "$SCRATCH")
+    assert all(equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert opened.count(f"{tmp_path}/below") == 3  # stores
+    assert [file.name for file in tmp_path.iterdir()] == ["below"]
+    assert list((tmp_path / "below").iterdir()) == []
+
+
+@pytest.mark.parametrize("local_dir", ["$NOT_SET_HERE", "$NOT_SET_HERE/reid"])
+def test_without_the_variable_nothing_is_copied(folder, benchmark, local_dir):
+    _, opened = loaded_through(folder, benchmark, local_dir)
+    assert f"{folder}/cache" in opened
+    assert not Path(local_dir).exists()
+
+
+def test_a_copy_that_cannot_be_made_costs_a_warning(folder, benchmark, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("reid"), "propagate", True)
+    (tmp_path / "file").touch()
+    _, opened = loaded_through(folder, benchmark, f"{tmp_path}/file")
+    assert f"{folder}/cache" in opened
+    warning = f"warning: DATASETS.NODE_LOCAL_DIR={tmp_path}/file on "
+    assert caplog.text.count(warning) == 3
+    assert "images are read from DATASETS.CACHE_DIR there" in caplog.text

@@ -389,7 +389,7 @@ def test_the_disk_fills_up_while_building(tmp_path, monkeypatch, call, number):
 
     paths = write_images(tmp_path / "images", 3)
     file = tmp_path / "cache" / "store.npy"
-    monkeypatch.setattr(f"reid.data.store.os.{call}", refuse)
+    monkeypatch.setattr(f"reid.data.large_files.os.{call}", refuse)
     with pytest.raises(WorldError, match=os.strerror(number)) as caught:
         build_store(file, paths, SIZE)
     check_full(caught.value, file, 128 + 3 * 32 * 16 * 3)
@@ -397,7 +397,7 @@ def test_the_disk_fills_up_while_building(tmp_path, monkeypatch, call, number):
 
 def test_short_writes_are_continued(tmp_path, monkeypatch):
     pwrite = os.pwrite
-    monkeypatch.setattr("reid.data.store.os.pwrite", lambda fd, data, offset: pwrite(fd, data[:100], offset))
+    monkeypatch.setattr("reid.data.large_files.os.pwrite", lambda fd, data, offset: pwrite(fd, data[:100], offset))
     paths = write_images(tmp_path / "images", 3)
     np.testing.assert_array_equal(open_store(built(tmp_path, paths), 3, SIZE), expected(paths))
 
@@ -407,7 +407,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     paths = write_images(tmp_path / "images", 3)
-    monkeypatch.setattr("reid.data.store.os.fsync", interrupt)
+    monkeypatch.setattr("reid.data.large_files.os.fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         built(tmp_path / "cache", paths)
     assert list((tmp_path / "cache").iterdir()) == []
@@ -465,7 +465,7 @@ def test_a_file_taken_for_abandoned_before_it_was_locked_is_made_again(tmp_path,
             stolen[0].unlink()
         flock(descriptor, operation)
 
-    monkeypatch.setattr("reid.data.store.fcntl.flock", steal_then_lock)
+    monkeypatch.setattr("reid.data.large_files.fcntl.flock", steal_then_lock)
     paths = write_images(tmp_path / "images", 2)
     file = built(tmp_path / "cache", paths)
     assert len(stolen) == 1
@@ -476,7 +476,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("reid.data.store.fcntl.flock", refuse)
+    monkeypatch.setattr("reid.data.large_files.fcntl.flock", refuse)
     paths = write_images(tmp_path / "images", 2)
     (tmp_path / "cache").mkdir()
     other = tmp_path / "cache" / "other.npy.0123.partial"

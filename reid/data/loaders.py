@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
+import secrets
 import signal
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from reid import distributed
-from reid.data import augment, store
+from reid.data import augment, large_files, store
 from reid.data.samplers import EvaluationBatches, IdentityPlan, PlannedBatch, ShufflePlan, TrainBatches
 from reid.data.sets import DataSets, join_training
 from reid.data.splits import Benchmark, Split
@@ -234,7 +239,38 @@ def _build_plan(cfg: CfgNode, train: Split) -> IdentityPlan | ShufflePlan:
 def _open_store(cfg: CfgNode, name: str, split: Split, size: tuple[int, int]) -> NDArray[np.uint8]:
     file = _store_file(cfg, name, split, size)
     distributed.once_per_node(lambda: store.build_store(file, split.paths, size, progress=distributed.is_main()))
-    return distributed.together(lambda: store.open_store(file, len(split), size))
+    with _local_copy(cfg, file) as nearest:
+        return distributed.together(lambda: store.open_store(nearest(), len(split), size))
+
+
+@contextmanager
+def _local_copy(cfg: CfgNode, file: Path) -> Iterator[Callable[[], Path]]:
+    """What gives the nearest of the store and its copy on this node's own disk.
+
+    The copy loses its name as soon as all ranks of the node have opened it: so the system removes it when the last of
+    them ends, in whatever way.
+    """
+    folder = os.path.expandvars(cfg.DATASETS.NODE_LOCAL_DIR)
+    token = distributed.on_main(lambda: secrets.token_hex(8))
+    copy = large_files.copy_of(file, Path(folder), token)
+    begun = ExitStack()
+    faults: list[str] = []
+
+    def begin() -> None:
+        if not folder or "$" in folder:
+            return
+        try:
+            start = time.monotonic()
+            begun.enter_context(large_files.copied(file, copy))
+            logger.info("%s: copied to %s in %.1f s", file, folder, time.monotonic() - start)
+        except OSError as error:
+            faults.append(f"{folder} on {platform.node()} has no room or cannot be written to: {error.strerror}")
+
+    distributed.once_per_node(begin)
+    for fault in dict.fromkeys(chain(*distributed.gather_objects(faults))):
+        logger.warning("warning: DATASETS.NODE_LOCAL_DIR=%s; images are read from DATASETS.CACHE_DIR there", fault)
+    with begun:
+        yield lambda: copy if copy.exists() else file
 
 
 def _store_file(cfg: CfgNode, name: str, split: Split, size: tuple[int, int]) -> Path:

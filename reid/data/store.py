@@ -7,7 +7,6 @@ Its name holds a fingerprint of the image files, so a changed data set asks for 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import io
 import logging
@@ -15,7 +14,6 @@ import os
 import shutil
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,11 +23,11 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from reid.data.large_files import new_file, write_at
 from reid.errors import DataError, WorldError
 
 FORMAT_VERSION = 1  # raise it when the same image files would give other pixels
 
-_PARTIAL_SUFFIX = ".partial"
 _CHUNK = 64  # images per task of a thread; one image takes about 0.6 ms
 _NUM_SHOWN = 20  # bad files in a message
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -99,10 +97,10 @@ def build_store(
     start = time.monotonic()
     with (
         _disk_errors(file, num_bytes),
-        _new_file(file, num_bytes) as descriptor,
+        new_file(file, num_bytes) as descriptor,
         tqdm(total=len(paths), desc=file.stem, unit="img", disable=not (progress and sys.stderr.isatty())) as bar,
     ):
-        _write(descriptor, header, 0)
+        write_at(descriptor, header, 0)
         bad = _write_images(descriptor, len(header), paths, size, num_threads, bar.update)
         if bad:
             raise DataError(_describe(bad, len(paths), file.with_suffix(".unreadable.txt")))
@@ -180,7 +178,7 @@ def _write_images(
             except Exception as error:  # a broken file makes PIL's decoders raise nearly anything
                 bad.append(f"{path} ({reason_of(error)})")
             else:
-                _write(descriptor, pixels, offset + i * stride)
+                write_at(descriptor, pixels, offset + i * stride)
         return bad
 
     # PIL loads the plug-ins of rare formats at the first file that needs one, which two threads must not do at once.
@@ -191,70 +189,6 @@ def _write_images(
             bad += bad_of_chunk
             on_progress(min(_CHUNK, len(paths) - start))
     return bad
-
-
-def _write(descriptor: int, content: bytes, offset: int) -> None:
-    """Write through the file, not through a map: on a full disk this raises, where a map kills with SIGBUS."""
-    remaining = memoryview(content)
-    while remaining:
-        written = os.pwrite(descriptor, remaining, offset)
-        remaining, offset = remaining[written:], offset + written
-
-
-@contextmanager
-def _new_file(file: Path, num_bytes: int) -> Iterator[int]:
-    """A descriptor to `num_bytes` of reserved disk, which become `file` at the end, or nothing after an error."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(file.parent)
-    partial, descriptor = _create_locked(file)
-    try:
-        _reserve(descriptor, num_bytes)
-        yield descriptor
-        os.fsync(descriptor)  # or a power failure after the rename leaves a file of the right length full of zeros
-        partial.replace(file)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(descriptor)
-
-
-def _create_locked(file: Path) -> tuple[Path, int]:
-    """A new file beside `file`, locked for as long as this process lives and has it open."""
-    while True:
-        partial = file.with_name(f"{file.name}.{uuid.uuid4().hex}{_PARTIAL_SUFFIX}")
-        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError:
-            return partial, descriptor  # a file system without locks: nobody can lock it to remove it either
-        if partial.exists():
-            return partial, descriptor
-        os.close(descriptor)  # another process saw it before it was locked and took it for abandoned
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Remove temporary files of builds that were killed: those that no living process has locked."""
-    for partial in folder.glob(f"*.npy.*{_PARTIAL_SUFFIX}"):
-        try:
-            descriptor = os.open(partial, os.O_RDWR)
-        except OSError:
-            continue  # gone by now, or another user's
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            partial.unlink(missing_ok=True)
-        except OSError:
-            continue  # its process is alive
-        finally:
-            os.close(descriptor)
-
-
-def _reserve(descriptor: int, num_bytes: int) -> None:
-    status = os.fstatvfs(descriptor)
-    # Some network file systems reserve by writing, which takes minutes to fail; and some do not know their size.
-    if status.f_blocks and status.f_bavail * status.f_frsize < num_bytes:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    os.posix_fallocate(descriptor, 0, num_bytes)
 
 
 @contextmanager
