@@ -92,6 +92,7 @@ assembly builds, gathers and wires.
     examples.py                 which queries to look at, and what they find (mathematics)
     pictures.py                 batches, rankings and CMC curves drawn (mathematics)
     evaluation.py               embeddings of all ranks to scores (assembly)
+    summarize.py                mean and spread of several runs
 
 Letters in shape comments: B batch, C training identities (or channels), D feature, G gallery, H height, K images per
 identity, N data set, P identities in a batch, Q queries, T batches in an epoch, W width (or the number of ranks).

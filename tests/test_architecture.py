@@ -61,6 +61,7 @@ MATHEMATICS = {
 }
 # Answer before torch is imported.
 LIGHT = {
+    "summarize.py",
     "errors.py",
     "environment_file.py",
     "world.py",
