@@ -21,6 +21,9 @@ assembly builds, gathers and wires.
     run.py                      the stories: train, evaluate
     engine.py                   what happens to one batch
     accumulation.py             the gradient of a global batch, one micro-batch at a time
+    preflight.py                the check story: what a training would find, problems first
+    link_speed.py               how fast collectives are between ranks and nodes
+    trial_steps.py              the first steps of a training, timed
     handlers/records.py         what there is to write down, and the events that say so
     handlers/schedule.py        learning rate, sampler's place, when to evaluate
     handlers/meters.py          means over steps, equal on all ranks; the non-finite stop

@@ -139,6 +139,7 @@ def _picture(word: str) -> str:
 COMMANDS = {
     "train": Command(),
     "evaluate": Command(),
+    "check": Command(),
     "export": Command(
         f"[--to LIST] [--output FOLDER] [--check {'|'.join(CHECKS)}] [--uint8] {_FILE_AND_SETTINGS}",
         _export_arguments,

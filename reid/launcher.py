@@ -17,7 +17,7 @@ from reid.config import load_config
 from reid.environment_file import read_environment_file
 from reid.errors import USER_ERRORS, SettingsError, UnsavedError, WorldError
 from reid.preemption import MARKER, Preempted, Signals, write_marker
-from reid.world import World, read_world
+from reid.world import World, read_world, speaks_for_node
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
@@ -54,6 +54,17 @@ def main(story: str, description: str) -> int:
         signals.ignore()
 
 
+def print_output_dir() -> int:
+    """For job scripts: the folder in which the training of the command line will be, or what is wrong with it."""
+    logging.getLogger("reid").addHandler(logging.StreamHandler(sys.stderr))
+    try:
+        words = read_words("train", "Print the OUTPUT_DIR of a training.")
+        sys.stdout.write(f"{load_config(words.config_file, words.overrides, subfolder=_trial()).OUTPUT_DIR}\n")
+    except USER_ERRORS as error:
+        return _report(error, speaks=True)
+    return 0
+
+
 def _answer(story: str, description: str, signals: Signals) -> int:
     try:
         read_environment_file(Path(".env"), os.environ)  # before wandb or torch look
@@ -62,13 +73,13 @@ def _answer(story: str, description: str, signals: Signals) -> int:
             logging.getLogger("reid").setLevel(logging.ERROR)
         words = read_words(story, description)
         cfg = load_config(words.config_file, words.overrides, subfolder=_trial() if story == "train" else "")
-        if story == "train":
+        if story in ("train", "check"):
             check_training(cfg, world.num_ranks)
         _check_alone(story, world)
         cfg, run = _prepare(story, words, cfg)
     except USER_ERRORS as error:  # the same on all processes of a node, so the first one speaks
         signals.release()
-        return _report(error, speaks=os.environ.get("LOCAL_RANK", "0") == "0")
+        return _report(error, speaks=speaks_for_node(os.environ))
     try:
         run(cfg, world, signals)
     except Preempted:
@@ -99,12 +110,13 @@ def _prepare(story: str, words: Words, cfg: CfgNode) -> tuple[CfgNode, Callable[
     Imports torch and what rests on it only now: a wrong setting must not cost the seconds that this takes.
     """
     try:
-        from reid import distributed, embedding, export, recorded, run, search
+        from reid import distributed, embedding, export, preflight, recorded, run, search
     except (ImportError, RuntimeError) as error:
         raise explain_import_error(error) from error
     stories = {
         "train": _Story(run.train),
         "evaluate": _Story(run.evaluate),
+        "check": _Story(preflight.check),
         "export": _Story(export.export, recorded.of_checkpoint),
         "embed": _Story(embedding.embed, recorded.of_checkpoint),
         "search": _Story(search.search, recorded.of_gallery),

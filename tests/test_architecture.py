@@ -17,7 +17,7 @@ MODULES = {name: ast.parse(file.read_text()) for name, file in FILES.items() if 
 
 # Library -> the only files that may import it.
 OWNERS = {
-    "torch.distributed": {"distributed.py", "wrapping.py"},  # the last for sharded tensors
+    "torch.distributed": {"distributed.py", "link_speed.py", "wrapping.py"},  # the last for sharded tensors
     "ignite.distributed": {"distributed.py"},
     "accelerate": {"wrapping.py"},
     "ignite.handlers.tensorboard_logger": {"handlers/tensorboard.py"},

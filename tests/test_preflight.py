@@ -1,0 +1,165 @@
+"""The check story: what it reports of a healthy world, and what it calls a problem."""
+
+import os
+import re
+
+import pytest
+from program import names
+
+from reid.errors import WorldError, shared
+from reid.link_speed import Link
+from reid.preflight import Report, _duration, _links, _node, _size
+
+# Speeds are of this machine and hour.
+OF_THE_HOUR = re.compile(r"problem \d+: (batches should be there in time|all links should be equally fast)")
+
+
+def problems(ended):
+    lines = [line for line in ended.out.splitlines() if line.startswith("problem ")]
+    return [line for line in lines if not OF_THE_HOUR.match(line)]
+
+
+@pytest.fixture(scope="module")
+def healthy(place):
+    return place.run("check", "OUTPUT_DIR", "checked/run", "TEST.IMS_PER_BATCH", 4, num_ranks=2)
+
+
+def test_a_healthy_world_has_no_problems(healthy):
+    first, second = healthy
+    assert problems(first) == []
+    assert first.code in (0, 1)
+    assert ("no problems were found\n" in first.out) == (first.code == 0)
+    assert (second.out, second.err) == ("", "")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        r"ranks        2 on \S+ \(2\)",
+        r"device       CPU, \w+ \(all ranks\)",
+        r"versions     torch \S+, torchvision \S+, accelerate \S+, numpy \S+, Python \S+ \(all ranks\)",
+        r"batch        16 images, 4 identities of 4; on each rank 8",
+        r"all-reduce   all ranks: \d+\.\d\d ms for 8 bytes, \d+\.\d\d GB/s for 32 MiB",
+        r"train        synthetic: train 51 images",
+        r"test         synthetic: query 14 images, gallery 29 images",
+        r"step         \d+\.\d\d\d s, \d+ images/s over all ranks, \d+ % waiting for data",
+        r"             \S+ \w+ for an epoch of 2 steps, \S+ \w+ for 2 epochs, without evaluations",
+        r"memory       [\d.]+ [MG]iB of the process at most, of [\d.]+ GiB",
+        r"OUTPUT_DIR   checked/run: [\d.]+ GiB free, about [\d.]+ MiB needed, 16 MiB written in \d+\.\d\d s",
+        r"             a training would begin anew",
+    ],
+)
+def test_it_is_described(healthy, line):
+    assert re.search(f"^{line}$", healthy[0].out, re.MULTILINE), healthy[0].out
+
+
+def test_nothing_is_left_where_the_run_will_be(healthy, place):
+    assert "checked" not in names(place.folder)
+    assert not [name for name in names(place.folder) if "write_test" in name]
+
+
+def other_torchvision_on_rank_1():
+    """To be done before the program starts."""
+    import reid.preflight
+
+    if os.environ.get("RANK") == "1":
+        original = reid.preflight.version
+        reid.preflight.version = lambda name: "0.1" if name == "torchvision" else original(name)
+
+
+def another_seed_on_rank_1():
+    """To be done before the program starts."""
+    import sys
+
+    if os.environ.get("RANK") == "1":
+        sys.argv += ["SEED", "7"]
+
+
+def test_ranks_that_differ_come_first_and_the_rest_is_looked_at_all_the_same(place):
+    first, _ = place.run("check", "OUTPUT_DIR", "d", num_ranks=2, before=other_torchvision_on_rank_1)
+    assert first.code == 1
+    (problem,) = problems(first)
+    assert "all ranks should have the same versions, but there are " in problem
+    assert "torchvision 0.1" in problem
+    assert "step " in first.out
+    assert re.fullmatch(
+        r"error: (1 problem was|\d problems were) found before training; see the list above\n", first.err
+    )
+    report = first.out[first.out.index("problem 1") :]
+    assert report.index("problem 1") < report.index("ranks   ")
+
+
+def test_what_a_training_refuses_is_a_problem(place):
+    (place.folder / "a_file").touch()
+    settings = ("OUTPUT_DIR", "a_file/run", "DATASETS.SYNTHETIC.NUM_TRAIN_PIDS", 9)
+    first, _ = place.run("check", *settings, num_ranks=2, before=another_seed_on_rank_1)
+    assert first.code == 1
+    settings_differ, other_data = problems(first)
+    assert "SEED is 7, not 0" in settings_differ
+    assert "holds" in other_data
+    assert "ranks        2 on" in first.out
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_an_output_dir_that_cannot_be_written_to_is_a_problem(place, num_ranks):
+    (place.folder / "b_file").touch()
+    first, *_ = place.run("check", "OUTPUT_DIR", "b_file/run", num_ranks=num_ranks)
+    assert first.code == 1
+    (problem,) = problems(first)
+    assert "must be a folder that can be written to" in problem
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused_as_by_training(place):
+    said = place.refusal("check", "SOLVER.IMS_PER_BATCH", 12, num_ranks=2, code=2)
+    assert said.startswith(
+        "SOLVER.IMS_PER_BATCH=12 / DATALOADER.NUM_INSTANCE=4 must be a multiple of the number of ranks"
+    )
+
+
+# ---- what is called a problem ----
+
+NODE = {"host": "n1", "num_gpus": 4, "num_cpus": 16, "num_threads": 4, "gpu_used": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, None),
+        ({"num_gpus": 8}, "n1 has 8 GPUs and 4 ranks"),
+        ({"num_threads": 5}, "n1 have 4 x 5 threads for 16 CPUs"),
+        ({"gpu_used": 0.25}, "25 % of the memory of one on n1"),
+    ],
+)
+def test_problems_of_a_node(change, words):
+    report = Report()
+    _node(report, {**NODE, **change}, num_ranks=4)
+    assert len(report.problems) == (words is not None)
+    assert all(words in problem for problem in report.problems)
+
+
+def test_a_link_slower_than_half_of_the_others_is_named():
+    links = [Link("all ranks", 3, 1e-4, 1.0), *(Link(f"{pair}", 2, 1e-4, 1.0) for pair in ("a - b", "b - c"))]
+    report = Report()
+    _links(report, [*links, Link("c - a", 2, 1e-4, 1.9)])
+    assert report.problems == []
+    _links(report, [*links, Link("c - a", 2, 1e-4, 2.1)])
+    (problem,) = report.problems
+    assert "c - a has 0.02 GB/s and the median is 0.03 GB/s" in problem
+
+
+def test_errors_of_one_rank_alone_are_no_report(monkeypatch):
+    monkeypatch.setattr("reid.distributed.num_ranks", lambda: 2)
+    with pytest.raises(WorldError, match="mine"):
+        Report().attempt(lambda: raise_(WorldError("mine")))
+    report = Report()
+    report.attempt(lambda: raise_(shared(WorldError("everybody's"))))
+    assert report.problems == ["everybody's"]
+
+
+def raise_(error):
+    raise error
+
+
+def test_words():
+    assert [_size(n) for n in (2**20, 2**30 - 1, 2**30)] == ["1 MiB", "1024 MiB", "1.0 GiB"]
+    assert [_duration(s) for s in (119, 120, 7199, 7200)] == ["119 s", "2 min", "120 min", "2.0 h"]
