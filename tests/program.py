@@ -312,3 +312,20 @@ def same(left: object, right: object) -> bool:
     if isinstance(left, list):
         return len(left) == len(right) and all(map(same, left, right))
     return left == right
+
+
+def largest_difference(folder: Path, expected: Path) -> float:
+    """Of all weights and the optimiser's state, relative to each entry's largest value."""
+    pairs = []
+    for part in ("model", "optimizer"):
+        pairs += _pairs(newest(folder)[part], newest(expected)[part])
+    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-9)) for a, b in pairs)
+
+
+def _pairs(left: object, right: object) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    if isinstance(left, torch.Tensor):
+        return [(left.double(), right.double())] if left.numel() else []
+    if isinstance(left, dict):
+        assert left.keys() == right.keys()
+        return [pair for key in left for pair in _pairs(left[key], right[key])]
+    return [pair for a, b in zip(left, right, strict=True) for pair in _pairs(a, b)] if isinstance(left, list) else []

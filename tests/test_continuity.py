@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from program import TIMEOUT, TRAIN, Place, names, newest, records, same
+from program import TIMEOUT, TRAIN, Place, largest_difference, names, newest, records, same
 
 ADAM = ("SOLVER.OPTIMIZER_NAME", "Adam")  # whose state matters from the second step on
 OFTEN = ("SOLVER.CHECKPOINT_EVERY_MINUTES", 1e-9, "SOLVER.LOG_PERIOD", 2)  # whenever the one before is written
@@ -52,23 +52,6 @@ def assert_same_outcome(folder: Path, expected: Path) -> None:
         name for name in names(expected / "checkpoints") if name.startswith("best")
     ]
     assert not [name for name in names(folder / "checkpoints") if "tmp" in name]
-
-
-def largest_difference(folder: Path, expected: Path) -> float:
-    """Of all weights and the optimiser's state, relative to each entry's largest value."""
-    pairs = []
-    for part in ("model", "optimizer"):
-        pairs += _pairs(newest(folder)[part], newest(expected)[part])
-    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-9)) for a, b in pairs)
-
-
-def _pairs(left: object, right: object) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    if isinstance(left, torch.Tensor):
-        return [(left.double(), right.double())] if left.numel() else []
-    if isinstance(left, dict):
-        assert left.keys() == right.keys()
-        return [pair for key in left for pair in _pairs(left[key], right[key])]
-    return [pair for a, b in zip(left, right, strict=True) for pair in _pairs(a, b)] if isinstance(left, list) else []
 
 
 # ---- stopped between two epochs ----

@@ -1,0 +1,191 @@
+"""Trainings on a real Slurm, on two nodes with two ranks each: disturbed or not, they give what one process gives."""
+
+import json
+
+import pytest
+from jobs import EXACT, TRAINING, TWO_BY_TWO, assert_same_but_for_rounding
+from program import REPOSITORY, newest, records
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+ENOUGH = (*EXACT, "SOLVER.MAX_EPOCHS", 12, "SOLVER.EVAL_PERIOD", 4)  # to be disturbed in, at 0.2 s or more a step
+SRUN = ("--nodes=2", "--ntasks-per-node=2", "--gres=gpu:2", "--cpus-per-task=2")
+
+
+def test_two_nodes_of_two_ranks_equal_one_process(jobs, place, alone):
+    """With the images on each node's own disk, and everything of the data set read-only."""
+    settings = (*EXACT, "SOLVER.MAX_EPOCHS", 3)
+    expected = alone(*settings)
+    machines = jobs.slurm.machines
+    for name in machines.names:
+        data = place.folder / "data"
+        machines.run(name, ["mount", "--bind", "-o", "ro", data, data])
+    local = ("DATASETS.NODE_LOCAL_DIR", "$NODES_OWN/images")
+    environment = {"NODES_OWN": str(machines.local)}
+    job = jobs.train("train.sbatch", "on_two_nodes", *settings, *local, environment=environment)
+    assert job.ended() == ("COMPLETED", 0, 0), job.said()
+    for name in machines.names:
+        machines.run(name, ["umount", place.folder / "data"])
+        left = machines.run(name, ["find", machines.local]).stdout.split()
+        assert left == [f"{machines.local}", f"{machines.local}/images"]
+    assert job.said().count(f"copied to {machines.local}/images in ") == 3
+    assert_same_but_for_rounding(place.folder / "on_two_nodes", expected)
+    environment = json.loads((place.folder / "on_two_nodes" / "environment.json").read_text())
+    assert [rank["host"] for rank in environment["ranks"]] == ["n1", "n1", "n2", "n2"]
+
+
+def preempt(jobs, job):
+    """A job that is more important, for which Slurm warns this one as before its time limit."""
+    urgent = jobs.wrap("sleep 1", options=("--partition=high", "--nodes=2", "--exclusive"))
+    assert urgent.ended()[0] == "COMPLETED"
+
+
+def end_step(jobs, job):
+    """As Slurm does it where the site does not warn: SIGTERM to the step alone."""
+    jobs.slurm.run("scancel", "--signal=TERM", f"{job.number}.0")
+
+
+def warn(jobs, job):
+    """As before the time limit."""
+    job.signal("USR1", "--batch")
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "disturbances"),
+    [
+        ("train.sbatch", TWO_BY_TWO, (preempt, end_step)),
+        ("train_srun.sbatch", SRUN, (warn, end_step)),
+    ],
+)
+def test_time_limit_and_preemption_cost_nothing(jobs, place, slow_repository, alone, script, options, disturbances):
+    folder = place.folder / f"requeued_{script.partition('.')[0]}"
+    wandb = ("WANDB.ENABLE", "yes")
+    job = jobs.train(script, folder.name, *ENOUGH, *wandb, repository=slow_repository, options=options)
+    for number, disturb in enumerate(disturbances, start=1):
+        job.wait_for(f"epoch {3 * number}/12 step 1/2")
+        disturb(jobs, job)
+        job.wait_for("to be started again", times=number)
+        assert f"saved after iteration {newest(folder)['iteration']}; start the same command" in job.said()
+    assert job.ended() == ("COMPLETED", 0, 2), job.said()
+    assert job.said().count("asks the ranks to save") == 1  # of the SIGTERM the script hears nothing
+    assert_same_but_for_rounding(folder, alone(*ENOUGH))
+    parts = sorted(folder.glob("wandb/offline-run-*"))
+    run_id = (folder / "wandb_run_id").read_text().strip()
+    assert all(part.name.endswith(run_id) for part in parts)
+    assert [types_of(place, part) for part in parts] == [["preempting", "exit"], ["preempting", "exit"], ["exit"]]
+
+
+def types_of(place, run):
+    done = place.command("wandb", "leet", "inspect", run, "--json")
+    types = [json.loads(line)["type"] for line in done.out.splitlines()]
+    return [name for name in types if name in ("preempting", "exit")]
+
+
+# ---- what is lost ----
+
+
+def test_a_killed_rank_is_started_again_and_a_dead_node_left_out(jobs, place, slow_repository, alone):
+    """In the same job, which takes what it gets: at last one node of two ranks."""
+    folder = place.folder / "lost"
+    options = (*TWO_BY_TWO[1:], "--nodes=1-2")
+    often = ("SOLVER.CHECKPOINT_EVERY_MINUTES", 1e-9)
+    job = jobs.train("train.sbatch", folder.name, *ENOUGH, *often, repository=slow_repository, options=options)
+    job.wait_for("epoch 3/12 step 1/2")
+    machines = jobs.slurm.machines
+    machines.run("n2", ["kill", "-9", machines.pids("n2", TRAINING)[-1]])
+    job.wait_for("going on from")
+    job.wait_for("epoch 6/12 step 1/2")
+    machines.crash("n2")
+    assert job.ended() == ("COMPLETED", 0, 1), job.said()
+    assert "1 node(s) n1" in job.said()
+    assert job.said().count("going on from") == 2
+    environment = json.loads((folder / "environment.json").read_text())
+    assert [rank["host"] for rank in environment["ranks"]] == ["n1", "n1"]
+    assert_same_but_for_rounding(folder, alone(*ENOUGH))
+
+
+def test_a_node_that_was_cut_off_and_comes_back_writes_nothing(jobs, place, slow_repository, alone):
+    """It trains on, and with the shared file system at hand, until it finds that another start owns the folder."""
+    settings = (*EXACT, "SOLVER.MAX_EPOCHS", 1000, "SOLVER.EVAL_PERIOD", 1000)
+    folder = place.folder / "cut_off"
+    often = ("SOLVER.CHECKPOINT_EVERY_MINUTES", 1e-9)
+    options = ("--nodes=1", "--gres=gpu:1")
+    job = jobs.train("train.sbatch", folder.name, *settings, *often, repository=slow_repository, options=options)
+    job.wait_for("epoch 3/1000 step 1/2")
+    node = job.state()["NodeList"]
+    machines = jobs.slurm.machines
+    machines.unplug(node)
+    job.wait_for("start 2: 1 node(s)")
+    assert machines.pids(node, TRAINING)  # it lives
+    job.wait_for("writes no more and ends")
+    said = job.said()
+    assert f"is taken over from the start before this one, on {node}, which still lives" in said
+    owner = json.loads((folder / "owner.json").read_text())
+    assert owner["start"]["restart"] == 1
+    assert owner["host"] != node
+    assert f"by restart 1 of job {job.number}, on {owner['host']}; this one, on {node}, writes no more and ends" in said
+    machines.plug(node)
+    job.wait_for("training resnet18", times=2)
+    job.wait_for("images/s", times=job.said().count("images/s") + 2)
+    job.signal("USR1", "--batch")
+    job.wait_for("stopped by a signal: saved")
+    ours, theirs = (records(of, "train", speeds=False) for of in (folder, alone(*ENOUGH)))
+    assert [record["iteration"] for record in ours] == list(range(1, len(ours) + 1))
+    losses = [[record["loss"] for record in of[:24]] for of in (ours, theirs)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+# ---- everything else ----
+
+
+def test_an_array_of_seeds_then_evaluation_and_their_mean(jobs, place):
+    """Two jobs make the data set and the same stores at the same time."""
+    fresh = ("DATASETS.ROOT_DIR", place.folder / "fresh_data", "DATASETS.CACHE_DIR", place.folder / "fresh_cache")
+    settings = ("SOLVER.MAX_EPOCHS", 1, *fresh)
+    small = ("--gres=none", "--cpus-per-task=2")
+    array = jobs.train("array.sbatch", "seeds/{}", "SEED", "{}", *settings, options=("--array=3-4", *small))
+    for seed in (3, 4):
+        assert array.task(seed).ended() == ("COMPLETED", 0, 0), array.task(seed).said()
+    for seed in (3, 4):
+        place.train("OUTPUT_DIR", f"alone_{seed}", "SEED", seed, "SOLVER.MAX_EPOCHS", 1)
+        ours, theirs = (place.folder / name / "result.json" for name in (f"seeds/{seed}", f"alone_{seed}"))
+        assert ours.read_text() == theirs.read_text()
+    assert not list((place.folder / "fresh_cache").glob("*.partial"))
+
+    (best,) = (place.folder / "seeds" / "3" / "checkpoints").glob("best_*.pt")
+    job = jobs.train("evaluate.sbatch", "evaluated", "TEST.WEIGHT", best, *fresh, options=("--nodes=2", *small))
+    assert job.ended() == ("COMPLETED", 0, 0), job.said()
+    result = json.loads((place.folder / "evaluated" / "result.json").read_text())
+    trained = json.loads((place.folder / "seeds" / "3" / "result.json").read_text())
+    assert result["mAP"] == pytest.approx(trained["mAP"], rel=1e-9)
+
+    done = place.command("python", REPOSITORY / "launch" / "summarize.py", "seeds/3", "seeds/4")
+    assert (done.code, done.err) == (0, "")
+    assert "mean of 2" in done.out
+
+
+def test_the_check_on_two_nodes_of_two_ranks(jobs, place):
+    environment = {"PROGRAM": "launch/check.py"}
+    job = jobs.train("evaluate.sbatch", "not_there_yet", environment=environment)
+    state, code, _ = job.ended()
+    said = job.said()
+    assert (state, code) in (("COMPLETED", 0), ("FAILED", 1)), said  # a slow link is a matter of the hour
+    assert (code == 0) == ("no problems were found" in said)
+    for line in (
+        "ranks        4 on n1 (2), n2 (2)",
+        "all-reduce   all ranks: ",
+        "             within n1: ",
+        "             within n2: ",
+        "             n1 - n2: ",
+        "step         ",
+        "OUTPUT_DIR   ",
+    ):
+        assert f"\n{line}" in said
+    assert not (place.folder / "not_there_yet").exists()
+
+
+def test_wrong_settings_are_said_once_before_any_rank_starts(jobs, place):
+    job = jobs.train("train.sbatch", "wrong", "SOLVER.BASE_LR", "fast")
+    assert job.ended() == ("FAILED", 2, 0)
+    assert job.said().startswith("error: SOLVER.BASE_LR must be ")
+    assert job.said().count("\n") == 1
