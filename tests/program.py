@@ -6,6 +6,7 @@ A start with torch takes ten seconds, so ranks are forked from a server that has
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -186,7 +187,8 @@ class Ranks:
         """To all ranks that are alive."""
         for rank, process in enumerate(self.processes):
             if process.is_alive():
-                os.kill(self.pid(rank), number)
+                with contextlib.suppress(ProcessLookupError):  # it has ended since
+                    os.kill(self.pid(rank), number)
 
     def kill(self) -> None:
         """As a power failure: nobody can do anything about it."""

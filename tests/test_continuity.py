@@ -608,10 +608,10 @@ def other_code_on_rank_1() -> None:
 
 def other_images_on_rank_1() -> None:
     """To be done before the program starts."""
-    import reid.run
+    from reid.data.sets import DataSets
 
     if os.environ.get("RANK") == "1":
-        reid.run.fingerprint = lambda benchmark: "another"
+        DataSets.fingerprint_of_tests = lambda data: "another"  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
@@ -619,7 +619,7 @@ def other_images_on_rank_1() -> None:
     [
         (another_seed_on_rank_1, "SEED is 7, not 0"),
         (other_code_on_rank_1, "the source code of reid is 'another', not "),
-        (other_images_on_rank_1, "the fingerprint of the images is 'another', not "),
+        (other_images_on_rank_1, "the fingerprint of the test images is 'another', not "),
     ],
 )
 @pytest.mark.parametrize("story", ["train", "evaluate"])
