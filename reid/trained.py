@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from reid import distributed, weights
 from reid.errors import SettingsError
 from reid.model import ReIDModel, build_model
-from reid.run import place
+from reid.run import check_start, place
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,9 +33,10 @@ def load_trained(cfg: CfgNode, accelerator: Accelerator) -> Trained:
     """The model in TEST.WEIGHT; called by all ranks.
 
     Raises:
-        SettingsError: no file is named.
-        WorldError: it cannot be read, does not fit, was made with other settings, or ranks see different files.
+        SettingsError: no file is named, or there is no such backbone.
+        WorldError: it cannot be read, does not fit, was made with other settings, or ranks differ.
     """
+    check_start(cfg)
     distributed.together(lambda: check_weight_is_named(cfg))
     source = f"TEST.WEIGHT={cfg.TEST.WEIGHT}"
     content = distributed.together(lambda: weights.read_file(Path(cfg.TEST.WEIGHT), "TEST.WEIGHT"))
