@@ -12,7 +12,7 @@ from reid.errors import SettingsError
 
 FORMATS = ("onnx", "torch", "safetensors")
 CHECKS = ("evaluation", "random", "none")
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+PICTURES = (".jpg", ".jpeg", ".png")  # WebP is too small for many rows
 
 _SETTINGS = "[KEY VALUE | KEY=VALUE ...]"
 _FILE_AND_SETTINGS = f"[--config_file FILE] {_SETTINGS}"
