@@ -119,6 +119,8 @@ def writing_embeddings(folder: Path, num_features: int) -> Iterator[EmbeddingFil
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in folder.glob(".embeddings.*.tmp.npy"):
+            unfinished.unlink(missing_ok=True)  # of a process that was killed while it wrote
     with appearing(folder / EMBEDDINGS) as temporary:
         with temporary.open("wb") as stream:
             file = EmbeddingFile(stream, num_features)

@@ -88,6 +88,12 @@ def test_an_older_gallery_stays_until_the_new_embeddings_are_whole(tmp_path, emb
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_what_a_killed_process_has_left_is_removed(tmp_path, embedding):
+    (tmp_path / ".embeddings.4711.tmp.npy").write_bytes(b"half")
+    write(tmp_path, embedding)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["embeddings.npy", "gallery.json", "images.csv"]
+
+
 def test_between_two_galleries_there_is_none(tmp_path, embedding):
     write(tmp_path, embedding)
     with writing_embeddings(tmp_path, 4) as file:
