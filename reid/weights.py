@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import pickle
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -246,8 +247,14 @@ def check_settings(content: dict[str, Any], cfg: CfgNode, source: str) -> None:
     Raises:
         WorldError: one of those that decide what the model computes is another.
     """
-    if not isinstance(content.get("config"), str):
-        return  # of reid-strong-baseline
+    if not isinstance(content.get("config"), str):  # of reid-strong-baseline
+        if cfg.MODEL.STEM_RELU and re.fullmatch(r"resnet\d+", cfg.MODEL.NAME):
+            logger.warning(
+                "warning: %s does not say how it was trained; the ResNets of reid-strong-baseline have no ReLU in the "
+                "stem: if it is one of these, use MODEL.STEM_RELU no, as configs/legacy does",
+                source,
+            )
+        return
     made_with, used_with = _decisive(yaml.safe_load(content["config"])), _decisive(as_plain_dict(cfg))
     differences = []
     for key in _DECISIVE:

@@ -509,8 +509,16 @@ def test_a_normalisation_left_to_the_backbone_is_compared_as_what_it_is():
         check_settings(content, settings(*vit, "INPUT.PIXEL_STD=(.2,.2,.2)"), "X")
 
 
-def test_a_state_dict_of_others_has_no_settings_to_compare():
-    check_settings(model_of().state_dict(), settings("MODEL.STEM_RELU=yes"), "TEST.WEIGHT=x.pt")
+@pytest.mark.parametrize(
+    ("name", "relu", "num_warnings"),
+    [("resnet18", "no", 0), ("resnet18", "yes", 1), ("resnet50_ibn_a", "yes", 0), ("se_resnet50", "yes", 0)],
+)
+def test_a_state_dict_of_others_has_no_settings_to_compare_but_no_relu_in_the_stem(name, relu, num_warnings, caplog):
+    cfg = settings(f"MODEL.NAME={name}", f"MODEL.STEM_RELU={relu}")
+    with caplog.at_level(logging.WARNING, "reid.weights"):
+        check_settings(model_of().state_dict(), cfg, "TEST.WEIGHT=x.pt")
+    assert len(caplog.messages) == num_warnings
+    assert all("use MODEL.STEM_RELU no, as configs/legacy does" in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize(
