@@ -218,6 +218,7 @@ def _write_onnx(file: Path, program: torch.export.ExportedProgram, metadata: dic
     assert made is not None
     made.model.metadata_props.update(metadata)
     made.save(file, external_data=False)
+    onnxruntime.disable_telemetry_events()
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
