@@ -16,7 +16,7 @@ become_torchrun() {
   # shellcheck disable=SC2016
   exec srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=0 \
     --wait="$SAVE_SECONDS" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c '
-    prepare
+    prepare || exit
     ranks=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
     threads=$((${SLURM_CPUS_PER_TASK:-1} / ranks))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}

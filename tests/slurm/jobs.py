@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cluster import Cluster
@@ -23,23 +24,21 @@ class Jobs:
         self.slurm, self.place = slurm, place
         self._numbers: list[int] = []
 
-    def submit(
-        self,
-        script: str,
-        *arguments: object,
-        options: tuple[object, ...] = TWO_BY_TWO,
-        environment: dict[str, str] | None = None,
-        repository: Path = REPOSITORY,
-    ) -> Job:
+    def submit(self, script: str, *arguments: object, options: tuple[object, ...] = TWO_BY_TWO, **where: Any) -> Job:
         """sbatch OPTIONS slurm/SCRIPT ARGUMENTS, from the root of the repository."""
+        return self._sbatch(*options, Path("slurm") / script, *arguments, **where)
+
+    def wrap(self, command: str, *, options: tuple[object, ...]) -> Job:
+        """A job of a single command, from the root of the repository."""
+        return self._sbatch(*options, "--wrap", command)
+
+    def _sbatch(self, *words: object, environment: dict[str, str] | None = None, repository: Path = REPOSITORY) -> Job:
         folder = self.place.folder / "jobs"
         folder.mkdir(exist_ok=True)
         own = {"PROGRAMS": str(Path(sys.executable).parent), **(environment or {})}
         number = self.slurm.submit(
-            f"--output={folder}/%j.out" if "--array" not in str(options) else f"--output={folder}/%A_%a.out",
-            *options,
-            Path("slurm") / script,
-            *arguments,
+            f"--output={folder}/%j.out" if "--array" not in str(words) else f"--output={folder}/%A_%a.out",
+            *words,
             cwd=repository,
             environment={**self.place.environment, **own},
         )
@@ -48,16 +47,13 @@ class Jobs:
 
     def train(self, script: str, output_dir: str, *settings: object, **options: object) -> Job:
         """A training with the tiny settings; all its files are in the place."""
+        return self.submit(script, *self.arguments(output_dir), *settings, **options)  # type: ignore[arg-type]
+
+    def arguments(self, output_dir: str) -> list[str]:
+        """Of the program, for one with the tiny settings."""
         place = self.place.folder
         folders = ("DATASETS.ROOT_DIR", place / "data", "DATASETS.CACHE_DIR", place / "cache")
-        arguments = ("--config_file", place / "tiny.yml", "OUTPUT_DIR", place / output_dir, *folders, *settings)
-        return self.submit(script, *arguments, **options)  # type: ignore[arg-type]
-
-    def wrap(self, command: str, options: tuple[object, ...]) -> Job:
-        """A job of a single command."""
-        number = self.slurm.submit(*options, "--output=/dev/null", "--wrap", command, cwd=self.place.folder)
-        self._numbers.append(number)
-        return Job(self.slurm, number, self.place.folder)
+        return list(map(str, ("--config_file", place / "tiny.yml", "OUTPUT_DIR", place / output_dir, *folders)))
 
     def end(self) -> None:
         """Nothing of it runs any more, and all nodes are ready."""

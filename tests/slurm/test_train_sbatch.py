@@ -1,6 +1,7 @@
 """Trainings on a real Slurm, on two nodes with two ranks each: disturbed or not, they give what one process gives."""
 
 import json
+import shlex
 
 import pytest
 from jobs import EXACT, TRAINING, TWO_BY_TWO, assert_same_but_for_rounding
@@ -182,6 +183,26 @@ def test_the_check_on_two_nodes_of_two_ranks(jobs, place):
     ):
         assert f"\n{line}" in said
     assert not (place.folder / "not_there_yet").exists()
+
+
+def test_ranks_are_right_without_the_scripts_too(jobs, place):
+    """A job of four tasks: one process in the batch script itself, then a step of two tasks, then torchrun in one."""
+    settings = (*EXACT, "SOLVER.MAX_EPOCHS", "1")
+    program = ("launch/train.py", *settings)
+    commands = [
+        ("python", *program, *jobs.arguments("in_the_script")),
+        ("srun", "--nodes=1", "--ntasks=2", "python", *program, *jobs.arguments("in_a_step")),
+        ("srun", "--nodes=1", "--ntasks=1", "torchrun", "--standalone", "--nproc_per_node=2", *program),
+    ]
+    lines = [shlex.join(map(str, command)) for command in commands]
+    lines[-1] += " " + shlex.join(jobs.arguments("in_torchrun"))
+    job = jobs.wrap(" && ".join(lines), options=("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=2"))
+    assert job.ended() == ("COMPLETED", 0, 0), job.said()
+    for name, num_ranks in (("in_the_script", 1), ("in_a_step", 2), ("in_torchrun", 2)):
+        environment = json.loads((place.folder / name / "environment.json").read_text())
+        assert environment["world_size"] == num_ranks
+        assert [rank["rank"] for rank in environment["ranks"]] == list(range(num_ranks))
+        assert_same_but_for_rounding(place.folder / name, place.folder / "in_the_script")
 
 
 def test_wrong_settings_are_said_once_before_any_rank_starts(jobs, place):

@@ -1,0 +1,64 @@
+"""slurm/sync_wandb.sh: what was recorded without a connection becomes one run, once."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from program import REPOSITORY
+from wandb_server import WandbServer
+
+SCRIPT = REPOSITORY / "slurm" / "sync_wandb.sh"
+
+
+@pytest.fixture
+def server():
+    running = WandbServer()
+    yield running
+    running.stop()
+
+
+def sync(place, *words, environment=None):
+    programs = {"PROGRAMS": str(Path(sys.executable).parent)}
+    return place.command(SCRIPT, *words, environment={**programs, **(environment or {})})
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_training_become_one_run_and_are_sent_once(place, server):
+    for num_epochs in (1, 2):
+        place.train("OUTPUT_DIR", "to_sync/a", "SOLVER.MAX_EPOCHS", num_epochs, "WANDB.ENABLE", "yes")
+    folder = place.folder / "to_sync" / "a"
+    run_id = (folder / "wandb_run_id").read_text().strip()
+    parts = sorted(folder.glob("wandb/offline-run-*"))
+    assert len(parts) == 2
+
+    done = sync(place, "to_sync")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.count("left out, as it may still be running: to_sync/a/wandb/offline-run-") == 2
+    assert done.out.endswith("nothing to send in to_sync\n")
+
+    for part in parts:
+        (file,) = part.glob("run-*.wandb")
+        os.utime(file, (0, 0))
+    environment = {**server.environment, "https_proxy": "", "WANDB_MODE": "online"}
+    for _ in range(2):
+        done = sync(place, "to_sync", environment=environment)
+        assert done.code == 0, done
+        assert list(server.runs) == [run_id]
+        rows = [row["iteration"] for row in server.runs[run_id].history if "train/loss" in row]
+        assert rows == [1, 2, 3, 4]
+
+
+def test_options_reach_wandb(place):
+    folder = place.folder / "to_show" / "wandb" / "offline-run-20260101_000000-abcdefgh"
+    folder.mkdir(parents=True)
+    (folder / "run-abcdefgh.wandb").touch()
+    os.utime(folder / "run-abcdefgh.wandb", (0, 0))
+    done = sync(place, "--dry-run", "to_show")
+    assert done.code == 0, done
+    assert "run-abcdefgh.wandb" in done.out + done.err
+
+
+def test_without_words_all_of_runs_is_meant(place):
+    (place.folder / "runs").mkdir(exist_ok=True)
+    assert sync(place).out == "nothing to send in runs\n"
