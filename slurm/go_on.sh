@@ -46,7 +46,11 @@ ask_to_save() { kill -USR1 "$child"; }
 
 # run_until_done STEP ARGUMENT...: a training; the arguments are the program's.
 run_until_done() {
-  run_dir=$("$PROGRAMS/python" launch/output_dir.py "${@:2}") || exit
+  if [[ ! -x $VENV_BIN/python ]]; then
+    echo "error: VENV_BIN must be the folder of python and torchrun, got $VENV_BIN; run uv sync, or set VENV_BIN" >&2
+    exit 2
+  fi
+  run_dir=$(prepare >&2 && "$VENV_BIN/python" launch/output_dir.py "${@:2}") || exit
   mkdir -p "$run_dir" || exit 1
   before=$(checkpoints)
   count_starts_without_progress

@@ -6,7 +6,7 @@
 # What was sent before is left out, and the parts of a training that was interrupted become one run. A training that is
 # still running can be sent up to now; but then not its rest: so those that have written in the last minutes are left out.
 set -u
-: "${PROGRAMS:=.venv/bin}"       # the folder of wandb
+: "${VENV_BIN:=.venv/bin}"       # the folder of wandb
 MINUTES=3
 
 options=() folders=()
@@ -29,4 +29,4 @@ if ((${#found[@]} == 0)); then
   echo "nothing to send in ${folders[*]}"
   exit 0
 fi
-exec "$PROGRAMS/wandb" sync --yes "${options[@]}" "${found[@]}"
+exec "$VENV_BIN/wandb" sync --yes "${options[@]}" "${found[@]}"

@@ -7,7 +7,7 @@ become_torchrun() {
   # Another port and another name at each start: what is left of the one before must not answer.
   RENDEZVOUS_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
   RENDEZVOUS=$head:$((20000 + (SLURM_JOB_ID + 101 * ${SLURM_RESTART_COUNT:-0}) % 10000))
-  export RENDEZVOUS_ID RENDEZVOUS PROGRAMS RANKS_PER_NODE MAX_RESTARTS SAVE_SECONDS
+  export RENDEZVOUS_ID RENDEZVOUS VENV_BIN RANKS_PER_NODE MAX_RESTARTS SAVE_SECONDS
   export -f prepare
   # Else ranks that are started again often find the addresses of those before them.
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
@@ -20,7 +20,7 @@ become_torchrun() {
     ranks=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
     threads=$((${SLURM_CPUS_PER_TASK:-1} / ranks))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
-    exec "$PROGRAMS/torchrun" --nnodes="$SLURM_NNODES" --nproc-per-node="$ranks" \
+    exec "$VENV_BIN/torchrun" --nnodes="$SLURM_NNODES" --nproc-per-node="$ranks" \
       --rdzv-backend=c10d --rdzv-id="$RENDEZVOUS_ID" --rdzv-endpoint="$RENDEZVOUS" --rdzv-conf=join_timeout=300 \
       --max-restarts="$MAX_RESTARTS" --shutdown-timeout="$SAVE_SECONDS" \
       --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "$@"' torchrun "$@"

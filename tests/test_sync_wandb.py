@@ -19,7 +19,7 @@ def server():
 
 
 def sync(place, *words, environment=None):
-    programs = {"PROGRAMS": str(Path(sys.executable).parent)}
+    programs = {"VENV_BIN": str(Path(sys.executable).parent)}
     return place.command(SCRIPT, *words, environment={**programs, **(environment or {})})
 
 

@@ -35,7 +35,7 @@ class Jobs:
     def _sbatch(self, *words: object, environment: dict[str, str] | None = None, repository: Path = REPOSITORY) -> Job:
         folder = self.place.folder / "jobs"
         folder.mkdir(exist_ok=True)
-        own = {"PROGRAMS": str(Path(sys.executable).parent), **(environment or {})}
+        own = {"VENV_BIN": str(Path(sys.executable).parent), **(environment or {})}
         number = self.slurm.submit(
             f"--output={folder}/%j.out" if "--array" not in str(words) else f"--output={folder}/%A_%a.out",
             *words,

@@ -62,9 +62,18 @@ touch "$out/ready.0.0"; while :; do sleep 0.1; done
 class Play:
     """A job whose torchrun plays."""
 
-    def __init__(self, jobs, repository: Path, output_dir: str, *words: str, options=(), script="train.sbatch"):
+    def __init__(
+        self,
+        jobs,
+        repository: Path,
+        output_dir: str,
+        *words: str,
+        options=(),
+        script="train.sbatch",
+        programs="programs",
+    ):
         self.folder = repository / "runs" / output_dir
-        environment = {"PROGRAMS": "programs", "SAVE_SECONDS": "20"}
+        environment = {"VENV_BIN": programs, "SAVE_SECONDS": "20"}
         self.job = jobs.submit(
             script,
             self.folder,
@@ -111,6 +120,8 @@ def plays(slurm, place, repository):
         "saves nothing": play("saves_nothing", "wait,mark", "wait,mark", "done"),
         "cancelled": play("cancelled", "wait,slowly,save", "done"),
         "wrong": play("wrong"),
+        "elsewhere": Play(jobs, slurm.folder, "elsewhere", script=REPOSITORY / "slurm" / "train.sbatch"),
+        "not installed": play("not_installed", programs="not/there"),
         "array": play("array_{}", "wait,save", "done", script="array.sbatch", options=("--array=0-1",)),
         "sweep": play("sweep", script="sweep.sbatch", options=("--array=3",)),
     }
@@ -183,6 +194,19 @@ def test_a_cancelled_job_saves_and_stays_away(plays):
     assert "PREEMPTED" in play.left()
     assert (play.folder / "checkpoints" / "last_0001_00000000.pt").exists()
     assert "to be started again" not in play.job.said()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("elsewhere", "error: submit this from the root of the repository, not from /"),
+        ("not installed", "error: VENV_BIN must be the folder of python and torchrun, got not/there; run uv sync"),
+    ],
+)
+def test_a_job_that_cannot_be_says_why(plays, name, words):
+    job = plays[name].job
+    assert job.ended() == ("FAILED", 2, 0)
+    assert words in job.said()
 
 
 def test_wrong_settings_end_the_job_with_code_2_and_one_sentence(plays):
