@@ -97,6 +97,9 @@ decide() {
   after=$(checkpoints)
   if ((code == 0)); then
     rm -f "$run_dir/.starts_of_job_$JOB"
+    if compgen -G "$run_dir/wandb/offline-run-*" > /dev/null; then
+      say "recorded for W&B without a connection; to send it, on a machine that has one: slurm/sync_wandb.sh $run_dir"
+    fi
     say "done"
     exit 0
   fi

@@ -73,6 +73,7 @@ def test_time_limit_and_preemption_cost_nothing(jobs, place, slow_repository, al
     parts = sorted(folder.glob("wandb/offline-run-*"))
     run_id = (folder / "wandb_run_id").read_text().strip()
     assert all(part.name.endswith(run_id) for part in parts)
+    assert f"on a machine that has one: slurm/sync_wandb.sh {folder}\n" in job.said()
     assert [types_of(place, part) for part in parts] == [["preempting", "exit"], ["preempting", "exit"], ["exit"]]
 
 
