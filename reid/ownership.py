@@ -53,15 +53,16 @@ class Ownership:
     def __init__(self, folder: RunDirectory, start: Start) -> None:
         self._folder, self._start = folder, start
         self._file, self._token = folder.path / _FILE, secrets.token_hex(8)
+        self._has_lock = False
 
     def claim(self) -> None:
         """For rank 0; see the function `claim`."""
-        is_locked = self._folder.lock()
+        self._has_lock = self._folder.lock()
         owner = self._read()
         former = Start(**owner["start"]) if owner else Start()
         if self._start.precedes(former):
             raise self._taken_over(owner)
-        if not is_locked:
+        if not self._has_lock:
             if not self._start.replaces(former):
                 raise WorldError(
                     f"OUTPUT_DIR={self._folder.path} is in use by another training; wait for its end, or choose "
@@ -91,7 +92,8 @@ class Ownership:
         owner = self._read()
         if owner and owner["token"] != self._token:
             raise self._taken_over(owner)
-        self._folder.lock()  # which the start before may have held when this one took over
+        if not self._has_lock:  # as the start before it still had it
+            self._has_lock = self._folder.lock()
 
     def _read(self) -> dict[str, Any]:
         """What the owner has left; nothing where there is none, or no file of ours."""

@@ -16,9 +16,10 @@ class Folder:
     """A run's folder; whether it is locked by another training is the test's choice."""
 
     def __init__(self, path):
-        self.path, self.is_free, self.num_tidied = path, True, 0
+        self.path, self.is_free, self.num_tidied, self.num_locked = path, True, 0, 0
 
     def lock(self):
+        self.num_locked += self.is_free
         return self.is_free
 
     def tidy(self):
@@ -57,6 +58,18 @@ def test_the_next_start_of_a_job_takes_the_folder_over_from_one_that_still_lives
     owner.check()
     with pytest.raises(TakenOverError, match=f"was taken over by restart {start.restart} of job 7, on .* ends"):
         zombie.check()
+
+
+def test_the_lock_is_had_as_soon_as_the_start_before_lets_go_of_it(folder):
+    claim(folder, Start("7", 0, "7-0"))
+    folder.is_free = False
+    owner = claim(folder, Start("7", 1, "7-1"))
+    owner.check()
+    folder.is_free = True
+    num_before = folder.num_locked
+    owner.check()
+    owner.check()
+    assert folder.num_locked == num_before + 1
 
 
 @pytest.mark.parametrize("is_free", [True, False])
