@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from functools import cache
@@ -13,6 +14,8 @@ import pytest
 import torch
 from distributed_checks import EQUAL_VARIANTS, EVALUATION_SIZES, TRAJECTORIES, VARIANTS
 from program import same
+
+from reid import distributed
 
 HERE = Path(__file__).parent
 
@@ -165,3 +168,33 @@ def test_ranks_that_disagree_do_not_start(outcomes, num_ranks):
         assert f"rank {num_ranks - 1} on " in outcome["disagreement"]
         assert "SOLVER.BASE_LR is 0.1, not 0.2" in outcome["disagreement"]
     assert outcomes(1)[0]["disagreement"] == "nothing"
+
+
+# ---- what Ignite sees of Slurm ----
+
+STEP_IN_A_JOB = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_NTASKS": "4",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_JOB_NODELIST": "n[1-2]",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NUM_NODES": "1",
+    "SLURM_STEP_NODELIST": "n1",
+}
+
+
+@pytest.mark.parametrize(
+    ("by_srun", "seen"),
+    [
+        (False, {"SLURM_JOB_ID": None, "SLURM_NTASKS": "4"}),
+        (True, {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1"}),
+    ],
+)
+def test_ignite_sees_the_steps_tasks_or_no_slurm_and_others_see_all(monkeypatch, by_srun, seen):
+    for name, value in STEP_IN_A_JOB.items():
+        monkeypatch.setenv(name, value)
+    with distributed._slurm_as_ignite_reads_it(by_srun=by_srun):
+        assert {name: os.environ.get(name) for name in seen} == seen
+        os.environ["RANK"] = "1"  # which Ignite sets, and must stay
+    assert {name: os.environ.get(name) for name in STEP_IN_A_JOB} == STEP_IN_A_JOB
+    assert os.environ.pop("RANK") == "1"
