@@ -16,6 +16,7 @@ from ignite.engine import Engine, Events
 from PIL import Image
 
 from reid import distributed
+from reid.backbones import normalisation
 from reid.data.loaders import TestData, TrainData
 from reid.data.sets import DataSets
 from reid.engine import Preparation
@@ -188,7 +189,7 @@ class Pictures:
         some = planned._replace(sample_ids=planned.sample_ids[:num], positions=planned.positions[:num])
         batch = train_data.images.__getitems__(some)
         prepared = Preparation(self._cfg, torch.device("cpu")).for_training(batch).numpy()
-        images = denormalise(prepared, self._cfg.INPUT.PIXEL_MEAN, self._cfg.INPUT.PIXEL_STD)
+        images = denormalise(prepared, *normalisation(self._cfg))
         of_all = f"{num} of {len(planned.sample_ids)} images" if num < len(planned.sample_ids) else f"{num} images"
         note = f"{of_all} as the model sees them: flipped, padded and cropped, partly erased; pids are labels"
         _save(file, batch_grid(images, batch.pids.tolist(), "the first training batch", note))
