@@ -48,7 +48,7 @@ WANDB: {ENABLE: no, NUM_QUERIES: 1}
 """
 
 _FORKS = get_context("forkserver")
-_FORKS.set_forkserver_preload(["reid.run", "reid.export", "reid.recorded", "reid.search", "wandb", "program"])
+_FORKS.set_forkserver_preload(["reid.run", "reid.export", "reid.recorded", "reid.search", "timm", "wandb", "program"])
 _NUMBERS = count()
 
 
@@ -64,7 +64,7 @@ class Ended:
 class Place:
     """A folder with settings, data and caches, and an environment in which nothing is written elsewhere."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, settings: str = TINY) -> None:
         self.folder = folder
         foreign = re.compile(
             r"WANDB_|SLURM_|OMPI_|PMI_|RANK$|LOCAL_|WORLD_SIZE|MASTER_|TORCHELASTIC|ACCELERATE|PYTHONWARN"
@@ -79,7 +79,7 @@ class Place:
             "https_proxy": "http://127.0.0.1:9",  # no network
         }
         (folder / "home").mkdir()
-        (folder / "tiny.yml").write_text(TINY)
+        (folder / "tiny.yml").write_text(settings)
 
     def start(
         self,
