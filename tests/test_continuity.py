@@ -570,6 +570,7 @@ def test_a_checkpoint_of_other_settings_is_refused_with_both_values(place, strai
     assert "SOLVER.MARGIN was 0.3 and is now 0.5; give the same settings" in said
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_reaches_the_loaders_and_wandb_too(place):
     settings = (
         "OUTPUT_DIR",
