@@ -24,7 +24,14 @@ OWNERS = {
     "safetensors": {"safetensors_files.py", "timm_models.py"},
     "faiss": {"nearest.py"},
     "onnxruntime": {"export.py"},
-    "wandb": {"handlers/tracking.py", "handlers/wandb_session.py", "handlers/artifacts.py", "sweeps.py"},
+    "wandb": {
+        "handlers/tracking.py",
+        "handlers/wandb_session.py",
+        "handlers/wandb_process.py",
+        "handlers/artifacts.py",
+        "sweeps.py",
+    },
+    "psutil": {"handlers/wandb_process.py"},
     "yacs": {"config.py"},
 }
 # Pure functions on tensors and arrays: they may import each other and nothing else of ours but the errors.

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +13,13 @@ import yaml
 
 from reid.errors import SettingsError, WorldError
 from reid.handlers.records import SavedCheckpoint
-from reid.handlers.wandb_session import first_line, set_up
+from reid.handlers.wandb_jobs import in_short
+from reid.handlers.wandb_process import Service
 
 if TYPE_CHECKING:
     import wandb
 
-FOLDER = Path("wandb", "checkpoints")  # in the run's: what W&B has still to take, and what was fetched from it
+_FETCHED = Path("wandb", "checkpoints")  # in the run's folder: what was fetched from W&B
 _TYPES = {"best": "model", "last": "checkpoint"}
 _NO_LETTER = re.compile(r"[^A-Za-z0-9_.-]+")  # in an artifact's name
 
@@ -36,21 +35,6 @@ def name_of(config: Mapping[str, Any], run_id: str, kind: str) -> str:
     given = config["WANDB"]["NAME"] or "-".join([*config["DATASETS"]["NAMES"], config["MODEL"]["NAME"]])
     name = _NO_LETTER.sub("_", f"{given}-{run_id}")[-100:]
     return name if kind == "best" else f"{name}-{kind}"
-
-
-def keep(file: Path, folder: Path) -> Path:
-    """The file under another name, which rotation does not take away and which costs no space.
-
-    W&B reads it when it sends it, which may be long after the checkpoint has made room for newer ones.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = (folder / file.name).absolute()
-    kept.unlink(missing_ok=True)
-    try:
-        os.link(file, kept)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(file, kept)
-    return kept
 
 
 def log_checkpoint(run: wandb.Run, name: str, saved: SavedCheckpoint, facts: Mapping[str, Any]) -> None:
@@ -145,16 +129,19 @@ def fetch(setting: str, value: str, folder: Path) -> Path:
             f"{setting} must be a file or wandb:ENTITY/PROJECT/NAME:ALIAS, got {value!r}; use for example "
             "wandb:me/reid-strong-baseline/market1501-resnet50-1a2b3c4d:best"
         )
-    set_up(folder)
+    service = Service()
+    service.start(folder)
     try:
         artifact = wandb.Api().artifact(value.removeprefix("wandb:"))
-        into = folder / FOLDER / artifact.name.replace(":", "-")
+        into = folder / _FETCHED / artifact.name.replace(":", "-")
         artifact.download(root=str(into), skip_cache=True)
     except Exception as error:  # of wandb's own, pydantic's, and others
         raise WorldError(
-            f"{setting}={value} cannot be fetched from W&B: {type(error).__name__}: {first_line(error)}; correct the "
+            f"{setting}={value} cannot be fetched from W&B: {in_short(error)}; correct the "
             "name, see that there is a key (wandb login) and a network, or give a file"
         ) from error
+    finally:
+        service.end()
     files = sorted(into.glob("*.pt"))
     if len(files) != 1 or sha256(files[0]) != artifact.metadata.get("sha256", sha256(files[0])):
         raise WorldError(f"{setting}={value} must hold one checkpoint, whole, but it does not; give another one")

@@ -17,6 +17,7 @@ from reid.config import as_plain_dict
 from reid.errors import SettingsError
 from reid.handlers import artifacts
 from reid.handlers.records import Progress, Records, SavedCheckpoint, score_numbers, validation_numbers
+from reid.handlers.wandb_pieces import keep
 from reid.handlers.wandb_session import Identity, Session
 from reid.preemption import Preempted
 from reid.run_directory import write_atomically
@@ -46,7 +47,6 @@ class Tracker:
     def __init__(self, cfg: CfgNode, folder: Path, facts: dict[str, Any], data_sets: Sequence[str]) -> None:
         self._cfg, self._folder, self._facts, self._data_sets = cfg, folder, facts, data_sets
         self._session: Session | None = None
-        self._kept: list[Path] = []  # files that W&B is still to read
         self._last_saved: SavedCheckpoint | None = None
 
     # ---- a run, from its begin to its end ----
@@ -100,9 +100,7 @@ class Tracker:
             return
         if self._last_saved is not None:
             self._log_checkpoint(self._last_saved)
-        if self._session.finish(exit_code=exit_code, is_preempted=is_preempted):
-            for file in self._kept:
-                file.unlink(missing_ok=True)
+        self._session.finish(exit_code=exit_code, is_preempted=is_preempted)
 
     # ---- what is told ----
 
@@ -146,14 +144,12 @@ class Tracker:
             return
         name = artifacts.name_of(self._cfg, session.run_id, saved.kind)
 
-        def keep(run: wandb.Run) -> None:
-            file = artifacts.keep(saved.file, self._folder / artifacts.FOLDER)
-            self._kept.append(file)
-            kept = replace(saved, file=file)
+        def keep_and_log(run: wandb.Run) -> None:
+            kept = replace(saved, file=keep(saved.file, Path(run.dir).parent))
             facts = {"world_size": self._facts["world_size"], "dataset": self._facts["dataset"]}
             session.later(f"{saved.file.name}", lambda run: artifacts.log_checkpoint(run, name, kept, facts))
 
-        session.do(saved.file.name, keep)
+        session.do(saved.file.name, keep_and_log)
 
     def _log_row(self, section: str, numbers: dict[str, Any], iteration: int | None, epoch: int | None) -> None:
         row = {f"{section}/{name}": value for name, value in numbers.items()} | _place(iteration, epoch)

@@ -5,11 +5,17 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from reid.handlers.wandb_process import kill, services_of
+
 logger = logging.getLogger("reid.tracking")
+
+_KEPT = "checkpoints"  # in a piece: the files that W&B has still to take
 
 # In the log of W&B's own process: what it has given up sending. It tells its client nothing of that.
 _GIVEN_UP = ('"ERROR+4"', "failed to log artifact", "CreateRunFiles returned error")
@@ -17,42 +23,54 @@ _GIVEN_UP = ('"ERROR+4"', "failed to log artifact", "CreateRunFiles returned err
 
 def unsent_pieces(folder: Path, run_id: str) -> list[Path]:
     """The folders of what processes have recorded of this run and W&B lacks, or may lack, the oldest first."""
+    return _unsent(folder, glob.escape(run_id))
+
+
+def _unsent(folder: Path, run_ids: str) -> list[Path]:
     found = [
-        piece
-        for piece in (folder / "wandb").glob(f"*run-*-{glob.escape(run_id)}")
-        if (piece / f"run-{run_id}.wandb").exists() and not _sent_marker(piece, run_id).exists()
+        file.parent
+        for file in (folder / "wandb").glob(f"*run-*/run-{run_ids}.wandb")
+        if not _sent_marker(file.parent).exists()
     ]
     return sorted(found, key=lambda piece: piece.name.removeprefix("offline-"))
 
 
-def send(pieces: list[Path], run_id: str, seconds: float) -> bool:
+def sync_words(pieces: Sequence[Path]) -> list[str]:
+    """The command that sends them; it brings them into the order of time itself."""
+    began_online = any(not piece.name.startswith("offline-") for piece in pieces)  # left out unless asked for
+    return ["wandb", "sync", *(["--include-online"] if began_online else []), *map(str, pieces)]
+
+
+def send(pieces: Sequence[Path], seconds: float) -> bool:
     """Whether W&B has taken all of them in the order of time: later it can put no row in before others.
 
     Args:
         pieces: folders.
-        run_id: of the run.
         seconds: that it may take.
     """
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # one of its own
-    command = [sys.executable, "-m", "wandb", "sync", *map(str, pieces)]
-    try:
-        subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return False
-    return all(_sent_marker(piece, run_id).exists() for piece in pieces)
+    command = [sys.executable, "-m", *sync_words(pieces)]
+    nothing = subprocess.DEVNULL
+    with subprocess.Popen(command, env=environment, stdin=nothing, stdout=nothing, stderr=nothing) as process:
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            services = services_of(process.pid)
+            process.kill()
+            kill(services)
+    return all(_sent_marker(piece).exists() for piece in pieces)
 
 
-def _sent_marker(piece: Path, run_id: str) -> Path:
+def _sent_marker(piece: Path) -> Path:
     """What `wandb sync` leaves behind and looks for."""
-    return piece / f"run-{run_id}.wandb.synced"
+    (file,) = piece.glob("run-*.wandb")
+    return file.with_suffix(".wandb.synced")
 
 
-def mark_sent(piece: Path, run_id: str) -> None:
+def mark_sent(piece: Path) -> None:
     """As `wandb sync` would: wandb itself does not tell an online run that is complete from one that was killed."""
     try:
-        _sent_marker(piece, run_id).touch()
+        _sent_marker(piece).touch()
     except OSError:
         logger.warning("warning: %s cannot be marked as sent", piece)
 
@@ -64,3 +82,26 @@ def gave_up(piece: Path) -> bool:
     except OSError:
         return False
     return any(mark in words for mark in _GIVEN_UP)
+
+
+def keep(file: Path, piece: Path) -> Path:
+    """The file under another name, which rotation does not take away and which costs no space.
+
+    W&B reads it when it sends it, which may be long after the checkpoint has made room for newer ones.
+    """
+    folder = (piece / _KEPT).absolute()
+    folder.mkdir(exist_ok=True)
+    kept = folder / file.name
+    kept.unlink(missing_ok=True)
+    try:
+        os.link(file, kept)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(file, kept)
+    return kept
+
+
+def forget_kept(folder: Path) -> None:
+    """Removes what was kept for W&B, once it has all that any run in this folder has recorded."""
+    if not _unsent(folder, "*"):  # one piece may need what another one has kept
+        for kept in (folder / "wandb").glob(f"*run-*/{_KEPT}"):
+            shutil.rmtree(kept, ignore_errors=True)

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import shlex
-import threading
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from reid.errors import SettingsError, WorldError
-from reid.handlers.wandb_pieces import gave_up, mark_sent, send, unsent_pieces
+from reid.handlers.wandb_jobs import Action, Job, Jobs, NotDone, first_line, in_short
+from reid.handlers.wandb_pieces import forget_kept, gave_up, mark_sent, send, sync_words, unsent_pieces
+from reid.handlers.wandb_process import Service
 
 if TYPE_CHECKING:
     import wandb
     from yacs.config import CfgNode
 
 logger = logging.getLogger("reid.tracking")
-
-Action = Callable[["wandb.Run"], object]
 
 _MOST_REVIVALS = 3  # of W&B's own process
 
@@ -49,7 +45,7 @@ class Session:
 
     Nothing is waited for but the begin (WANDB.INIT_TIMEOUT) and the end (WANDB.FINISH_TIMEOUT): rows and pictures go to
     W&B's own process, which keeps them on the disk too; what asks the server first, tables and artifacts, is done by a
-    thread, as each may wait 19 seconds for a server that is gone.
+    thread, and goes to the disk as another piece of the run where the server has not answered to the end.
 
     Args:
         cfg: the whole configuration; WANDB is read.
@@ -64,14 +60,16 @@ class Session:
 
     def __init__(self, cfg: CfgNode, folder: Path, config: dict[str, Any], identity: Identity) -> None:
         self._settings, self._folder, self._config, self._identity = cfg.WANDB, folder, config, identity
-        self._run: wandb.Run | None
+        self._run: wandb.Run | None = None
         self._num_revivals = 0
         self._complaints: list[str] = []  # what ON_FAILURE raise raises in the end
-        self._jobs: queue.SimpleQueue[tuple[str, Action]] = queue.SimpleQueue()
-        self._failed: list[tuple[str, Action, str]] = []
-        self._run = self._begin()
-        if self._run is not None:
-            threading.Thread(target=self._work, name="wandb jobs", daemon=True).start()
+        self._service = Service()
+        self._jobs = Jobs(lambda: self._run)
+        try:
+            self._run = self._begin()
+        finally:
+            if self._run is None:
+                self._service.end()
 
     @property
     def run_id(self) -> str:
@@ -84,14 +82,17 @@ class Session:
     # ---- the begin ----
 
     def _begin(self) -> wandb.Run | None:
-        set_up(self._folder)
+        mode, reason = self._wanted_mode()
+        if mode == "disabled":
+            logger.info("W&B: disabled, as %s", reason)
+            return None
+        self._service.start(self._folder)
         if self._settings.SYNC_TENSORBOARD and self._identity.job_type != "eval":  # which writes no such files
             from wandb.integration import tensorboard
 
             # Not by init(sync_tensorboard=True): without a root those rows would have the names of ours, and with them
             # the iteration at which they happen to be read.
             tensorboard.patch(root_logdir=str(self._folder.absolute()))
-        mode, reason = self._wanted_mode()
         run = None
         if mode == "online":
             run, reason = self._go_online()
@@ -127,17 +128,17 @@ class Session:
                 return None, "no W&B key was found; set WANDB_API_KEY or run: wandb login"
         except wandb.errors.Error as error:
             return None, f"W&B refuses the key ({first_line(error)})"
-        if unsent and not send(unsent, self._identity.run_id, self._settings.FINISH_TIMEOUT):
+        if unsent and not send(unsent, self._settings.FINISH_TIMEOUT):
             return None, "what was recorded before could not be sent"
         try:
             return self._init("online"), ""
         except Exception as error:  # of wandb's own, pydantic's, and others
-            wandb.teardown()  # without it the id counts as in use by this process
+            self._service.end()  # without it the id counts as in use by this process
             if isinstance(error, wandb.errors.UsageError) and self._identity.resume != "allow":
                 raise SettingsError(
                     f"WANDB.RESUME is {self._identity.resume}, but W&B says: {first_line(error)}; use allow"
                 ) from error
-            return None, f"W&B did not answer ({type(error).__name__}: {first_line(error)})"
+            return None, f"W&B did not answer ({in_short(error)})"
 
     def _instead_of_online(self, reason: str) -> str:
         if self._settings.ON_FAILURE == "raise":
@@ -153,6 +154,7 @@ class Session:
         import wandb
 
         settings = self._settings
+        self._service.start(self._folder)
         run = wandb.init(
             project=settings.PROJECT,
             entity=settings.ENTITY or None,
@@ -198,23 +200,20 @@ class Session:
             if self._run is not None:
                 self.do(what, action)
         except Exception as error:
-            self._complain(f"{what} could not be recorded ({type(error).__name__}: {first_line(error)})")
+            self._complain(f"{what} could not be recorded ({in_short(error)})")
 
     def _revive(self, error: ConnectionError) -> None:
         """W&B's own process has died: another one goes on offline, or none."""
-        import wandb
-
         self._run = None
-        words = f"its own process has died ({type(error).__name__}: {first_line(error)})"
+        words = f"its own process has died ({in_short(error)})"
         if self._settings.ON_FAILURE == "offline" and self._num_revivals < _MOST_REVIVALS:
             self._num_revivals += 1
-            with suppress(ConnectionError):  # it forgets the dead one nevertheless
-                wandb.teardown()
+            self._service.end()
             try:
                 # The run of the dead one still counts as this process's own.
                 self._run = self._init("offline", reinit="create_new")
             except Exception as another:
-                words += f" and cannot be started again ({type(another).__name__}: {first_line(another)})"
+                words += f" and cannot be started again ({in_short(another)})"
         self._complain(f"{words}; {'gives up' if self._run is None else 'goes on offline'}")
 
     def _complain(self, words: str) -> None:
@@ -229,31 +228,29 @@ class Session:
             action: what to do with the run.
         """
         if self._run is not None:
-            self._jobs.put((what, action))
-
-    def _work(self) -> None:
-        while True:
-            what, action = self._jobs.get()
-            if self._run is None:
-                continue
-            try:
-                action(self._run)
-            except Exception as error:
-                self._failed.append((what, action, f"{type(error).__name__}: {first_line(error)}"))
+            self._jobs.add(Job(what, action))
 
     # ---- the end ----
 
-    def finish(self, *, exit_code: int, is_preempted: bool = False) -> bool:
-        """Waits for all to be sent, and says where it is; within WANDB.FINISH_TIMEOUT.
-
-        Returns:
-            Whether W&B has all of it.
-        """
+    def finish(self, *, exit_code: int, is_preempted: bool = False) -> None:
+        """Waits for all to be sent, within WANDB.FINISH_TIMEOUT, and says where it is; ends W&B's own process."""
         if self._run is None:
-            return False
-        self._finish_jobs()
+            self._service.end()
+            return
+        left = self._jobs.finish(self._settings.FINISH_TIMEOUT / 2)
         run, self._run = self._run, None
-        place, is_sent = Path(run.dir).parent, not run.offline
+        is_sent = self._end_run(run, exit_code, is_preempted=is_preempted) and not run.offline
+        if left and not run.offline and self._settings.ON_FAILURE != "disable":
+            left = self._record_offline(left, exit_code, is_preempted=is_preempted)
+        for job, reason in left:
+            self._complain(f"{job.what} could not be recorded ({reason})")
+        if is_sent:
+            mark_sent(Path(run.dir).parent)
+        self._say_where(run)
+
+    def _end_run(self, run: wandb.Run, exit_code: int, *, is_preempted: bool) -> bool:
+        """Whether nothing of it is left to be sent, where it is online."""
+        is_sent = True
         try:
             if is_preempted:
                 run.mark_preempting()
@@ -261,32 +258,36 @@ class Session:
         except Exception as error:  # TimeoutError, and what a dead process gives
             is_sent = False
             self._complaints.append(f"the end could not be sent ({type(error).__name__})")
-        if is_sent and gave_up(place):
+        if is_sent and not run.offline and gave_up(Path(run.dir).parent):
             is_sent = False
             self._complaints.append("the server refused a part")
-        if is_sent:
-            mark_sent(place, self._identity.run_id)
-        self._say_where(run)
+        self._service.end()
         return is_sent
 
-    def _finish_jobs(self) -> None:
-        failed, self._failed = self._failed, []
-        for what, action, _ in failed:
-            self._jobs.put((what, action))
-        are_done = threading.Event()
-        self._jobs.put(("", lambda run: are_done.set()))
-        if not are_done.wait(self._settings.FINISH_TIMEOUT / 2):
-            self._complain("some tables or artifacts could not be recorded in time")
-        for what, _, reason in self._failed:
-            self._complain(f"{what} could not be recorded ({reason})")
+    def _record_offline(self, jobs: list[NotDone], exit_code: int, *, is_preempted: bool) -> list[NotDone]:
+        """One more piece of the run, of what its server could not be asked for; returns what even so is not done."""
+        try:
+            run = self._init("offline", reinit="create_new")
+        except Exception as error:
+            return [NotDone(job, f"{reason}; {in_short(error)}") for job, reason in jobs]
+        left = []
+        for job, reason in jobs:
+            try:
+                job.action(run)
+                self._complaints.append(f"{job.what} could not be sent ({reason})")
+            except Exception as error:
+                left.append(NotDone(job, f"{reason}; {in_short(error)}"))
+        self._end_run(run, exit_code, is_preempted=is_preempted)
+        return left
 
     def _say_where(self, run: wandb.Run) -> None:
         unsent = unsent_pieces(self._folder, self._identity.run_id)
         if not unsent:
+            forget_kept(self._folder)
             logger.info("W&B: all is at %s", run.url)
             return
         words = "recorded offline" if run.offline else "not all could be sent"
-        logger.info("W&B: %s; send it with: wandb sync %s", words, shlex.join(map(str, unsent)))
+        logger.info("W&B: %s; send it with: %s", words, shlex.join(sync_words(unsent)))
 
     def raise_complaints(self) -> None:
         """The end of a run that shall not succeed without W&B.
@@ -299,28 +300,3 @@ class Session:
                 f"W&B lacks a part of this run: {'; '.join(self._complaints)}; the training itself is complete, see "
                 f"{self._folder}; use WANDB.ON_FAILURE offline to take that for a success"
             )
-
-
-def set_up(folder: Path) -> None:
-    """Before anything else is asked of wandb.
-
-    Raises:
-        SettingsError: it refuses what stands in the environment or its settings files.
-    """
-    import wandb
-
-    # Payloads lie in the home folder else: a second copy, and lost where only the run's folder is kept.
-    os.environ.setdefault("WANDB_DATA_DIR", str((folder / "wandb" / "data").absolute()))
-    os.environ.setdefault("WANDB_CACHE_DIR", str((folder / "wandb" / "cache").absolute()))
-    try:
-        wandb.setup(wandb.Settings(silent=True))
-    except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise SettingsError(
-            f"W&B refuses its settings in the environment or in its settings files: {reason}; correct them, or use "
-            "WANDB.ENABLE no"
-        ) from error
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0]
