@@ -45,13 +45,13 @@ assembly builds, gathers and wires.
     checkpoint_files.py         files that are whole or absent, written in the background
 
     the use of a trained model
+    weight_file.py              the file that TEST.WEIGHT names, on the disk or at W&B
     trained.py                  the model in TEST.WEIGHT
     recorded.py                 the settings that a checkpoint or a gallery was made with
     embedding.py                the story of a folder of images that becomes a gallery
     gallery.py                  its files
     search.py                   the story of images that are looked for in it
     nearest.py                  exact nearest neighbours (mathematics)
-    drawing.py                  pictures of what was found (mathematics)
     export.py                   the story of a model that leaves for other programs
     export_checks.py            whether it still computes the same
     safetensors_files.py        checkpoints that cannot run code

@@ -251,7 +251,7 @@ def _tell_unreadable(out: Path, folder: str, names: Sequence[str], unreadable: d
 
 
 def _facts(cfg: CfgNode, trained: Trained, root: Path, num_images: int, num_unreadable: int) -> Facts:
-    weight = str(Path(cfg.TEST.WEIGHT).resolve())
+    weight = str(trained.file.resolve())
     settings = cfg.clone()
     settings.defrost()
     settings.TEST.WEIGHT = weight  # found from any folder

@@ -71,7 +71,7 @@ def export(
     if "onnx" in to:
         _check_packages()
     trained = load_trained(cfg, accelerator)
-    weight = Path(cfg.TEST.WEIGHT)
+    weight = trained.file
     folder = Path(output) if output else weight.parent
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

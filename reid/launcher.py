@@ -33,12 +33,17 @@ _PATIENCE = 10.0
 logger = logging.getLogger("reid.launcher")
 
 
+def _nothing_recorded(cfg: CfgNode, own: dict[str, Any]) -> list[Given]:
+    del cfg, own
+    return []
+
+
 class _Story(NamedTuple):
     """What a command does."""
 
     work: Callable[..., None]  # of cfg, accelerator, signals, and the command's own arguments by name
     # of cfg and these arguments: the settings to go by without --config_file
-    recorded: Callable[[CfgNode, dict[str, Any]], list[Given]] = lambda cfg, own: []
+    recorded: Callable[[CfgNode, dict[str, Any]], list[Given]] = _nothing_recorded
 
 
 def main(story: str, description: str) -> int:
@@ -110,7 +115,7 @@ def _prepare(story: str, words: Words, cfg: CfgNode) -> tuple[CfgNode, Callable[
     Imports torch and what rests on it only now: a wrong setting must not cost the seconds that this takes.
     """
     try:
-        from reid import distributed, embedding, export, preflight, recorded, run, search
+        from reid import distributed, embedding, export, preflight, recorded, run, search, weight_file
     except (ImportError, RuntimeError) as error:
         raise explain_import_error(error) from error
     stories = {
@@ -121,16 +126,24 @@ def _prepare(story: str, words: Words, cfg: CfgNode) -> tuple[CfgNode, Callable[
         "embed": _Story(embedding.embed, recorded.of_checkpoint),
         "search": _Story(search.search, recorded.of_gallery),
     }
-    found = [] if words.config_file else stories[story].recorded(cfg, words.own)
+    recorded_by = _nothing_recorded if words.config_file else stories[story].recorded
+    at_wandb = weight_file.is_at_wandb(cfg)  # fetched by one rank for all, which have to meet before
+
+    def settle(found: list[Given]) -> CfgNode:
+        return load_config(words.config_file, [*words.overrides, *COMMANDS[story].fixed], recorded=found)
+
+    found = [] if at_wandb else recorded_by(cfg, words.own)
     if found or COMMANDS[story].fixed:
-        overrides = [*words.overrides, *COMMANDS[story].fixed]
-        cfg = load_config(words.config_file, overrides, recorded=found)
+        cfg = settle(found)
 
     def run_story(cfg: CfgNode, world: World, signals: Signals) -> None:
         try:
             with distributed.session(world, cfg) as accelerator:
                 # Not before: while ranks look for each other no handler of Python's would run.
                 signals.install()
+                found = distributed.on_main(lambda: recorded_by(cfg, words.own)) if at_wandb else []
+                if found:
+                    cfg = distributed.together(lambda: settle(found))
                 stories[story].work(cfg, accelerator, signals, **words.own)
         except RuntimeError as error:
             is_lost = world.num_ranks > 1 and distributed.is_lost_rank(error)

@@ -18,6 +18,8 @@ Colour = tuple[int, int, int]
 RIGHT: Colour = (40, 185, 90)
 WRONG: Colour = (190, 25, 35)
 QUERY: Colour = (40, 90, 200)
+SAME_CAMERA: Colour = (250, 190, 0)
+_NO_IMAGE: Colour = (224, 224, 224)
 _PAPER: Colour = (255, 255, 255)
 _INK: Colour = (30, 30, 30)
 _GREY: Colour = (110, 110, 110)
@@ -27,7 +29,7 @@ _CURVES: tuple[Colour, ...] = ((40, 90, 200), (220, 120, 20), (0, 150, 70), (150
 _MARGIN = 16
 _TITLE, _LABEL, _TEXT = 18, 13, 12  # sizes of letters
 _LINE = 16  # from one line of text to the next
-_FRAME, _GAP = 4, 6
+_FRAME, _RING, _GAP = 4, 2, 6  # the ring lies between the frame and the image
 _IMAGE_HEIGHT = 168  # of a person in a ranking
 _LEAST_WIDTH = 76  # "cos -0.83" fits below an image
 _BATCH_HEIGHT, _BATCH_WIDTH = 128, 1120  # of a person, and of the whole grid
@@ -40,12 +42,14 @@ class Shown:
     """An image with what is said about it.
 
     Attributes:
-        image: uint8 [H, W, 3].
+        image: uint8 [H, W, 3]; None where it cannot be read.
         lines: below it.
+        same_camera: as the query, which a ring says.
     """
 
-    image: NDArray[np.uint8]
+    image: NDArray[np.uint8] | None
     lines: tuple[str, ...]
+    same_camera: bool = False
 
 
 def denormalise(images: NDArray[np.floating], mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:
@@ -79,7 +83,7 @@ def _beside(images: Sequence[Image.Image], gaps: Sequence[int]) -> Image.Image:
 
 
 def _cell(shown: Shown, head: str, frame: Colour | None) -> Image.Image:
-    image = _fitted(shown.image, _IMAGE_HEIGHT)
+    image = _no_image() if shown.image is None else _fitted(shown.image, _IMAGE_HEIGHT)
     width = max(image.width + 2 * _FRAME, _LEAST_WIDTH)
     top = _LINE + 2
     cell = Image.new("RGB", (width, top + image.height + 2 * _FRAME + 4 + _LINE * len(shown.lines)), _PAPER)
@@ -88,11 +92,21 @@ def _cell(shown: Shown, head: str, frame: Colour | None) -> Image.Image:
     if frame is not None:
         box = (left - _FRAME, top, left + image.width + _FRAME - 1, top + image.height + 2 * _FRAME - 1)
         draw.rectangle(box, fill=frame)
+    if shown.same_camera:
+        inner = _FRAME - _RING
+        box = (left - _RING, top + inner, left + image.width + _RING - 1, top + image.height + _FRAME + _RING - 1)
+        draw.rectangle(box, fill=SAME_CAMERA)
     cell.paste(image, (left, top + _FRAME))
     _write(draw, (width // 2, 0), head, fill=_GREY, anchor="ma")
     for number, line in enumerate(shown.lines):
         _write(draw, (width // 2, top + image.height + 2 * _FRAME + 4 + _LINE * number), line, anchor="ma")
     return cell
+
+
+def _no_image() -> Image.Image:
+    place = Image.new("RGB", (_IMAGE_HEIGHT // 2, _IMAGE_HEIGHT), _NO_IMAGE)
+    _write(ImageDraw.Draw(place), (_IMAGE_HEIGHT // 4, _IMAGE_HEIGHT // 2), "not readable", anchor="mm")
+    return place
 
 
 def sheet(rows: Sequence[Image.Image], title: str, note: str = "") -> Image.Image:
@@ -260,8 +274,19 @@ def _plain(words: str) -> str:
     return " ".join(words.split()).encode("ascii", "replace").decode()
 
 
+def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
+    """An image of any kind as uint8 [H, W, 3], no larger than rankings show it: many fit into memory at once."""
+    # PIL warns when a palette with transparency becomes RGB at once.
+    colours = image.convert("RGBA").convert("RGB")
+    return np.asarray(colours.resize(_size_of(image.width, image.height, _IMAGE_HEIGHT), Image.Resampling.BICUBIC))
+
+
 def _fitted(image: NDArray[np.uint8], height: int) -> Image.Image:
-    """The image at that height, but at most twice as wide."""
-    scale = height / max(image.shape[0], image.shape[1] / 2)
-    size = (max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1))
-    return Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
+    whole = Image.fromarray(image)
+    return whole.resize(_size_of(whole.width, whole.height, height), Image.Resampling.BICUBIC)
+
+
+def _size_of(width: int, height: int, wanted: int) -> tuple[int, int]:
+    """Width and height of an image as high as wanted, but at most twice as wide."""
+    scale = wanted / max(height, width / 2)
+    return max(round(width * scale), 1), max(round(height * scale), 1)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from reid import weights
 from reid.checks import Given
 from reid.config import SETTINGS
 from reid.errors import WorldError
 from reid.gallery import read_facts
 from reid.trained import check_weight_is_named
+from reid.weight_file import read_weight_here
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
@@ -28,7 +28,7 @@ def of_checkpoint(cfg: CfgNode, own: dict[str, Any]) -> list[Given]:
     """The settings inside TEST.WEIGHT; none where it holds none, as the files of reid-strong-baseline."""
     del own
     check_weight_is_named(cfg)
-    content = weights.read_file(Path(cfg.TEST.WEIGHT), "TEST.WEIGHT")
+    _, content = read_weight_here(cfg)
     if not isinstance(content.get("config"), str):
         logger.info("TEST.WEIGHT=%s holds no settings: those not given are the defaults", cfg.TEST.WEIGHT)
         return []

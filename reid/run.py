@@ -36,6 +36,7 @@ from reid.ownership import claim
 from reid.preemption import Preempted, Signals
 from reid.run_directory import RunDirectory, commit, environment_facts, source_fingerprint
 from reid.sync_batchnorm import synchronise_batchnorm
+from reid.weight_file import is_at_wandb, read_weight
 from reid.world import read_start, slurm_job
 from reid.wrapping import settle_gradient_buckets, wrap
 
@@ -208,7 +209,7 @@ def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
         remedy = f"the best of this run is {found[-1]}" if found else "add TEST.WEIGHT FILE to the command"
         raise shared(SettingsError(f"TEST.WEIGHT must name the checkpoint to evaluate, got ''; {remedy}"))
     source = f"TEST.WEIGHT={cfg.TEST.WEIGHT}"
-    file, content = _read_weight(cfg)
+    file, content = read_weight(cfg)
     distributed.together(lambda: weights.check_settings(content, cfg, source))
     distributed.agree({"the contents of TEST.WEIGHT": weights.checksum(content)})
     folder = RunDirectory(Path(cfg.OUTPUT_DIR))
@@ -223,7 +224,7 @@ def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     evaluator = Evaluators(data, model, accelerator, cfg, on_scored=pictures.compare, beat=watchdog.beat)
     epoch = content.get("epoch") if isinstance(content.get("epoch"), int) else None  # others may have anything there
     with tracker.evaluation(), watchdog.watching():
-        fetched_from = cfg.TEST.WEIGHT.removeprefix("wandb:") if _is_at_wandb(cfg) else ""
+        fetched_from = cfg.TEST.WEIGHT.removeprefix("wandb:") if is_at_wandb(cfg) else ""
         tracker.use_checkpoint(file, fetched_from or artifacts.reference_of(content))
         scores = evaluator.run()
         summary = summary_of_all(scores)
@@ -236,23 +237,6 @@ def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
         logger.info("%s: %s", cfg.TEST.WEIGHT, line)
     report_queries(folder, evaluator.data, scores)
     console.report_test_sets(summary)
-
-
-def _is_at_wandb(cfg: CfgNode) -> bool:
-    return bool(cfg.TEST.WEIGHT.startswith("wandb:"))
-
-
-def _read_weight(cfg: CfgNode) -> tuple[Path, dict[str, Any]]:
-    """The file of TEST.WEIGHT and what is in it; one at W&B is fetched by rank 0 for all, who may not see its disk."""
-    if not _is_at_wandb(cfg):
-        file = Path(cfg.TEST.WEIGHT)
-        return file, distributed.together(lambda: weights.read_file(file, "TEST.WEIGHT"))
-    return distributed.on_main(
-        lambda: (
-            file := artifacts.fetch("TEST.WEIGHT", cfg.TEST.WEIGHT, Path(cfg.OUTPUT_DIR)),
-            weights.read_file(file, "TEST.WEIGHT"),
-        )
-    )
 
 
 def _new_model(cfg: CfgNode, accelerator: Accelerator, num_pids: int, folder: RunDirectory) -> ReIDModel:

@@ -18,11 +18,11 @@ from reid import weights
 from reid.checks import example
 from reid.config import as_plain_dict
 from reid.data.splits import DISTRACTOR_PID, JUNK_PID
-from reid.drawing import Tile, Verdict, draw_rows, thumbnail_of
 from reid.embedding import ImageEmbedder
 from reid.errors import DataError, SettingsError, WorldError
 from reid.gallery import Facts, Gallery, GalleryImage, read_gallery
 from reid.nearest import nearest
+from reid.pictures import Shown, pixels_of, ranked_gallery, sheet
 from reid.preemption import Signals
 from reid.trained import load_trained
 from reid.whole_files import appearing
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("reid.search")
 
+_LEGEND = "green: the same person, red: another one, no frame: nobody knows; yellow ring: the query's camera"
 _MOST_ROWS, _MOST_COLUMNS = 100, 50  # of the picture; a JPEG has at most 65,535 pixels each way
 
 
@@ -42,7 +43,7 @@ class Found(NamedTuple):
     number: int  # from 1, the nearest first
     distance: float
     image: GalleryImage
-    verdict: Verdict
+    is_match: bool | None  # None where nobody knows
     same_camera: bool
 
 
@@ -98,7 +99,7 @@ def search(
         with appearing(Path(own["json"])) as temporary:
             report = _report(images, results, opened.facts)
             temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    picture = draw_rows(_tiles(images, results, opened.facts))
+    picture = _draw(images, results, opened.facts)
     with appearing(Path(output)) as temporary:
         picture.save(temporary)
     left_out = len(images) > _MOST_ROWS or top > _MOST_COLUMNS
@@ -133,11 +134,11 @@ def _judge(query: str, distances: NDArray[np.float64], places: NDArray[np.int64]
     found = []
     for number, (distance, place) in enumerate(zip(distances.tolist(), places.tolist(), strict=True), start=1):
         image = gallery.images[place]
-        verdict: Verdict = "unknown"
+        is_match = None
         if sought.pid is not None and sought.pid > DISTRACTOR_PID and image.pid is not None and image.pid != JUNK_PID:
-            verdict = "match" if image.pid == sought.pid else "other"
+            is_match = image.pid == sought.pid
         same_camera = sought.camid is not None and image.camid == sought.camid
-        found.append(Found(number, distance, image, verdict, same_camera))
+        found.append(Found(number, distance, image, is_match, same_camera))
     return found
 
 
@@ -153,11 +154,16 @@ def _name_of_measure(facts: Facts) -> str:
 def _table(query: str, found: Sequence[Found], facts: Facts) -> str:
     lines = [_printable(query), f"{'rank':>6}{_name_of_measure(facts):>12}  image"]
     for one in found:
-        known = {"match": " match", "other": " other"}.get(one.verdict, "")
-        camera = " same camera" if one.same_camera else ""
-        remark = f" ({', '.join(filter(None, (known.strip(), camera.strip())))})" if known or camera else ""
+        remarks = ", ".join(_remarks(one))
+        remark = f" ({remarks})" if remarks else ""
         lines.append(f"{one.number:>6}{_measure(one.distance, facts):>12.4f}  {_printable(one.image.path)}{remark}")
     return "\n".join(lines)
+
+
+def _remarks(one: Found) -> list[str]:
+    """What is known of it."""
+    verdict = {True: "match", False: "other", None: ""}[one.is_match]
+    return [words for words in (verdict, "same camera" if one.same_camera else "") if words]
 
 
 def _printable(name: str) -> str:
@@ -179,7 +185,7 @@ def _report(images: Sequence[str], results: Sequence[Sequence[Found]], facts: Fa
                         "rank": one.number,
                         _name_of_measure(facts): _measure(one.distance, facts),
                         **one.image._asdict(),
-                        "match": {"match": True, "other": False}.get(one.verdict),
+                        "match": one.is_match,
                         "same_camera": one.same_camera,
                     }
                     for one in found
@@ -190,22 +196,23 @@ def _report(images: Sequence[str], results: Sequence[Sequence[Found]], facts: Fa
     }
 
 
-def _tiles(images: Sequence[str], results: Sequence[Sequence[Found]], facts: Facts) -> list[list[Tile]]:
+def _draw(images: Sequence[str], results: Sequence[Sequence[Found]], facts: Facts) -> Image.Image:
     rows = []
     for query, found in zip(images[:_MOST_ROWS], results, strict=False):
-        row = [Tile(_opened(Path(query)), "query", ("query",))]
-        for one in found[:_MOST_COLUMNS]:
-            remarks = (one.verdict if one.verdict != "unknown" else "", "same camera" if one.same_camera else "")
-            captions = (f"{one.number}: {_measure(one.distance, facts):.4f}", *filter(None, remarks))
-            row.append(Tile(_opened(Path(facts.folder, one.image.path)), one.verdict, captions, one.same_camera))
-        rows.append(row)
-    return rows
+        shown = [_shown(one, facts) for one in found[:_MOST_COLUMNS]]
+        rows.append(ranked_gallery(Shown(_pixels(Path(query)), ()), shown, [one.is_match for one in found]))
+    return sheet(rows, f"the nearest images in {Path(facts.folder).name}", _LEGEND)
 
 
-def _opened(file: Path) -> Image.Image | None:
-    """The image, small and in RGB; None where it is gone or damaged."""
+def _shown(one: Found, facts: Facts) -> Shown:
+    lines = (f"{_measure(one.distance, facts):.4f}", *_remarks(one))
+    return Shown(_pixels(Path(facts.folder, one.image.path)), lines, one.same_camera)
+
+
+def _pixels(file: Path) -> NDArray[np.uint8] | None:
+    """Those that are drawn; None where the image is gone or damaged."""
     try:
         with Image.open(file) as image:
-            return thumbnail_of(image)
+            return pixels_of(image)
     except Exception:  # a broken file makes PIL's decoders raise nearly anything
         return None

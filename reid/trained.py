@@ -9,6 +9,7 @@ from reid import distributed, weights
 from reid.errors import SettingsError
 from reid.model import ReIDModel, build_model
 from reid.run import check_start, place
+from reid.weight_file import read_weight
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -19,6 +20,7 @@ class Trained(NamedTuple):
     """A model with its weights."""
 
     model: ReIDModel  # in evaluation mode
+    file: Path
     content: dict[str, Any]  # of the file
     source: str  # the setting and the file, for messages
     checksum: str  # of the weights
@@ -39,11 +41,11 @@ def load_trained(cfg: CfgNode, accelerator: Accelerator) -> Trained:
     check_start(cfg)
     distributed.together(lambda: check_weight_is_named(cfg))
     source = f"TEST.WEIGHT={cfg.TEST.WEIGHT}"
-    content = distributed.together(lambda: weights.read_file(Path(cfg.TEST.WEIGHT), "TEST.WEIGHT"))
+    file, content = read_weight(cfg)
     distributed.together(lambda: weights.check_settings(content, cfg, source))
     checksum = weights.checksum(content)
     distributed.agree({"the contents of TEST.WEIGHT": checksum})
     model = build_model(cfg, num_pids=weights.num_pids_of(content))
     weights.load_for_evaluation(model, content, source)
     place(model, cfg, accelerator)
-    return Trained(model.eval(), content, source, checksum)
+    return Trained(model.eval(), file, content, source, checksum)

@@ -46,7 +46,6 @@ MATHEMATICS = {
     "neighbours.py",
     "reranking.py",
     "nearest.py",
-    "drawing.py",
     "examples.py",
     "pictures.py",
     "data/augment.py",

@@ -5,16 +5,19 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from reid.data.augment import normalise
 from reid.pictures import (
     QUERY,
     RIGHT,
+    SAME_CAMERA,
     WRONG,
     Shown,
     batch_grid,
     cmc_chart,
     denormalise,
+    pixels_of,
     ranked_gallery,
     sheet,
 )
@@ -53,6 +56,43 @@ def test_a_ranking_is_framed_in_blue_green_and_red_in_its_order():
     assert len(widths) == 1
     gaps = [number for colour, number in middle if colour == PAPER]
     assert gaps[0] > gaps[1]  # the query stands apart
+
+
+def test_the_camera_of_the_query_is_a_ring_between_frame_and_image():
+    colour = (10, 20, 30)
+    query, *found = (Shown(plain(colour), (), same_camera=ring) for ring in (False, True, True, False))
+    picture = np.asarray(ranked_gallery(query, found, [True, None, True]))
+    line = [(colour, number) for colour, number in runs(picture[100]) if colour != PAPER and colour != QUERY]
+    (_, width), *others = line
+    ring, frame = (SAME_CAMERA, 2), (RIGHT, 2)
+    image = (colour, width)
+    assert others == [frame, ring, image, ring, frame, ring, image, ring, (RIGHT, 4), image, (RIGHT, 4)]
+    column = runs(picture[:, next(x for x in range(picture.shape[1]) if tuple(picture[100, x]) == SAME_CAMERA) + 20])
+    assert [part for part in column if part[0] in (SAME_CAMERA, RIGHT)] == [frame, ring, ring, frame]
+
+
+def test_an_image_that_cannot_be_read_leaves_its_place():
+    there = ranked_gallery(Shown(plain((1, 2, 3)), ()), [Shown(plain((1, 2, 3)), ("a",))], [True])
+    gone = ranked_gallery(Shown(plain((1, 2, 3)), ()), [Shown(None, ("a",))], [True])
+    assert gone.size == there.size
+    assert RIGHT in {colour for colour, _ in runs(np.asarray(gone)[100])}
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "I;16", "F", "LA"])
+def test_any_kind_of_image_has_pixels(mode):
+    pixels = pixels_of(Image.new(mode, (1000, 2000)))
+    assert (pixels.shape, pixels.dtype) == ((168, 84, 3), np.uint8)
+
+
+def test_a_palette_with_transparency_has_pixels_without_complaint():
+    image = Image.fromarray(np.zeros((4, 4), dtype=np.uint8)).convert("P")
+    image.info["transparency"] = b"\0" * 256
+    assert pixels_of(image).shape == (168, 168, 3)
+
+
+@pytest.mark.parametrize(("size", "expected"), [((10, 10), (168, 168)), ((9000, 1), (1, 336)), ((1, 9000), (168, 1))])
+def test_an_image_keeps_its_ratio_but_is_at_most_twice_as_wide(size, expected):
+    assert pixels_of(Image.new("RGB", size)).shape[:2] == expected
 
 
 def test_green_and_red_differ_in_brightness_too():

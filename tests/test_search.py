@@ -85,8 +85,8 @@ def test_the_json_says_the_same(said, folder):
 
 def test_the_picture_shows_both_queries_with_nine_images_each(said, folder):
     with Image.open(folder / "found.png") as picture:
-        assert picture.width > 10 * 96
-        assert 2 * 192 < picture.height < 3 * 192
+        assert picture.width > 10 * 76
+        assert 2 * 168 < picture.height < 4 * 168
 
 
 def test_without_faiss_the_results_are_the_same(said, place, folder):
@@ -112,7 +112,7 @@ def test_images_that_are_gone_and_a_gallery_smaller_than_asked_for_do_no_harm(pl
     said = run(place, folder, SOUGHT, "--gallery", "moved", "--top", 1000, "--output", "gone.jpg")
     assert "    27 " in said
     with Image.open(folder / "gone.jpg") as picture:
-        assert picture.width > 27 * 96
+        assert picture.width > 27 * 76
 
 
 def test_other_settings_than_the_gallerys_are_refused(place, folder):

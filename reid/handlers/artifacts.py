@@ -110,23 +110,31 @@ def reference_of(content: Mapping[str, Any]) -> str:
     return f"{entity + '/' if entity else ''}{project}/{name_of(settings, run_id, kind)}:epoch-{epoch}"
 
 
-def fetch(setting: str, value: str, folder: Path) -> Path:
+_fetched: dict[str, Path] = {}  # by this process, which may ask for it more than once
+
+
+def fetch(value: str, folder: Path) -> Path:
     """The file of a checkpoint at W&B.
 
     Args:
-        setting: the full key that names it.
-        value: wandb:ENTITY/PROJECT/NAME:ALIAS.
+        value: of TEST.WEIGHT: wandb:ENTITY/PROJECT/NAME:ALIAS.
         folder: of the run, to put it into.
 
     Raises:
         SettingsError: it is no such name.
         WorldError: W&B does not give it.
     """
+    if value not in _fetched:
+        _fetched[value] = _fetch(value, folder)
+    return _fetched[value]
+
+
+def _fetch(value: str, folder: Path) -> Path:
     import wandb
 
     if not re.fullmatch(r"wandb:[^/:]+/[^/:]+/[^/:]+:[^/:]+", value):
         raise SettingsError(
-            f"{setting} must be a file or wandb:ENTITY/PROJECT/NAME:ALIAS, got {value!r}; use for example "
+            f"TEST.WEIGHT must be a file or wandb:ENTITY/PROJECT/NAME:ALIAS, got {value!r}; use for example "
             "wandb:me/reid-strong-baseline/market1501-resnet50-1a2b3c4d:best"
         )
     service = Service()
@@ -137,14 +145,14 @@ def fetch(setting: str, value: str, folder: Path) -> Path:
         artifact.download(root=str(into), skip_cache=True)
     except Exception as error:  # of wandb's own, pydantic's, and others
         raise WorldError(
-            f"{setting}={value} cannot be fetched from W&B: {in_short(error)}; correct the "
+            f"TEST.WEIGHT={value} cannot be fetched from W&B: {in_short(error)}; correct the "
             "name, see that there is a key (wandb login) and a network, or give a file"
         ) from error
     finally:
         service.end()
     files = sorted(into.glob("*.pt"))
     if len(files) != 1 or sha256(files[0]) != artifact.metadata.get("sha256", sha256(files[0])):
-        raise WorldError(f"{setting}={value} must hold one checkpoint, whole, but it does not; give another one")
+        raise WorldError(f"TEST.WEIGHT={value} must hold one checkpoint, whole, but it does not; give another one")
     return Path(files[0])
 
 
