@@ -37,7 +37,7 @@ assembly builds, gathers and wires.
     handlers/tracking.py        what Weights & Biases is told
     handlers/artifacts.py       data sets and checkpoints at W&B
     handlers/wandb_session.py   where that goes, and what happens where W&B fails
-    handlers/wandb_jobs.py      what of it asks the server first
+    handlers/wandb_jobs.py      what of it waits for the server
     handlers/wandb_pieces.py    what lies on the disk, and what of it W&B has
     handlers/wandb_process.py   W&B's own process, which must not outlive the one that it works for
     run_directory.py            the files of a run

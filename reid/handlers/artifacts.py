@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import re
@@ -14,6 +15,7 @@ import yaml
 from reid.errors import SettingsError, WorldError
 from reid.handlers.records import SavedCheckpoint
 from reid.handlers.wandb_jobs import in_short
+from reid.handlers.wandb_pieces import keep
 from reid.handlers.wandb_process import Service
 
 if TYPE_CHECKING:
@@ -37,22 +39,62 @@ def name_of(config: Mapping[str, Any], run_id: str, kind: str) -> str:
     return name if kind == "best" else f"{name}-{kind}"
 
 
-def log_checkpoint(run: wandb.Run, name: str, saved: SavedCheckpoint, facts: Mapping[str, Any]) -> None:
-    """The checkpoint as the newest version of its artifact; the file must stay until it is sent.
+def keep_checkpoint(saved: SavedCheckpoint, name: str, facts: Mapping[str, Any], piece: Path) -> Path:
+    """The file as W&B will read it, with all that `log_checkpoint` needs beside it: a later process can log it too.
+
+    Args:
+        saved: the checkpoint.
+        name: of its artifact.
+        facts: of the run.
+        piece: folder of what this process records of the run.
+    """
+    kept = keep(saved.file, piece)
+    metadata = {**saved.facts, **facts, "kind": saved.kind, "sha256": sha256(kept)}
+    _note_of(kept).write_text(json.dumps({"name": name, "metadata": metadata}), encoding="utf-8")
+    return kept
+
+
+def _note_of(kept: Path) -> Path:
+    """It stands there as long as W&B knows nothing of the file."""
+    return kept.with_suffix(".json")
+
+
+def unlogged_checkpoints(folder: Path, run_id: str) -> list[Path]:
+    """What killed processes have kept of this run, and W&B knows nothing of; the oldest first."""
+    notes = (folder / "wandb").glob(f"*run-*-{glob.escape(run_id)}/checkpoints/*.json")
+    return [note.with_suffix(".pt") for note in sorted(notes) if note.with_suffix(".pt").exists()]
+
+
+def log_checkpoint(run: wandb.Run, kept: Path) -> None:
+    """The checkpoint as the newest version of its artifact; returns when W&B has it, or it is recorded offline.
 
     Args:
         run: which has made it.
-        name: of the artifact.
-        saved: the kept file.
-        facts: of the run.
+        kept: its file, which is removed once W&B has it.
     """
     import wandb
 
-    metadata = {**saved.facts, **facts, "kind": saved.kind, "run_id": run.id, "sha256": sha256(saved.file)}
-    artifact = wandb.Artifact(name, type=_TYPES[saved.kind], metadata=metadata)
+    note = json.loads(_note_of(kept).read_text(encoding="utf-8"))
+    kind, epoch = note["metadata"]["kind"], note["metadata"]["epoch"]
+    artifact = wandb.Artifact(note["name"], type=_TYPES[kind], metadata=note["metadata"] | {"run_id": run.id})
     # Immutable: W&B reads this very file, and makes no copy of it.
-    artifact.add_file(str(saved.file), policy="immutable", skip_cache=True)
-    run.log_artifact(artifact, aliases=["latest", saved.kind, f"epoch-{saved.facts['epoch']}"])
+    artifact.add_file(str(kept), policy="immutable", skip_cache=True)
+    run.log_artifact(artifact, aliases=["latest", kind, f"epoch-{epoch}"])
+    if not run.offline:
+        artifact.wait()
+        kept.unlink()
+    _note_of(kept).unlink()
+
+
+def log_table(run: wandb.Run, row: dict[str, Any], table: wandb.Table) -> None:
+    """A row with a table, or with a chart of it; returns when W&B has it, or it is recorded offline.
+
+    W&B keeps a table as an artifact. Online it writes those to no file from which they could be sent later.
+    """
+    run.log(row)
+    if not run.offline:
+        assert table._artifact_target is not None  # since it was logged
+        table._artifact_target.artifact.wait()
 
 
 def use_data_set(run: wandb.Run, name: str, fingerprint: str, *, seconds: float) -> None:

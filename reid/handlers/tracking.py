@@ -6,7 +6,6 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,6 @@ from reid.config import as_plain_dict
 from reid.errors import SettingsError
 from reid.handlers import artifacts
 from reid.handlers.records import Progress, Records, SavedCheckpoint, score_numbers, validation_numbers
-from reid.handlers.wandb_pieces import keep
 from reid.handlers.wandb_session import Identity, Session
 from reid.preemption import Preempted
 from reid.run_directory import write_atomically
@@ -82,6 +80,8 @@ class Tracker:
         progress.wandb_run_id = identity.run_id
         write_atomically(file, identity.run_id + "\n")
         self._begin(identity, "-".join(self._data_sets))
+        for kept in artifacts.unlogged_checkpoints(self._folder, identity.run_id):
+            self._log_kept(kept)
 
     def _begin_evaluation(self) -> None:
         kind = self._cfg.WANDB.JOB_TYPE
@@ -145,11 +145,15 @@ class Tracker:
         name = artifacts.name_of(self._cfg, session.run_id, saved.kind)
 
         def keep_and_log(run: wandb.Run) -> None:
-            kept = replace(saved, file=keep(saved.file, Path(run.dir).parent))
             facts = {"world_size": self._facts["world_size"], "dataset": self._facts["dataset"]}
-            session.later(f"{saved.file.name}", lambda run: artifacts.log_checkpoint(run, name, kept, facts))
+            kept = artifacts.keep_checkpoint(saved, name, facts, Path(run.dir).parent)
+            self._log_kept(kept)
 
         session.do(saved.file.name, keep_and_log)
+
+    def _log_kept(self, kept: Path) -> None:
+        if self._session is not None:
+            self._session.later(kept.name, lambda run: artifacts.log_checkpoint(run, kept))
 
     def _log_row(self, section: str, numbers: dict[str, Any], iteration: int | None, epoch: int | None) -> None:
         row = {f"{section}/{name}": value for name, value in numbers.items()} | _place(iteration, epoch)
@@ -196,7 +200,8 @@ class Tracker:
         def log(run: wandb.Run) -> None:
             import wandb
 
-            run.log({key: wandb.Table(columns=names, data=values), **_place(iteration, epoch)})
+            table = wandb.Table(columns=names, data=values)
+            artifacts.log_table(run, {key: table, **_place(iteration, epoch)}, table)
 
         if self._session is not None:
             self._session.later(key, log)
@@ -220,7 +225,8 @@ class Tracker:
             import wandb
 
             points = wandb.Table(columns=[x_name, y_name], data=values)
-            run.log({key: wandb.plot.line(points, x_name, y_name, title=title), **_place(iteration, epoch)})
+            chart = wandb.plot.line(points, x_name, y_name, title=title)
+            artifacts.log_table(run, {key: chart, **_place(iteration, epoch)}, points)
 
         if self._session is not None:
             self._session.later(key, log)

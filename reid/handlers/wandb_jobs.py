@@ -1,4 +1,4 @@
-"""What asks W&B's server first, done by a thread: each may wait 19 seconds for a server that is gone."""
+"""What waits for W&B's server, done by a thread: tables and artifacts, for as long as they take to arrive."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ class NotDone(NamedTuple):
 
 
 class Jobs:
-    """Done one after the other, in the order of the calls.
+    """Done one after the other, in the order of the calls; each returns when W&B has it, or raises.
+
+    Where the server is gone the one that waits for it keeps the others waiting, up to the end.
 
     Args:
         run: the run as it is when a job's turn has come; None where there is none any more.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,12 +134,15 @@ class Session:
         try:
             return self._init("online"), ""
         except Exception as error:  # of wandb's own, pydantic's, and others
+            for piece in unsent_pieces(self._folder, self._identity.run_id):
+                mark_sent(piece)  # nothing is in it: the ones before have been sent
             self._service.end()  # without it the id counts as in use by this process
             if isinstance(error, wandb.errors.UsageError) and self._identity.resume != "allow":
                 raise SettingsError(
                     f"WANDB.RESUME is {self._identity.resume}, but W&B says: {first_line(error)}; use allow"
                 ) from error
-            return None, f"W&B did not answer ({in_short(error)})"
+            is_refusal = re.search(r"\b40[13]\b", str(error))
+            return None, f"W&B {'refuses the key' if is_refusal else 'did not answer'} ({in_short(error)})"
 
     def _instead_of_online(self, reason: str) -> str:
         if self._settings.ON_FAILURE == "raise":

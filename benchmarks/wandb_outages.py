@@ -1,0 +1,208 @@
+"""What W&B costs a run when it cannot be reached, in seconds, and what is said then; with a server on this machine.
+
+Usage: python benchmarks/wandb_outages.py [WORD IN A CASE'S NAME ...]
+
+Every case is a run of its own with the default settings: 100 rows, a table and a checkpoint before the server goes away
+and after it. Printed for each: the seconds until training could begin, those that it waited for in between, and those
+from its end to that of the process; then, in the reverse direction, whether all of it arrives by the command that is
+printed at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tables import say
+
+REPOSITORY = Path(__file__).parent.parent
+sys.path.insert(0, str(REPOSITORY / "tests"))
+
+NUM_ROWS = 100
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--run"]:
+        run()
+        return
+    say("| case | begins after | waits in between | ends after | rows, tables, checkpoints at W&B |")
+    say("|---|---|---|---|---|")
+    said = []
+    for case in CASES:
+        if all(word in case.name for word in sys.argv[1:]):
+            told, arrived = measure(case)
+            seconds = " | ".join(f"{told[name]:.1f}" for name in ("begin", "between", "end"))
+            say(f"| {case.name} | {seconds} | {arrived} |")
+            said.append(f"{case.name}:\n" + "\n".join(f"    {line}" for line in told["said"]))
+    say("\n" + "\n".join(said))
+
+
+class Case(NamedTuple):
+    """A way in which W&B is not there.
+
+    Attributes:
+        name: in the table.
+        moment: before which the server goes away: begin, first, end, or never.
+        act: what happens to the server then.
+        environment: over that of the server.
+    """
+
+    name: str
+    moment: str
+    act: Callable[[Any], object]
+    environment: dict[str, str]
+
+
+def _silent(server: Any) -> None:
+    server.mute.set()
+
+
+def _answers(status: int) -> Callable[[Any], object]:
+    return lambda server: setattr(server, "status", status)
+
+
+def _gone(server: Any) -> None:
+    server.stop()
+
+
+CASES = (
+    Case("a server", "never", _gone, {}),
+    Case("no key", "begin", _gone, {"WANDB_API_KEY": ""}),
+    Case("a key that is too short", "begin", _gone, {"WANDB_API_KEY": "short"}),
+    Case("a key that the server rejects (401)", "begin", _answers(401), {}),
+    Case("connections refused at the start", "begin", _gone, {}),
+    Case("a black hole at the start", "begin", _silent, {}),
+    Case("HTTP 500 at the start", "begin", _answers(500), {}),
+    Case("connections refused before the first artifact", "first", _gone, {}),
+    Case("a black hole before the first artifact", "first", _silent, {}),
+    Case("connections refused in the middle", "middle", _gone, {}),
+    Case("a black hole in the middle", "middle", _silent, {}),
+    Case("HTTP 500 in the middle", "middle", _answers(500), {}),
+    Case("HTTP 401 in the middle", "middle", _answers(401), {}),
+    Case("connections refused at the end", "end", _gone, {}),
+    Case("a black hole at the end", "end", _silent, {}),
+)
+
+
+def measure(case: Case) -> tuple[dict[str, Any], str]:
+    """What the run says of itself, and what W&B has of it once it can be reached again."""
+    from wandb_server import WandbServer
+
+    server = WandbServer()
+    with tempfile.TemporaryDirectory() as folder:
+        given = {name: value for name, value in server.environment.items() if value is not None}
+        foreign = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+        environment = {**foreign, **given, "HOME": folder}
+        words = [sys.executable, __file__, "--run"]
+        process = subprocess.Popen(
+            words,
+            cwd=folder,
+            env=environment | case.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for moment in ("begin", "first", "middle", "end"):
+            assert process.stdout.readline() == f"{moment}\n"
+            if moment == case.moment:
+                case.act(server)
+            process.stdin.write("go on\n")
+            process.stdin.flush()
+        told = json.loads(process.stdout.readline())
+        left = time.monotonic()
+        assert process.wait() == 0
+        told["end"] += time.monotonic() - left
+        server.mute.clear()
+        server.status = 0
+        if case.act is _gone and case.moment != "never":
+            server.again()
+        if "send it with: " in told["said"][-1]:
+            command = told["said"][-1].partition("send it with: ")[2]
+            command = f"{sys.executable} -m {command}"
+            subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, check=True)
+        arrived = _arrived(server)
+    server.stop()
+    return told, arrived
+
+
+def _arrived(server: Any) -> str:
+    rows = {row["test/step"] for run in server.runs.values() for row in run.history if "test/step" in row}
+    kinds = [artifact.type for artifact in server.artifacts if artifact.state == "COMMITTED"]
+    return f"{len(rows)}, {kinds.count('run_table')}, {kinds.count('model')}"
+
+
+class Run:
+    """One run, which says where it stands and waits for a line before it goes on."""
+
+    def __init__(self) -> None:
+        from reid.config import load_config
+        from reid.handlers.tracking import Tracker
+
+        self._folder = Path("run")
+        self._folder.mkdir()
+        cfg = load_config(None, ["OUTPUT_DIR=run"])
+        self._tracker = Tracker(cfg, self._folder, {"dataset": "1234", "world_size": 1}, ["market1501"])
+        self._num_steps, self._waited = 0, 0.0
+
+    def run(self) -> dict[str, float]:
+        """Its seconds."""
+        from reid.handlers.records import Progress
+
+        _pause("begin")
+        start = time.monotonic()
+        with self._tracker.training(Progress()):
+            begun = time.monotonic() - start
+            _pause("first")
+            self._train(1)
+            _pause("middle")
+            self._train(2)
+            _pause("end")
+            start = time.monotonic()
+        return {"begin": begun, "between": self._waited, "end": time.monotonic() - start}
+
+    def _train(self, epoch: int) -> None:
+        from reid.handlers.records import SavedCheckpoint
+
+        file = self._folder / f"best_{epoch}.pt"
+        file.write_bytes(os.urandom(1_000_000))
+        start = time.monotonic()
+        for _ in range(NUM_ROWS):
+            self._num_steps += 1
+            self._tracker.log_test({"step": self._num_steps}, epoch)
+        rows = [[str(epoch), 0.5]]
+        self._tracker.log_table("val/AP_per_query", ["query", "AP"], rows, iteration=self._num_steps, epoch=epoch)
+        facts = {"epoch": epoch, "iteration": self._num_steps, "mAP": 0.5}
+        self._tracker.keep_checkpoint(SavedCheckpoint("best", file, facts))
+        self._waited += time.monotonic() - start
+        time.sleep(4)
+
+
+def _pause(moment: str) -> None:
+    sys.stdout.write(f"{moment}\n")
+    sys.stdout.flush()
+    sys.stdin.readline()
+
+
+def run() -> None:
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("reid").addHandler(handler)
+    logging.getLogger("reid").setLevel(logging.INFO)
+    told = Run().run() | {"said": said}
+    sys.stdout.write(json.dumps(told) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
