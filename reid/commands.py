@@ -19,7 +19,7 @@ _FILE_AND_SETTINGS = f"[--config_file FILE] {_SETTINGS}"
 _TOP_LEVEL = {key.partition(".")[0] for key in SETTINGS}
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Says a wrong argument as any wrong setting: in one sentence, once for all ranks."""
 
     def __init__(self, form: str, description: str) -> None:
@@ -69,7 +69,7 @@ def read_words(story: str, description: str, words: Sequence[str] | None = None)
         SettingsError: it has another form.
     """
     command = COMMANDS[story]
-    parser = _Parser(command.form, description)
+    parser = Parser(command.form, description)
     if "--config_file" in command.form:
         parser.add_argument("--config_file", "--config-file", metavar="FILE", help="YAML file with settings")
     command.add_arguments(parser)
@@ -112,7 +112,7 @@ def _embed_arguments(parser: argparse.ArgumentParser) -> None:
 def _search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="to look for")
     parser.add_argument("--gallery", required=True, metavar="OUT", help="a folder that launch/embed.py wrote")
-    parser.add_argument("--top", type=_at_least_one, default=10, metavar="K", help="how many to find, by default 10")
+    parser.add_argument("--top", type=at_least_one, default=10, metavar="K", help="how many to find, by default 10")
     parser.add_argument("--output", type=_picture, default="search.jpg", metavar="FILE", help="a picture of them")
     parser.add_argument("--json", metavar="FILE", help="the same to be read by programs")
 
@@ -124,7 +124,7 @@ def _formats(word: str) -> tuple[str, ...]:
     return chosen
 
 
-def _at_least_one(word: str) -> int:
+def at_least_one(word: str) -> int:
     if not word.isdecimal() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"{word!r} is no whole number >= 1")
     return int(word)

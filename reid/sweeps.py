@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from reid.checks import Refused, nearest, shown
+from reid.commands import Parser, at_least_one
 from reid.config import SETTINGS
 from reid.environment_file import read_environment_file
 from reid.errors import USER_ERRORS, SettingsError, UnknownKeyError, WorldError
@@ -27,12 +27,13 @@ _ARGUMENTS = "${args_no_hyphens}"  # the trial's KEY=VALUE, as launch/train.py t
 def main() -> int:
     """Creates the sweep of a file, or goes on with one, and runs trials of it here; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    parser = argparse.ArgumentParser(description="Search for settings with a W&B sweep.", allow_abbrev=False)
+    parser = Parser("--sweep-config FILE [--sweep-id ID] [--count N]", "Search for settings with a W&B sweep.")
     parser.add_argument("--sweep-config", metavar="FILE", required=True, help="as configs/sweeps/softmax_triplet.yaml")
     parser.add_argument("--sweep-id", metavar="ID", help="of a sweep to go on with, instead of a new one")
-    parser.add_argument("--count", metavar="N", type=int, help="trials to run here; without it, until the sweep ends")
-    arguments = parser.parse_args()
+    count_help = "trials to run here; without it, until the sweep ends"
+    parser.add_argument("--count", metavar="N", type=at_least_one, help=count_help)
     try:
+        arguments = parser.parse_args()
         read_environment_file(Path(".env"), os.environ)
         sweep = read_sweep(Path(arguments.sweep_config))
         name = arguments.sweep_id or _create(sweep)
@@ -40,6 +41,7 @@ def main() -> int:
         logging.basicConfig(force=True, level=logging.INFO, format="%(message)s", stream=sys.stderr)
         logger.error("error: %s", error)
         return 2 if isinstance(error, ValueError) else 1
+    logger.info("W&B: sweep %s; the same on another machine: wandb agent %s", name, name)
     count = ["--count", str(arguments.count)] if arguments.count else []
     # Signals go on to the trials, which save and stop.
     return subprocess.run([sys.executable, "-m", "wandb", "agent", "--forward-signals", *count, name]).returncode
@@ -88,11 +90,16 @@ def _create(sweep: dict[str, Any]) -> str:
     import wandb
 
     try:
+        wandb.setup(wandb.Settings(silent=True))
         if not wandb.login(prompt=False, verify=False):
             raise WorldError("W&B makes no sweep without a key; set WANDB_API_KEY, or run: wandb login")
         project = sweep.get("project") or SETTINGS["WANDB.PROJECT"][0]
         sweep_id = wandb.sweep(sweep, entity=sweep.get("entity"), project=project)
-    except wandb.errors.Error as error:
+    except WorldError:
+        raise
+    except Exception as error:  # of wandb's own, pydantic's, and others
         reason = " ".join(str(error).split())
-        raise WorldError(f"W&B does not make the sweep: {reason}; see that there is a network") from error
+        raise WorldError(
+            f"W&B does not make the sweep: {reason}; see that the key is right and that there is a network"
+        ) from error
     return "/".join([*([sweep["entity"]] if sweep.get("entity") else []), project, sweep_id])

@@ -1,9 +1,14 @@
 """Sweep files, checked before W&B sees them; that agents run them is in test_wandb_online.py."""
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from program import REPOSITORY
 
 from reid.errors import SettingsError, UnknownKeyError
 from reid.sweeps import read_sweep
@@ -47,3 +52,48 @@ def test_what_is_no_sweep_is_refused(tmp_path, text):
         file.write_text(text, encoding="latin-1")
     with pytest.raises(SettingsError, match="must be a"):
         read_sweep(file)
+
+
+# ---- the command ----
+
+KEY = "0123456789abcdef" * 3
+
+
+def sweep_refusal(folder: Path, *words: object, code: int, **variables: str) -> str:
+    foreign = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "launch" / "sweep.py", *map(str, words)],
+        cwd=folder,
+        env=foreign | {"HOME": str(folder), **variables},
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (code, ""), done
+    assert re.fullmatch(r"error: [^\n]+\n", done.stderr), done
+    return done.stderr.removeprefix("error: ").removesuffix("\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "the command line must be --sweep-config FILE [--sweep-id ID] [--count N], got: "),
+        (["--sweep-config", SWEEPS[0], "--count", 0], "the command line must be --sweep-config FILE"),
+        (["--sweep-config", "nothing.yaml"], "--sweep-config must be a YAML file, got nothing.yaml: "),
+    ],
+)
+def test_a_wrong_command_is_one_sentence(tmp_path, words, said):
+    assert sweep_refusal(tmp_path, *words, code=2).startswith(said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({}, "W&B makes no sweep without a key; set WANDB_API_KEY, or run: wandb login"),
+        ({"WANDB_API_KEY": "short"}, "W&B does not make the sweep: WANDB_API_KEY invalid: "),
+        ({"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}, "W&B does not make the sweep: "),
+    ],
+)
+def test_a_sweep_that_cannot_be_made_is_one_sentence(tmp_path, variables, said):
+    assert sweep_refusal(tmp_path, "--sweep-config", SWEEPS[0], code=1, **variables).startswith(said)

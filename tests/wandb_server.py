@@ -81,6 +81,7 @@ class WandbServer:
         self.mute = threading.Event()  # takes every request and never answers
         self.status = 0  # answers everything with this HTTP status
         self.rejects_key = False
+        self.stops = False  # tells every run to stop, as a user or the early termination of a sweep does
         self._lock = threading.Lock()
         self._server: ThreadingHTTPServer | None = None
         self.start(0)
@@ -453,7 +454,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(json.dumps(answer).encode())
         elif parts[-1] == "file_stream":
             self.owner.stream(parts[-2], json.loads(body))
-            self._reply(b"{}")
+            self._reply(json.dumps({"stopped": True} if self.owner.stops else {}).encode())
         else:
             self._reply(b"{}")
 

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shlex
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -63,6 +64,7 @@ class Session:
         self._settings, self._folder, self._config, self._identity = cfg.WANDB, folder, config, identity
         self._run: wandb.Run | None = None
         self._num_revivals = 0
+        self._is_stopped = False
         self._complaints: list[str] = []  # what ON_FAILURE raise raises in the end
         self._service = Service()
         self._jobs = Jobs(lambda: self._run)
@@ -181,6 +183,7 @@ class Session:
                 init_timeout=settings.INIT_TIMEOUT,
                 finish_timeout=settings.FINISH_TIMEOUT / 2,  # the other half is for the jobs
                 finish_timeout_raises=True,
+                stop_fn=self._stop,
                 x_transaction_log_flush_interval=0.1,  # seconds of rows that a killed process may lose
             ),
         )
@@ -190,6 +193,12 @@ class Session:
         if settings.SYNC_TENSORBOARD:
             run.define_metric("tensorboard/*", step_metric="global_step")
         return run
+
+    def _stop(self) -> None:
+        """For W&B's user or sweep, who want no more of this run: it saves and ends as after Ctrl-C."""
+        self._is_stopped = True
+        logger.info("W&B: the run is to stop")
+        os.kill(os.getpid(), signal.SIGINT)
 
     # ---- in between ----
 
@@ -256,7 +265,7 @@ class Session:
         """Whether nothing of it is left to be sent, where it is online."""
         is_sent = True
         try:
-            if is_preempted:
+            if is_preempted and not self._is_stopped:  # a sweep hands out a preempted run again
                 run.mark_preempting()
             run.finish(exit_code=exit_code)
         except Exception as error:  # TimeoutError, and what a dead process gives
