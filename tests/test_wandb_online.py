@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import re
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -330,9 +332,9 @@ def check_all_arrived(place: Place, server: WandbServer, folder: str, num_steps:
     made = [artifact for artifact in server.artifacts if artifact.state == "COMMITTED"]
     (best,) = (place.folder / folder / "checkpoints").glob("best_*.pt")
     assert any(server.files_of(one) == {best.name: best.read_bytes()} for one in made if one.type == "model")
-    rows = [row for row in run.history if "val/AP_per_query" in row]
-    assert len(rows) == len({one.id for one in made if one.type == "model"})  # every best has its table
-    assert len([one for one in made if one.type == "run_table"]) == 2 * len(rows)  # and its CMC curve
+    bests = {one.metadata["epoch"] for one in made if one.type == "model"}
+    assert {row["epoch"] for row in run.history if "val/AP_per_query" in row} == bests
+    assert len({one.digest for one in made if one.type == "run_table"}) == 2 * len(bests)  # and its CMC curve
 
 
 @pytest.mark.slow
@@ -372,8 +374,8 @@ def test_a_server_that_goes_away_before_the_first_artifact_or_at_the_end_costs_n
 
 @pytest.mark.slow
 def test_what_a_server_that_went_away_has_missed_is_sent_by_the_next_start(place, server):
-    given = settings("came back", 4, "WANDB.FINISH_TIMEOUT", 6)
-    ranks = place.start("train", *given, environment=server.environment)
+    given = settings("came back", 4)
+    ranks = place.start("train", *given, "WANDB.FINISH_TIMEOUT", 6, environment=server.environment)
     ranks.wait_for("epoch 1/4 step 2/2")
     server.stop()
     ranks.wait_for("epoch 2/4 step 2/2")
@@ -455,37 +457,74 @@ def test_training_does_not_depend_on_wandb(place, server):
 # ---- sweeps ----
 
 
-@pytest.mark.slow
-def test_an_agent_starts_torchrun_once_for_each_trial(place, server):
+@pytest.fixture
+def sweep_of(place, server) -> dict[str, Any]:
+    """The demo's sweep on the tiny model, in sweep.yaml; its trials are in the server."""
     sweep = yaml.safe_load((REPOSITORY / "configs" / "sweeps" / "demo.yaml").read_text())
     sweep["program"] = str(REPOSITORY / "launch" / "train.py")
     config = ["--config_file=tiny.yml", "WANDB.ENABLE=yes", "OUTPUT_DIR=sweep"]
     sweep["command"] = [word for word in sweep["command"] if "config_file" not in word][:-1] + config
     sweep["command"].append("${args_no_hyphens}")
     (place.folder / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    return sweep
+
+
+def add_trial(server: WandbServer, sweep: dict[str, Any], name: str, rate: float) -> None:
+    args = {"SOLVER.BASE_LR": {"value": rate}, "SOLVER.MARGIN": {"value": 0.3}}
+    server.trials.append({"type": "run", "run_id": name, "program": sweep["program"], "args": args})
+
+
+def check_trial(place: Place, server: WandbServer, name: str, rate: float) -> None:
+    run = server.runs[name]
+    assert run.fields["sweep"] == "sweep1"
+    assert run.config["SOLVER"]["value"]["BASE_LR"] == rate
+    assert run.config["world_size"]["value"] == 2
+    assert steps(run) == [1, 2, 3, 4]
+    assert "val/mAP_best" in run.summary
+    (last,) = sorted((place.folder / "sweep" / name / "checkpoints").glob("last_*"))[-1:]
+    assert f"BASE_LR: {rate}" in torch.load(last, weights_only=True)["config"]
+
+
+def done(place: Place, *words: object, environment: dict[str, str | None]) -> str:
+    changed = {name: value for name, value in place.environment.items() if name != "WANDB_MODE"} | environment
+    given = {name: value for name, value in changed.items() if value is not None}
+    options = {"cwd": place.folder, "env": given, "timeout": 500, "capture_output": True, "text": True}
+    ended = subprocess.run([str(word) for word in words], check=False, **options)
+    assert ended.returncode == 0, ended
+    return ended.stdout + ended.stderr
+
+
+@pytest.mark.slow
+def test_sweep_py_starts_torchrun_once_for_each_trial(place, server, sweep_of):
     given = {name: value for name, value in server.environment.items() if value is not None}
     (place.folder / ".env").write_text("\n".join(f"export {name}='{value}'" for name, value in given.items()))
-    for rate in (0.002, 0.001):
-        args = {"SOLVER.BASE_LR": {"value": rate}, "SOLVER.MARGIN": {"value": 0.3}}
-        command = {"type": "run", "run_id": f"trial{rate}", "program": sweep["program"], "args": args}
-        server.trials.append(command)
-    words = [sys.executable, REPOSITORY / "launch" / "sweep.py", "--sweep-config", "sweep.yaml", "--count", 2]
-    environment = {name: value for name, value in place.environment.items() if name != "WANDB_MODE"}
-    done = subprocess.run(
-        [str(word) for word in words], cwd=place.folder, env=environment, timeout=300, capture_output=True, text=True
-    )
+    add_trial(server, sweep_of, "second", 0.002)
+    add_trial(server, sweep_of, "first", 0.001)
+    words = (REPOSITORY / "launch" / "sweep.py", "--sweep-config", "sweep.yaml", "--count", 2)
+    said = done(place, sys.executable, *words, environment={})
     (place.folder / ".env").unlink()
-    assert done.returncode == 0, done
-    assert yaml.safe_load(server.sweep["config"])["metric"]["name"] == "val/mAP_best"
-    assert sorted(server.runs) == ["trial0.001", "trial0.002"]
-    for rate in (0.001, 0.002):
-        run = server.runs[f"trial{rate}"]
-        assert run.fields["sweep"] == "sweep1"
-        assert run.config["SOLVER"]["value"]["BASE_LR"] == rate
-        assert run.config["world_size"]["value"] == 2
-        assert steps(run) == [1, 2, 3, 4]
-        assert "val/mAP_best" in run.summary
-        content = torch.load(
-            sorted((place.folder / "sweep" / f"trial{rate}" / "checkpoints").glob("last_*"))[-1], weights_only=True
-        )
-        assert f"BASE_LR: {rate}" in content["config"]
+    assert f"W&B: sweep {PROJECT}/sweep1; the same on another machine: wandb agent {PROJECT}/sweep1\n" in said
+    assert sorted(server.runs) == ["first", "second"]
+    check_trial(place, server, "first", 0.001)
+    check_trial(place, server, "second", 0.002)
+
+
+@pytest.mark.slow
+def test_wandbs_own_commands_do_the_same(place, server, sweep_of):
+    said = done(place, "wandb", "sweep", "sweep.yaml", environment=server.environment)
+    (agent,) = re.findall(r"wandb agent (\S+)", said)
+    add_trial(server, sweep_of, "third", 0.003)
+    done(place, "wandb", "agent", "--count", 1, agent, environment=server.environment)
+    assert list(server.runs) == ["third"]
+    check_trial(place, server, "third", 0.003)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "configs" / "sweeps").glob("*.yaml")), ids=lambda file: file.name)
+def test_wandb_takes_the_shipped_sweeps_as_they_are(place, server, file):
+    done(place, "wandb", "sweep", file, environment=server.environment)
+    made, written = json.loads(server.sweep["config"]), yaml.safe_load(file.read_text())
+    assert {name: made[name] for name in ("method", "metric", "early_terminate", "command", "program", "run_cap")} == {
+        name: written[name] for name in ("method", "metric", "early_terminate", "command", "program", "run_cap")
+    }
+    assert made["parameters"] == written["parameters"]
