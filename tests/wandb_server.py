@@ -67,9 +67,14 @@ class Artifact:
 
 
 class WandbServer:
-    """Started at once; `url` and `environment` are what a client needs."""
+    """Started at once; `url` and `environment` are what a client needs.
 
-    def __init__(self) -> None:
+    Args:
+        host: the address to answer at.
+    """
+
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self._host = host
         self.runs: dict[str, Run] = {}
         self.artifacts: list[Artifact] = []
         self.files: dict[str, bytes] = {}  # path -> what was put there
@@ -88,7 +93,7 @@ class WandbServer:
 
     def start(self, port: int) -> None:
         handler = type("Bound", (_Handler,), {"owner": self})
-        self._server = _Server(("127.0.0.1", port), handler)
+        self._server = _Server((self._host, port), handler)
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
@@ -104,7 +109,7 @@ class WandbServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self._host}:{self.port}"
 
     @property
     def environment(self) -> dict[str, str | None]:

@@ -124,7 +124,7 @@ class Cluster:
         files = {"key-file": "key", "socket": "munge.sock", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         options = [f"--{option}={munge / name}" for option, name in files.items()]
         self._start_daemon(HUB, "munged", "--foreground", "--force", *options)
-        _wait_until((munge / "munge.sock").exists, 10, "munged does not answer")
+        _wait_until((munge / "munge.sock").exists, 60, "munged does not answer")
         self._start_daemon(HUB, "slurmctld", "-D", "-f", self._conf)
         for name in self.machines.names:
             self.start_slurmd(name)
@@ -193,7 +193,7 @@ class Cluster:
             fit = ("idle",) if idle else _FIT
             return len(lines) == len(self.machines.names) and all(line in fit for line in lines)
 
-        _wait_until(ready, 60, "nodes are not ready")
+        _wait_until(ready, 300, "nodes are not ready")
 
     def __exit__(self, *_: object) -> None:
         cgroup = self._cgroup("") if self._tracking == "cgroup" and HUB in self.machines.init else None
@@ -223,7 +223,7 @@ class Cluster:
         line = self.run("scontrol", "-o", "show", "job", number).stdout.splitlines()[0]
         return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
-    def wait_for_job(self, number: object, *, states: Sequence[str] = _ENDED, timeout: float = 240) -> dict[str, str]:
+    def wait_for_job(self, number: object, *, states: Sequence[str] = _ENDED, timeout: float) -> dict[str, str]:
         """Until it is in one of the states, by default until it has ended."""
         deadline = time.monotonic() + timeout
         while (job := self.job(number))["JobState"] not in states:

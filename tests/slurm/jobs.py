@@ -11,6 +11,8 @@ import pytest
 from cluster import Cluster
 from program import REPOSITORY, Place, largest_difference, newest, records
 
+PATIENCE = 600  # seconds to wait for what takes one minute at most on a machine that has nothing else to do
+
 # Two nodes of two ranks each.
 EXACT = ("SOLVER.PRECISION", "fp64", "SOLVER.OPTIMIZER_NAME", "Adam", "SOLVER.LOG_PERIOD", 1)
 TRAINING = "python.* -u launch/train.py"  # a rank, not torchrun
@@ -82,7 +84,7 @@ class Job:
         file = self._folder / f"{self.number}.out"
         return file.read_text() if file.exists() else ""
 
-    def wait_for(self, words: str, *, times: int = 1, timeout: float = 240) -> None:
+    def wait_for(self, words: str, *, times: int = 1, timeout: float = PATIENCE) -> None:
         """Until it has printed this so many times."""
         deadline = time.monotonic() + timeout
         while self.said().count(words) < times:
@@ -95,7 +97,7 @@ class Job:
     def state(self) -> dict[str, str]:
         return self.slurm.job(self.number)
 
-    def ended(self, timeout: float = 240) -> tuple[str, int, int]:
+    def ended(self, timeout: float = PATIENCE) -> tuple[str, int, int]:
         """Slurm's word for how it has ended, its exit code, and the number of requeues."""
         job = self.slurm.wait_for_job(self.number, timeout=timeout)
         return job["JobState"], int(job["ExitCode"].split(":")[0]), int(job["Restarts"])

@@ -7,12 +7,13 @@ process that started it dies, in whatever way, so do all machines, with their li
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ class Machines:
             )
 
     def _wait_until_up(self, name: str, process: subprocess.Popen[bytes]) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not (self.folder / f"{name}.up").exists():
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{name} did not come up: " + (self.folder / f"{name}.log").read_text()[-500:])
@@ -218,6 +219,16 @@ class Machines:
             process.wait(within)
         return process.poll() is not None
 
+    @contextlib.contextmanager
+    def on_network_of(self, name: str) -> Iterator[None]:
+        """Of the machine: sockets that this thread makes in here, and threads that it starts, are on it."""
+        with Path("/proc/thread-self/ns/net").open() as own, Path(f"/proc/{self.init[name]}/ns/net").open() as other:
+            _enter_network(other.fileno())
+            try:
+                yield
+            finally:
+                _enter_network(own.fileno())
+
     # ---- faults ----
 
     def unplug(self, name: str) -> None:
@@ -237,9 +248,15 @@ class Machines:
         self.run(HUB, ["ip", "link", "del", f"v{name}"], check=False)
 
 
+def _enter_network(descriptor: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(descriptor, 0x40000000):  # CLONE_NEWNET; os.setns comes with Python 3.12
+        raise OSError(ctypes.get_errno(), "setns")
+
+
 def _first_process_under(pid: int) -> int:
     """The host's pid of the innermost process 1 under nsenter and unshare."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         descendant: int | None = pid
         while descendant is not None:
