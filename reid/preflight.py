@@ -15,12 +15,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from reid import distributed, run
 from reid.checkpoint_files import checkpoints_in
+from reid.combinations import check_training
 from reid.data.sets import DataSets
 from reid.errors import USER_ERRORS, WorldError, shared
 from reid.link_speed import Link, measure
@@ -30,6 +31,8 @@ from reid.trial_steps import Trial, try_steps
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from yacs.config import CfgNode
+
+T = TypeVar("T")
 
 logger = logging.getLogger("reid.check")
 
@@ -50,14 +53,15 @@ class Report:
         for number, line in enumerate(lines):
             self.lines.append(f"{title if number == 0 else '':<12} {line}")
 
-    def attempt(self, work: Callable[[], object]) -> None:
-        """What would end a training is a problem here, and the next thing is looked at; called by all ranks."""
+    def attempt(self, work: Callable[[], T]) -> T | None:
+        """What the work gives; what would end a training is a problem here, and gives None. Called by all ranks."""
         try:
-            work()
+            return work()
         except USER_ERRORS as error:
             if distributed.num_ranks() > 1 and not getattr(error, "is_shared", False):
                 raise  # other ranks would wait
             self.problems.append(str(error))
+            return None
 
 
 def check(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
@@ -70,9 +74,15 @@ def check(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     report = Report()
     report.attempt(lambda: run.check_start(cfg))
     _machines(report, accelerator.device)
-    _batch(report, cfg)
+    fits = report.attempt(lambda: distributed.together(lambda: _batch(report, cfg)))
     _links(report, measure(accelerator.device))
-    report.attempt(lambda: _try_training(report, cfg, accelerator))
+    data = report.attempt(lambda: run.open_data(cfg, train=True))
+    if data:
+        _data(report, data)
+    trial = report.attempt(lambda: try_steps(cfg, accelerator, data)) if data and fits else None
+    if trial:
+        _trial(report, cfg, trial, accelerator.device)
+    report.attempt(lambda: _disk(report, Path(cfg.OUTPUT_DIR), trial))
     for number, problem in enumerate(report.problems, start=1):
         logger.info("problem %d: %s", number, problem)
     for line in report.lines:
@@ -155,11 +165,13 @@ def _numbers(ranks: list[int]) -> str:
     return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
 
 
-def _batch(report: Report, cfg: CfgNode) -> None:
+def _batch(report: Report, cfg: CfgNode) -> bool:
+    check_training(cfg, distributed.num_ranks())
     batch, num_ranks, k = cfg.SOLVER.IMS_PER_BATCH, distributed.num_ranks(), cfg.DATALOADER.NUM_INSTANCE
     of = "images" if cfg.DATALOADER.SAMPLER == "softmax" else f"images, {batch // k} identities of {k}"
     parts = f", in {cfg.SOLVER.ACCUMULATE} parts" if cfg.SOLVER.ACCUMULATE > 1 else ""
     report.add("batch", f"{batch} {of}; on each rank {batch // num_ranks}{parts}")
+    return True
 
 
 def _data(report: Report, data: DataSets) -> None:
@@ -189,15 +201,7 @@ def _links(report: Report, links: list[Link]) -> None:
         ]
 
 
-# ---- data and a few steps ----
-
-
-def _try_training(report: Report, cfg: CfgNode, accelerator: Accelerator) -> None:
-    data = run.open_data(cfg, train=True)
-    _data(report, data)
-    trial = try_steps(cfg, accelerator, data)
-    _trial(report, cfg, trial, accelerator.device)
-    _disk(report, Path(cfg.OUTPUT_DIR), trial.state)
+# ---- a few steps ----
 
 
 def _trial(report: Report, cfg: CfgNode, trial: Trial, device: torch.device) -> None:
@@ -223,9 +227,9 @@ def _trial(report: Report, cfg: CfgNode, trial: Trial, device: torch.device) -> 
 # ---- where it is written ----
 
 
-def _disk(report: Report, path: Path, state: int) -> None:
+def _disk(report: Report, path: Path, trial: Trial | None) -> None:
     """Room, speed and whether all nodes see the same folder; called by all ranks."""
-    needed = _NUM_FILES * state
+    needed = _NUM_FILES * trial.state if trial else 0
     folder, token, seconds = distributed.on_main(lambda: _write_test(path))
     sees_it = (folder / token).exists()
     blind = {host for host, sees in distributed.gather_objects((platform.node(), sees_it)) if not sees}
@@ -234,7 +238,8 @@ def _disk(report: Report, path: Path, state: int) -> None:
     found = distributed.on_main(lambda: [str(file) for file in checkpoints_in(path / "checkpoints", "last")])
     report.add(
         "OUTPUT_DIR",
-        f"{path}: {_size(free)} free, about {_size(needed)} needed, {_size(_WRITTEN)} written in {seconds:.2f} s",
+        f"{path}: {_size(free)} free, {f'about {_size(needed)} needed, ' if trial else ''}{_size(_WRITTEN)} written in "
+        f"{seconds:.2f} s",
         f"a training would {f'go on from {found[-1]}' if found else 'begin anew'}",
     )
     if free < needed:

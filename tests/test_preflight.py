@@ -109,11 +109,16 @@ def test_an_output_dir_that_cannot_be_written_to_is_a_problem(place, num_ranks):
     assert "must be a folder that can be written to" in problem
 
 
-def test_a_batch_that_the_ranks_cannot_share_is_refused_as_by_training(place):
-    said = place.refusal("check", "SOLVER.IMS_PER_BATCH", 12, num_ranks=2, code=2)
-    assert said.startswith(
-        "SOLVER.IMS_PER_BATCH=12 / DATALOADER.NUM_INSTANCE=4 must be a multiple of the number of ranks"
-    )
+def test_all_that_is_wrong_is_found_at_once(place):
+    """A batch that the ranks cannot share, and a folder; what can be measured all the same is."""
+    (place.folder / "c_file").touch()
+    first, _ = place.run("check", "SOLVER.IMS_PER_BATCH", 12, "OUTPUT_DIR", "c_file/run", num_ranks=2)
+    assert first.code == 1
+    batch, folder = problems(first)
+    assert "SOLVER.IMS_PER_BATCH=12 / DATALOADER.NUM_INSTANCE=4 must be a multiple of the number of ranks" in batch
+    assert "must be a folder that can be written to" in folder
+    for title in ("ranks", "all-reduce", "train", "test"):
+        assert f"\n{title} " in first.out
 
 
 # ---- what is called a problem ----
