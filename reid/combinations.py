@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from reid.checks import multiples_around
@@ -112,6 +113,20 @@ def check_training(cfg: CfgNode, num_ranks: int) -> None:
     """
     _check_pretraining(cfg)
     _check_ranks(cfg, num_ranks)
+
+
+def fitting_nodes(cfg: CfgNode, num_nodes: int, ranks_per_node: int) -> int:
+    """Of so many nodes the largest number whose ranks can share the training's batches.
+
+    Raises:
+        SettingsError: not even the ranks of one node can, or something else does not fit.
+    """
+    for number in range(num_nodes, 1, -1):
+        with suppress(SettingsError):
+            check_training(cfg, number * ranks_per_node)
+            return number
+    check_training(cfg, ranks_per_node)
+    return 1
 
 
 def _check_pretraining(cfg: CfgNode) -> None:

@@ -117,6 +117,11 @@ def _search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="the same to be read by programs")
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nodes", type=_at_least_one, default=1, metavar="N", help="that the job has")
+    parser.add_argument("--ranks_per_node", type=_at_least_one, default=1, metavar="R", help="processes on each")
+
+
 def _formats(word: str) -> tuple[str, ...]:
     chosen = tuple(part.strip() for part in word.split(",") if part.strip())
     if not chosen or not set(chosen) <= set(FORMATS):
@@ -140,6 +145,7 @@ COMMANDS = {
     "train": Command(),
     "evaluate": Command(),
     "check": Command(),
+    "plan": Command(f"[--nodes N] [--ranks_per_node R] {_FILE_AND_SETTINGS}", _plan_arguments),
     "export": Command(
         f"[--to LIST] [--output FOLDER] [--check {'|'.join(CHECKS)}] [--uint8] {_FILE_AND_SETTINGS}",
         _export_arguments,

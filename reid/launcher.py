@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from reid.combinations import check_training
+from reid.combinations import check_training, fitting_nodes
 from reid.commands import COMMANDS, Words, read_words
 from reid.config import load_config
 from reid.environment_file import read_environment_file
@@ -59,14 +59,21 @@ def main(story: str, description: str) -> int:
         signals.ignore()
 
 
-def print_output_dir() -> int:
-    """For job scripts: the folder in which the training of the command line will be, or what is wrong with it."""
+def print_plan() -> int:
+    """For job scripts: on how many nodes the training of the command line runs, and in which folder it will be."""
     logging.getLogger("reid").addHandler(logging.StreamHandler(sys.stderr))
     try:
-        words = read_words("train", "Print the OUTPUT_DIR of a training.")
-        sys.stdout.write(f"{load_config(words.config_file, words.overrides, subfolder=_trial()).OUTPUT_DIR}\n")
+        words = read_words("plan", "Print the number of nodes that a training uses, and its OUTPUT_DIR.")
+        cfg = load_config(words.config_file, words.overrides, subfolder=_trial())
+        num_nodes = fitting_nodes(cfg, words.own["nodes"], words.own["ranks_per_node"])
     except USER_ERRORS as error:
         return _report(error, speaks=True)
+    if num_nodes < words.own["nodes"]:
+        logger.warning(
+            "warning: the ranks of %d nodes cannot share SOLVER.IMS_PER_BATCH=%d evenly; it uses %d of them",
+            *(words.own["nodes"], cfg.SOLVER.IMS_PER_BATCH, num_nodes),
+        )
+    sys.stdout.write(f"{num_nodes}\n{cfg.OUTPUT_DIR}\n")
     return 0
 
 
@@ -78,7 +85,7 @@ def _answer(story: str, description: str, signals: Signals) -> int:
             logging.getLogger("reid").setLevel(logging.ERROR)
         words = read_words(story, description)
         cfg = load_config(words.config_file, words.overrides, subfolder=_trial() if story == "train" else "")
-        if story in ("train", "check"):
+        if story == "train":
             check_training(cfg, world.num_ranks)
         _check_alone(story, world)
         cfg, run = _prepare(story, words, cfg)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,15 +26,19 @@ _ARGUMENTS = "${args_no_hyphens}"  # the trial's KEY=VALUE, as launch/train.py t
 def main() -> int:
     """Creates the sweep of a file, or goes on with one, and runs trials of it here; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    parser = Parser("--sweep-config FILE [--sweep-id ID] [--count N]", "Search for settings with a W&B sweep.")
-    parser.add_argument("--sweep-config", metavar="FILE", required=True, help="as configs/sweeps/softmax_triplet.yaml")
+    words = "--sweep-config FILE | --sweep-id ID [--count N]"
+    parser = Parser(words, "Search for settings with a W&B sweep.")
+    parser.add_argument("--sweep-config", metavar="FILE", help="of a new sweep, as configs/sweeps/softmax_triplet.yaml")
     parser.add_argument("--sweep-id", metavar="ID", help="of a sweep to go on with, instead of a new one")
     count_help = "trials to run here; without it, until the sweep ends"
     parser.add_argument("--count", metavar="N", type=at_least_one, help=count_help)
     try:
         arguments = parser.parse_args()
         read_environment_file(Path(".env"), os.environ)
-        sweep = read_sweep(Path(arguments.sweep_config))
+        if not (arguments.sweep_config or arguments.sweep_id):
+            raise SettingsError("one of --sweep-config and --sweep-id must be given, got neither; add one of them")
+        sweep = read_sweep(Path(arguments.sweep_config)) if arguments.sweep_config else {}
+        _log_in()
         name = arguments.sweep_id or _create(sweep)
     except USER_ERRORS as error:
         logging.basicConfig(force=True, level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -43,8 +46,9 @@ def main() -> int:
         return 2 if isinstance(error, ValueError) else 1
     logger.info("W&B: sweep %s; the same on another machine: wandb agent %s", name, name)
     count = ["--count", str(arguments.count)] if arguments.count else []
-    # Signals go on to the trials, which save and stop.
-    return subprocess.run([sys.executable, "-m", "wandb", "agent", "--forward-signals", *count, name]).returncode
+    sys.stdout.flush()
+    # In place of this process, which Slurm may signal alone; the agent passes signals on to the trials, which save.
+    return os.execv(sys.executable, [sys.executable, "-m", "wandb", "agent", "--forward-signals", *count, name])
 
 
 def read_sweep(file: Path) -> dict[str, Any]:
@@ -85,21 +89,30 @@ def _check_parameter(key: str, space: Any, file: Path) -> None:
             raise SettingsError(f"{key} in {file} must be {refused.wanted}, got {shown(value)}; {remedy}") from None
 
 
+def _log_in() -> None:
+    import wandb
+
+    try:
+        wandb.setup(wandb.Settings(silent=True))
+        has_key = wandb.login(prompt=False, verify=False)
+    except Exception as error:  # of wandb's own, pydantic's, and others
+        raise _refused("takes part in no sweep", error) from error
+    if not has_key:
+        raise WorldError("W&B has no sweep for those without a key; set WANDB_API_KEY, or run: wandb login")
+
+
 def _create(sweep: dict[str, Any]) -> str:
     """The new sweep's name, for agents on other machines too."""
     import wandb
 
     try:
-        wandb.setup(wandb.Settings(silent=True))
-        if not wandb.login(prompt=False, verify=False):
-            raise WorldError("W&B makes no sweep without a key; set WANDB_API_KEY, or run: wandb login")
         project = sweep.get("project") or SETTINGS["WANDB.PROJECT"][0]
         sweep_id = wandb.sweep(sweep, entity=sweep.get("entity"), project=project)
-    except WorldError:
-        raise
     except Exception as error:  # of wandb's own, pydantic's, and others
-        reason = " ".join(str(error).split())
-        raise WorldError(
-            f"W&B does not make the sweep: {reason}; see that the key is right and that there is a network"
-        ) from error
+        raise _refused("does not make the sweep", error) from error
     return "/".join([*([sweep["entity"]] if sweep.get("entity") else []), project, sweep_id])
+
+
+def _refused(what: str, error: Exception) -> WorldError:
+    reason = " ".join(str(error).split())
+    return WorldError(f"W&B {what}: {reason}; see that the key is right and that there is a network")

@@ -44,19 +44,38 @@ run_step() {
 
 ask_to_save() { kill -USR1 "$child"; }
 
-# run_until_done STEP ARGUMENT...: a training; the arguments are the program's.
-run_until_done() {
+# find_environment: sets VENV_BIN where the user has not.
+find_environment() {
+  local folder
+  prepare >&2 || exit
+  if [[ -z $VENV_BIN ]]; then
+    VENV_BIN=.venv/bin
+    for folder in "${VIRTUAL_ENV:-.venv}/bin" .venv/bin "${CONDA_PREFIX:-.venv}/bin"; do
+      if [[ -x $folder/torchrun ]]; then
+        VENV_BIN=$folder
+        break
+      fi
+    done
+  fi
   if [[ ! -x $VENV_BIN/python ]]; then
     echo "error: VENV_BIN must be the folder of python and torchrun, got $VENV_BIN; run uv sync, or set VENV_BIN" >&2
     exit 2
   fi
-  run_dir=$(prepare >&2 && "$VENV_BIN/python" launch/output_dir.py "${@:2}") || exit
+}
+
+# run_until_done STEP NODES RANKS_PER_NODE ARGUMENT...: a training; the arguments are the program's. Sets NODES, of which
+# the step takes no more: those that can share a batch.
+run_until_done() {
+  local step=$1 plan
+  find_environment
+  plan=$("$VENV_BIN/python" launch/plan.py --nodes "$2" --ranks_per_node "$3" "${@:4}") || exit
+  { read -r NODES; IFS= read -r run_dir; } <<< "$plan"
   mkdir -p "$run_dir" || exit 1
   before=$(checkpoints)
   count_starts_without_progress
   rm -f "$run_dir/PREEMPTED"
   say "$SLURM_JOB_NUM_NODES node(s) $SLURM_JOB_NODELIST, OUTPUT_DIR $run_dir, ${before:-no checkpoint yet}"
-  run_step "$@"
+  run_step "$step" "${@:4}"
   decide
 }
 
@@ -113,6 +132,16 @@ decide() {
     give_up
   fi
   say "to be started again, from ${after:-the beginning}"
+  requeue
+}
+
+# end_or_begin_anew: for a job that has nothing to go on from. Preempted, it begins anew; else it ends as its step.
+end_or_begin_anew() {
+  if [[ -z $warned ]] && ! is_being_preempted; then
+    exit "$code"
+  fi
+  say "the step has ended with $code; to be started again"
+  end_if_not_ours
   requeue
 }
 

@@ -72,7 +72,9 @@ def slow_repository(tmp_path_factory):
     folder = tmp_path_factory.mktemp("repository")
     (folder / "slurm").symlink_to(REPOSITORY / "slurm")
     (folder / "launch").mkdir()
-    (folder / "launch" / "output_dir.py").symlink_to(REPOSITORY / "launch" / "output_dir.py")
+    for file in (REPOSITORY / "launch").glob("*.py"):
+        if file.name != "train.py":
+            (folder / "launch" / file.name).symlink_to(file)
     (folder / "launch" / "train.py").write_text(SLOW_TRAIN)
     return folder
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from jobs import PATIENCE
 from program import REPOSITORY, names
 
 # Plays one word for each start of the job. What is saved is saved by the first node.
@@ -32,8 +33,15 @@ esac
 exit 99
 """
 PYTHON = r"""#!/usr/bin/env bash
-[[ $2 != */wrong ]] || { echo "error: something must be right" >&2; exit 2; }
-echo "$2"
+if [[ $1 == launch/plan.py ]]; then
+  [[ $6 != */wrong ]] || { echo "error: something must be right" >&2; exit 2; }
+  printf '%s\n' "$3" "$6"
+else # launch/sweep.py: an agent that has a run at hand when it is first started, and none when it is started again
+  out=${*: -1}; start=${SLURM_RESTART_COUNT:-0}; mkdir -p "$out"; echo "$*" >> "$out/arguments"
+  [[ $start == 0 ]] || exit 0
+  trap 'echo saved >> "$out/arguments"; exit 0' TERM
+  touch "$out/ready.0.0"; while :; do sleep 0.1; done
+fi
 """
 SMALL = ("--gres=none", "--cpus-per-task=1", "--mem=100M")
 
@@ -44,19 +52,10 @@ def repository(tmp_path_factory):
     folder = tmp_path_factory.mktemp("repository")
     (folder / "slurm").symlink_to(REPOSITORY / "slurm")
     (folder / "programs").mkdir()
-    for name, text in {"torchrun": TORCHRUN, "python": PYTHON, "wandb": WANDB}.items():
+    for name, text in {"torchrun": TORCHRUN, "python": PYTHON}.items():
         (folder / "programs" / name).write_text(text)
         (folder / "programs" / name).chmod(0o755)
     return folder
-
-
-# An agent that has a run at hand when it is first started, and none when it is started again.
-WANDB = r"""#!/usr/bin/env bash
-out=${*: -1}; start=${SLURM_RESTART_COUNT:-0}; mkdir -p "$out"; echo "$*" >> "$out/arguments"
-[[ $start == 0 ]] || exit 0
-trap 'echo saved >> "$out/arguments"; exit 1' TERM
-touch "$out/ready.0.0"; while :; do sleep 0.1; done
-"""
 
 
 class Play:
@@ -73,7 +72,7 @@ class Play:
         programs="programs",
     ):
         self.folder = repository / "runs" / output_dir
-        environment = {"VENV_BIN": programs, "SAVE_SECONDS": "20"}
+        environment = {"VENV_BIN": programs, "SAVE_SECONDS": "20", "PROGRAM": "launch/train.py"}
         self.job = jobs.submit(
             script,
             self.folder,
@@ -89,7 +88,7 @@ class Play:
         return one
 
     def wait_until_ready(self, start: int = 0, node: int = 0):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while not (self.folder / f"ready.{start}.{node}").exists():
             assert time.monotonic() < deadline, self.job.said()
             time.sleep(0.05)
@@ -124,11 +123,14 @@ def plays(slurm, place, repository):
         "not installed": play("not_installed", programs="not/there"),
         "array": play("array_{}", "wait,save", "done", script="array.sbatch", options=("--array=0-1",)),
         "sweep": play("sweep", script="sweep.sbatch", options=("--array=3",)),
+        "evaluation": play("evaluation", "wait,mark", "done", script="evaluate.sbatch"),
+        "failed evaluation": play("failed_evaluation", "save,fail", "done", script="evaluate.sbatch"),
     }
-    for name in ("warned", "dies of a warning", "saves nothing"):
+    to_be_warned = ("warned", "dies of a warning", "saves nothing", "evaluation")
+    for name in to_be_warned:
         plays[name].wait_until_ready()
     plays["warned"].wait_until_ready(node=1)
-    for name in ("warned", "dies of a warning", "saves nothing"):
+    for name in to_be_warned:
         plays[name].signal_batch()
     plays["asked by SIGTERM"].wait_until_ready()
     slurm.run("scancel", "--signal=TERM", f"{plays['asked by SIGTERM'].job.number}.0")
@@ -184,8 +186,14 @@ def test_a_job_of_an_array_requeues_itself_alone(plays, index):
 def test_a_sweeps_agent_lets_its_run_save_and_asks_again_later(plays):
     play = plays["sweep"]
     assert play.job.ended() == ("COMPLETED", 0, 1), play.job.said()
-    call = f"agent --forward-signals {play.folder}\n"
+    call = f"launch/sweep.py --sweep-id {play.folder}\n"
     assert (play.folder / "arguments").read_text() == f"{call}saved\n{call}"
+
+
+def test_an_evaluation_that_was_preempted_begins_anew_and_one_that_fails_ends(plays):
+    job = plays["evaluation"].job
+    assert job.ended() == ("COMPLETED", 0, 1), job.said()
+    assert plays["failed evaluation"].job.ended() == ("FAILED", 7, 0)
 
 
 def test_a_cancelled_job_saves_and_stays_away(plays):
