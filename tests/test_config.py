@@ -16,7 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reid import config
-from reid.combinations import check_training, label_smoothing, use_center_loss, use_identity_loss, use_triplet_loss
+from reid.combinations import (
+    check_training,
+    fitting_nodes,
+    label_smoothing,
+    use_center_loss,
+    use_identity_loss,
+    use_triplet_loss,
+)
 from reid.config import SETTINGS, as_plain_dict, dump, load_config
 from reid.errors import SettingsError, UnknownKeyError
 
@@ -726,6 +733,18 @@ def test_ranks_that_cannot_share_the_batch(overrides, num_ranks, parts):
         check_training(load_config(None, overrides), num_ranks)
     for part in parts:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "ranks_per_node", "fitting"), [(1, 1, 1), (4, 4, 4), (3, 1, 2), (5, 2, 4), (4, 8, 2), (9, 16, 1)]
+)
+def test_the_most_nodes_that_can_share_a_batch_of_16_people(num_nodes, ranks_per_node, fitting):
+    assert fitting_nodes(load_config(None, []), num_nodes, ranks_per_node) == fitting
+
+
+def test_ranks_of_one_node_that_cannot_share_the_batch_are_refused_as_they_are():
+    with pytest.raises(SettingsError, match="got 16 on 3 ranks"):
+        fitting_nodes(load_config(None, []), 4, 3)
 
 
 @given(st.integers(2, 40), st.integers(2, 6), st.integers(1, 40))

@@ -94,9 +94,10 @@ def test_what_a_training_refuses_is_a_problem(place):
     settings = ("OUTPUT_DIR", "a_file/run", "DATASETS.SYNTHETIC.NUM_TRAIN_PIDS", 9)
     first, _ = place.run("check", *settings, num_ranks=2, before=another_seed_on_rank_1)
     assert first.code == 1
-    settings_differ, other_data = problems(first)
+    settings_differ, other_data, folder = problems(first)
     assert "SEED is 7, not 0" in settings_differ
     assert "holds" in other_data
+    assert "must be a folder that can be written to" in folder
     assert "ranks        2 on" in first.out
 
 
