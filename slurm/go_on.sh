@@ -90,43 +90,49 @@ checkpoints() {
 
 # Slurm itself starts a job again whose node was lost; so this counts at each start, too.
 count_starts_without_progress() {
-  local file=$run_dir/.starts_of_job_$JOB known=
+  local known=
+  starts=$run_dir/.starts_of_job_$JOB
   num_idle=0
-  if [[ -r $file && $START -gt 0 ]]; then
-    { read -r num_idle; read -r known; } < "$file"
+  if [[ -r $starts && $START -gt 0 ]]; then
+    { read -r num_idle; read -r known; } < "$starts"
     if [[ $known == "$before" ]]; then
       num_idle=$((num_idle + 1))
     else
       num_idle=0
     fi
   fi
-  printf '%s\n%s\n' "$num_idle" "$before" > "$file"
+  printf '%s\n%s\n' "$num_idle" "$before" > "$starts"
   if ((num_idle >= MAX_STARTS_WITHOUT_PROGRESS)); then
     give_up
   fi
 }
 
+# For good.
+end_with() {
+  rm -f "$starts"
+  exit "$1"
+}
+
 give_up() {
   say "$MAX_STARTS_WITHOUT_PROGRESS starts in a row have ended without a new checkpoint, so this job ends; see why above"
-  exit 1
+  end_with 1
 }
 
 decide() {
   local after
   after=$(checkpoints)
   if ((code == 0)); then
-    rm -f "$run_dir/.starts_of_job_$JOB"
     if compgen -G "$run_dir/wandb/offline-run-*" > /dev/null; then
       say "recorded for W&B without a connection; to send it, on a machine that has one: slurm/sync_wandb.sh $run_dir"
     fi
     say "done"
-    exit 0
+    end_with 0
   fi
   say "the step has ended with $code"
   end_if_not_ours
   if [[ -z $warned && ! -e $run_dir/PREEMPTED && $after == "$before" ]] && ! is_being_preempted; then
     say "failed without a new checkpoint; not started again"
-    exit "$code"
+    end_with "$code"
   fi
   if [[ $after == "$before" ]] && ((num_idle + 1 >= MAX_STARTS_WITHOUT_PROGRESS)); then
     give_up

@@ -153,6 +153,7 @@ def test_a_failure_ends_the_job_with_the_steps_code(plays):
     job = plays["fails"].job
     assert job.ended() == ("FAILED", 7, 0)
     assert "failed without a new checkpoint; not started again" in job.said()
+    assert plays["fails"].left() == ["checkpoints"]
 
 
 def test_a_failure_behind_a_new_checkpoint_is_tried_again_once(plays):
