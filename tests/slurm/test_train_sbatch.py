@@ -1,8 +1,12 @@
 """Trainings on a real Slurm, on two nodes with two ranks each: disturbed or not, they give what one process gives."""
 
 import json
+import re
 import shlex
+import shutil
+from pathlib import Path
 
+import numpy
 import pytest
 from jobs import EXACT, TRAINING, TWO_BY_TWO, assert_same_but_for_rounding
 from program import REPOSITORY, newest, records
@@ -137,6 +141,30 @@ def test_a_node_that_was_cut_off_and_comes_back_writes_nothing(jobs, place, slow
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
+def test_a_job_of_tasks_outlives_a_rank_and_one_that_was_cancelled_goes_on_where_it_is_submitted_again(
+    jobs, place, slow_repository, alone
+):
+    """First two nodes of two tasks each, then one process of one torchrun, without GPUs."""
+    folder = place.folder / "cancelled"
+    settings = (*ENOUGH, "SOLVER.CHECKPOINT_EVERY_MINUTES", 1e-9)
+    job = jobs.train("train_srun.sbatch", folder.name, *settings, repository=slow_repository, options=SRUN)
+    job.wait_for("epoch 3/12 step 1/2")
+    machines = jobs.slurm.machines
+    machines.run("n2", ["kill", "-9", machines.pids("n2", "python.* launch/train.py")[-1]])
+    job.wait_for("to be started again, from last_")
+    job.wait_for("going on from")
+    job.wait_for("epoch 6/12 step 1/2")
+    jobs.slurm.run("scancel", job.number)
+    state, _, restarts = job.ended()
+    assert (state, restarts) == ("CANCELLED", 1), job.said()
+    assert "stopped by a signal: saved after iteration" in (folder / "log.txt").read_text()
+
+    alone_again = ("--nodes=1", "--gres=none", "--cpus-per-task=2")
+    job = jobs.train("train.sbatch", folder.name, *settings, repository=slow_repository, options=alone_again)
+    assert job.ended() == ("COMPLETED", 0, 0), job.said()
+    assert_same_but_for_rounding(folder, alone(*ENOUGH))
+
+
 # ---- everything else ----
 
 
@@ -184,6 +212,59 @@ def test_the_check_on_two_nodes_of_two_ranks(jobs, place):
     ):
         assert f"\n{line}" in said
     assert not (place.folder / "not_there_yet").exists()
+
+
+def problems_of(said):
+    """What the check calls problems, but for speeds, which are of the hour."""
+    lines = [line for line in said.splitlines() if line.startswith("problem ")]
+    assert said.index("problem 1: ") < said.index("\nranks  ")
+    return [line for line in lines if "in time" not in line and "equally fast" not in line]
+
+
+def test_the_check_finds_nodes_that_differ_and_a_folder_that_will_not_do(jobs, place, tmp_path):
+    """n2 has another numpy, and OUTPUT_DIR is a small disk that each node has for itself."""
+    machines = jobs.slurm.machines
+    (about,) = Path(numpy.__file__).parent.parent.glob("numpy-*.dist-info/METADATA")
+    (tmp_path / "other").write_text(re.sub("^Version: .*$", "Version: 1.0", about.read_text(), flags=re.MULTILINE))
+    machines.run("n2", ["mount", "--bind", tmp_path / "other", about])
+    (place.folder / "own").mkdir()
+    for name in machines.names:
+        machines.run(name, ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", place.folder / "own"])
+    try:
+        job = jobs.train("evaluate.sbatch", "own/run", environment={"PROGRAM": "launch/check.py"})
+        assert job.ended()[:2] == ("FAILED", 1), job.said()
+    finally:
+        machines.run("n2", ["umount", about])
+        for name in machines.names:
+            machines.run(name, ["umount", place.folder / "own"])
+    start, versions, room, blind = problems_of(job.said())
+    assert "does not agree with rank 0 on n1: numpy is '1.0', not" in start
+    assert "all ranks should have the same versions, but there are" in versions
+    assert "must have room for checkpoints of" in room
+    assert "all nodes should see OUTPUT_DIR=" in blind
+    assert "but n2 does not see what rank 0 writes there" in blind
+    assert "problems were found before training; see the list above" in job.said()
+
+
+def test_the_check_finds_other_data_a_batch_that_does_not_split_and_a_read_only_folder(jobs, place, tmp_path):
+    machines = jobs.slurm.machines
+    place.train("OUTPUT_DIR", "makes_the_data", "SOLVER.MAX_EPOCHS", 1)
+    shutil.copytree(place.folder / "data", tmp_path / "data")
+    next((tmp_path / "data").rglob("query/*.jpg")).unlink()
+    machines.run("n2", ["mount", "--bind", tmp_path / "data", place.folder / "data"])
+    (place.folder / "closed").mkdir()
+    machines.run("n1", ["mount", "--bind", "-o", "ro", place.folder / "closed", place.folder / "closed"])
+    try:
+        settings = ("SOLVER.IMS_PER_BATCH", 24)
+        job = jobs.train("evaluate.sbatch", "closed/run", *settings, environment={"PROGRAM": "launch/check.py"})
+        assert job.ended()[:2] == ("FAILED", 1), job.said()
+    finally:
+        machines.run("n2", ["umount", place.folder / "data"])
+        machines.run("n1", ["umount", place.folder / "closed"])
+    batch, data, folder = problems_of(job.said())
+    assert "must be a multiple of the number of ranks, got 6 on 4 ranks; use SOLVER.IMS_PER_BATCH 16 or 32" in batch
+    assert "rank 2 on n2 does not agree with rank 0 on n1: the fingerprint of the test images is" in data
+    assert "must be a folder that can be written to, but in" in folder
 
 
 def test_ranks_are_right_without_the_scripts_too(jobs, place):
