@@ -60,7 +60,7 @@ from reid.launcher import main
 
 original = Criterion.__call__
 def slow(*arguments):
-    time.sleep(0.2)
+    time.sleep(1)
     return original(*arguments)
 Criterion.__call__ = slow
 sys.exit(main("train", "A test."))

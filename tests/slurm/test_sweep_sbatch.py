@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from jobs import assert_same_but_for_rounding
+from jobs import EXACT, assert_same_but_for_rounding
 from machines import HUB
 from wandb_server import WandbServer
 
@@ -32,7 +32,7 @@ def test_without_a_key_the_agent_says_so_in_a_sentence(jobs):
 def test_a_trial_is_saved_by_the_warning_and_goes_on_when_the_sweep_hands_it_out_again(
     jobs, place, slow_repository, alone, server
 ):
-    settings = ("SOLVER.PRECISION", "fp64", "SOLVER.OPTIMIZER_NAME", "Adam", "SOLVER.MAX_EPOCHS", 8)
+    settings = (*EXACT, "SOLVER.MAX_EPOCHS", 8, "SOLVER.EVAL_PERIOD", 4)
     program = str(Path(sys.executable).parent / "torchrun")
     command = [program, "--standalone", "--nproc_per_node=2", "${program}", *jobs.arguments("sweep")]
     command += [*map(str, settings), "WANDB.ENABLE", "yes", "${args_no_hyphens}"]

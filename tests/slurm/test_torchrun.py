@@ -1,5 +1,6 @@
 """One torchrun on each of two machines, without Slurm: processes, machines and links fail, and the training goes on."""
 
+import re
 import subprocess
 import sys
 import time
@@ -53,7 +54,7 @@ class Training:
         """Until the start of this number, counted from 1, has trained for a step."""
         deadline = time.monotonic() + PATIENCE
         while True:
-            parts = self.log().split("training resnet18 (11.2 million parameters) on ")
+            parts = re.split(r"training \S+ \(\S+ million parameters\) on ", self.log())
             if len(parts) > number and "epoch " in parts[number].partition("\n")[2]:
                 assert parts[number].startswith(f"{num_ranks} x cpu"), self.log()
                 return
