@@ -217,7 +217,7 @@ def score_queries(
     """
     device = distances.offset.device
     num_queries = len(query.pids)
-    own_blocks = list(query_blocks(num_queries))[distributed.rank() :: distributed.num_ranks()]
+    own_blocks = list(query_blocks(num_queries, len(gallery.pids)))[distributed.rank() :: distributed.num_ranks()]
     try:
         return score(
             distances,

@@ -65,7 +65,7 @@ def find_examples(
     device = distances.offset.device
     query, gallery = query.to(device), gallery.to(device)
     found = {}
-    for block in query_blocks(len(query.pids)):
+    for block in query_blocks(len(query.pids), len(gallery.pids)):
         inside = [number for number in queries if block.start <= number < block.stop]
         if not inside:
             continue

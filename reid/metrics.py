@@ -23,8 +23,9 @@ from reid.single_shot import NUM_REPEATS, single_shot_positions
 from reid.verification import count_digits, no_counts, num_digits, ordered_keys, tpr_at_fpr
 
 # Queries are ranked in blocks of a fixed size, so that the matrix product of a query never depends on how queries are
-# shared out.
-QUERY_BLOCK = 256
+# shared out; fewer where the gallery is large, so that a block's distances take 67 MB at most (and all else five times
+# that).
+QUERY_BLOCK, BLOCK_ELEMENTS = 256, 2**24
 
 
 class NoMatchError(ValueError):
@@ -111,7 +112,7 @@ def scores_from_distmat(
 ) -> RetrievalScores:
     """The same from a distance matrix [Q, G], where smaller is closer; see `retrieval_scores`."""
     matrix = _as_tensor(distmat)
-    if not matrix.is_floating_point():
+    if matrix.dtype != torch.float32:
         matrix = matrix.double()
     device = matrix.device
     query, gallery = Labels.of(q_pids, q_camids).to(device), Labels.of(g_pids, g_camids).to(device)
@@ -165,10 +166,11 @@ class Distances:
     offset: Tensor
 
 
-def query_blocks(num_queries: int) -> Iterator[slice]:
+def query_blocks(num_queries: int, num_gallery: int) -> Iterator[slice]:
     """The blocks of queries that are ranked together."""
-    for start in range(0, num_queries, QUERY_BLOCK):
-        yield slice(start, min(start + QUERY_BLOCK, num_queries))
+    size = min(QUERY_BLOCK, max(1, BLOCK_ELEMENTS // max(1, num_gallery)))
+    for start in range(0, num_queries, size):
+        yield slice(start, min(start + size, num_queries))
 
 
 def prepare_embeddings(embedding: Tensor, distance: Literal["cosine", "euclidean"]) -> Tensor:
@@ -231,7 +233,7 @@ def score(
         NoMatchError: no query is valid.
         ValueError: a rate is not one.
     """
-    blocks = list(query_blocks(len(query.pids))) if blocks is None else blocks
+    blocks = list(query_blocks(len(query.pids), len(gallery.pids))) if blocks is None else blocks
     pair_counts = no_counts(1, distances.offset.device)
     parts = []
     for block in blocks:

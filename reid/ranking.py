@@ -37,43 +37,54 @@ def rank_matches(distances: Tensor, same_pid: Tensor, is_match: Tensor) -> Query
         same_pid: bool [b, G]; those that are no matches are left out.
         is_match: bool [b, G].
     """
-    left_out = same_pid & ~is_match
-    distances = distances.masked_fill(left_out, torch.inf)
     num_matches = is_match.sum(1)  # [b]
     matched = _matched_distances(distances, is_match, num_matches)  # [b, M]
-    positions, has_ties = _positions(distances, matched, is_match)
+    last = matched.gather(1, (num_matches - 1).clamp(min=0)[:, None]).masked_fill(num_matches[:, None] == 0, -torch.inf)
+    counts = (distances <= last) & (same_pid == is_match)  # what is farther than the last match plays no part
+    positions, has_ties = _positions(_sorted_rows(distances, counts), matched, num_matches)
     for row in has_ties.nonzero()[:, 0].tolist():
-        kept = (~left_out[row]).nonzero()[:, 0]
-        order = distances[row, kept].argsort(stable=True)
-        positions[row, : int(num_matches[row])] = is_match[row, kept][order].nonzero()[:, 0]
+        columns = counts[row].nonzero()[:, 0]
+        order = columns[distances[row, columns].argsort(stable=True)]
+        positions[row, : int(num_matches[row])] = is_match[row, order].nonzero()[:, 0]
     return _scores_from_positions(positions, num_matches)
 
 
 def _matched_distances(distances: Tensor, is_match: Tensor, num_matches: Tensor) -> Tensor:
     """The distances of each query's matches, ascending, filled up with infinity: [b, M]."""
-    rows, columns = is_match.nonzero(as_tuple=True)  # row by row
-    starts = num_matches.cumsum(0) - num_matches
-    places = torch.arange(len(rows), device=rows.device) - starts[rows]
-    width = max(int(num_matches.max()), 1) if len(num_matches) else 1
-    matched = distances.new_full((len(distances), width), torch.inf)
-    matched[rows, places] = distances[rows, columns]
-    return matched.sort(dim=1).values
+    return _filled_up(distances[is_match], num_matches, distances).sort(dim=1).values
 
 
-def _positions(distances: Tensor, matched: Tensor, is_match: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions [b, M] of the matches, from 0; and the queries [b] where they are not settled, as other images tie."""
-    num_queries, width = matched.shape
-    # An image is closer than the matches from number `closer_than` on.
-    closer_than = torch.searchsorted(matched, distances, right=True)  # [b, G]
-    equals_a_match = matched.gather(1, (closer_than - 1).clamp(min=0)) == distances
-    at_infinity = distances == torch.inf  # what is left out, or an infinite distance given by the caller
-    has_ties = ((equals_a_match & ~at_infinity & ~is_match) | (is_match & at_infinity)).any(1)
-    offsets = torch.arange(num_queries, device=distances.device)[:, None] * (width + 1)
-    counts = torch.bincount((closer_than + offsets).flatten(), minlength=num_queries * (width + 1))
-    num_closer = counts.view(num_queries, width + 1).cumsum(1)[:, :width]
-    # Matches at equal distance follow each other.
-    first_equal = torch.searchsorted(matched, matched)
-    return num_closer + torch.arange(width, device=matched.device) - first_equal, has_ties
+def _sorted_rows(distances: Tensor, counts: Tensor) -> Tensor:
+    """The distances that count, row by row in ascending order, filled up with infinity: [b, at most G]."""
+    rows = _filled_up(distances[counts], counts.sum(1), distances)
+    if rows.is_cuda:
+        return rows.sort(dim=1).values
+    rows.detach().numpy().sort(axis=1)  # in place; a tenth of the time of torch's sort, which keeps the order of equals
+    return rows
+
+
+def _filled_up(values: Tensor, lengths: Tensor, like: Tensor) -> Tensor:
+    """The values of all rows, one row behind the other, as rows of one length: [b, at least 1]."""
+    width = max(int(lengths.max()), 1) if len(lengths) else 1
+    rows = like.new_full((len(lengths), width), torch.inf)
+    rows[torch.arange(width, device=rows.device) < lengths[:, None]] = values
+    return rows
+
+
+def _positions(ordered: Tensor, matched: Tensor, num_matches: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions [b, M] of the matches, from 0; and the queries [b] where they are not settled, as other images tie.
+
+    Args:
+        ordered: [b, n] what counts, matches included, ascending.
+        matched: [b, M] the matches, ascending.
+        num_matches: [b].
+    """
+    number = torch.arange(matched.shape[1], device=matched.device)
+    num_closer, first_equal = (torch.searchsorted(values, matched) for values in (ordered, matched))
+    upto, upto_equal = (torch.searchsorted(values, matched, right=True) for values in (ordered, matched))
+    upto_equal = torch.minimum(upto_equal, num_matches[:, None])  # not what fills up, which is infinite
+    has_others = (upto - num_closer > upto_equal - first_equal) & (number < num_matches[:, None])
+    return num_closer + number - first_equal, has_others.any(1)  # matches at equal distance follow each other
 
 
 def _scores_from_positions(positions: Tensor, num_matches: Tensor) -> QueryScores:
