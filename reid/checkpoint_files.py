@@ -27,14 +27,25 @@ def _age(file: Path) -> tuple[int, str]:
     return (int(number) if number.isdecimal() else -1, file.name)
 
 
-def host_copy(content: Any) -> Any:
-    """The same values with every tensor copied into host memory, where training cannot change it any more."""
+def host_copy(content: Any, used: Any = None) -> Any:
+    """The same values with every tensor copied into host memory, where training cannot change it any more.
+
+    Args:
+        content: nested dicts, lists and tuples.
+        used: an earlier copy that nobody needs any more. Its memory is taken where it fits, which is eight times as
+            fast as getting new memory from the system.
+    """
     if isinstance(content, Tensor):
-        return content.detach().to("cpu", copy=True)
+        fits = isinstance(used, Tensor) and (used.shape, used.dtype) == (content.shape, content.dtype)
+        # A GPU copies into pinned memory only at full speed.
+        memory = used if fits else torch.empty(content.shape, dtype=content.dtype, pin_memory=content.is_cuda)
+        return memory.copy_(content.detach())
     if isinstance(content, dict):
-        return {key: host_copy(value) for key, value in content.items()}
+        earlier = used if isinstance(used, dict) else {}
+        return {key: host_copy(value, earlier.get(key)) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return type(content)(map(host_copy, content))
+        others = used if isinstance(used, list | tuple) and len(used) == len(content) else [None] * len(content)
+        return type(content)(map(host_copy, content, others))
     return content
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from yacs.config import CfgNode
 
 _LABEL_SMOOTHING = 0.1  # fixed in reid-strong-baseline too
+FUSED = ("Adam", "AdamW", "SGD")  # optimisers that torch has a fused step for on GPUs and CPUs
 
 # ---- which losses ----
 # As reid-strong-baseline composes them: without a center loss DATALOADER.SAMPLER chooses, with one METRIC_LOSS_TYPE.
@@ -97,6 +98,11 @@ def _check_values(cfg: CfgNode) -> None:
         raise SettingsError(
             "SOLVER.PRECISION must be fp32, fp64 or bf16 when MODEL.DEVICE is cpu, got fp16; "
             "use fp32, or MODEL.DEVICE cuda"
+        )
+    if cfg.SOLVER.FUSED == "yes" and cfg.SOLVER.OPTIMIZER_NAME not in FUSED:
+        raise SettingsError(
+            f"SOLVER.FUSED must be auto or no when SOLVER.OPTIMIZER_NAME is {cfg.SOLVER.OPTIMIZER_NAME}, for which "
+            f"torch has no fused step on every device, got yes; use auto, or one of {', '.join(FUSED)}"
         )
     if cfg.WANDB.ENABLE and cfg.WANDB.SYNC_TENSORBOARD and not cfg.LOG.TENSORBOARD:
         raise SettingsError(

@@ -79,6 +79,8 @@ SETTINGS: dict[str, tuple[Any, Check]] = {
     # the backbone's BatchNorm layers keep the statistics, scale and shift that they start with
     "MODEL.FREEZE_BN": (False, flag),
     "MODEL.COMPILE": (False, flag),  # compile the training step's model by torch.compile; the first step takes a minute
+    # images and weights with the channels innermost, which convolutions on GPUs are faster with; auto: there only
+    "MODEL.CHANNELS_LAST": ("auto", one_of("auto", "yes", "no")),
     # triplet without a center loss; center or triplet_center with one
     "MODEL.METRIC_LOSS_TYPE": ("triplet", one_of("triplet", "center", "triplet_center")),
     "MODEL.IF_LABELSMOOTH": (True, flag),  # label smoothing (epsilon 0.1) of the identity loss
@@ -129,6 +131,8 @@ SETTINGS: dict[str, tuple[Any, Check]] = {
     "DATALOADER.NUM_INSTANCE": (4, integer(1)),  # K, the images per identity in a P x K batch
     # ---- SOLVER ----
     "SOLVER.OPTIMIZER_NAME": ("Adam", _OPTIMIZERS),  # a class of torch.optim
+    # the whole step of the optimiser in one kernel; auto: where torch has one, for Adam, AdamW and SGD
+    "SOLVER.FUSED": ("auto", one_of("auto", "yes", "no")),
     "SOLVER.MAX_EPOCHS": (120, integer(1)),  # epochs to train
     "SOLVER.BASE_LR": (3.5e-4, real(above=0)),  # learning rate after warm-up
     "SOLVER.BIAS_LR_FACTOR": (1.0, real(minimum=0)),  # learning rate of biases, in units of BASE_LR

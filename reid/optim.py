@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from reid.combinations import FUSED
+
 if TYPE_CHECKING:
     from yacs.config import CfgNode
 
@@ -47,10 +49,12 @@ def build_optimizer(solver: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         {"params": weights, "weight_decay": solver.WEIGHT_DECAY, "lr_factor": 1.0},
         {"params": biases, "weight_decay": solver.WEIGHT_DECAY_BIAS, "lr_factor": solver.BIAS_LR_FACTOR},
     ]
+    is_fused = solver.FUSED == "yes" or (solver.FUSED == "auto" and solver.OPTIMIZER_NAME in FUSED)
     optimizer_class = getattr(torch.optim, solver.OPTIMIZER_NAME)
     momentum = {"momentum": solver.MOMENTUM} if solver.OPTIMIZER_NAME == "SGD" else {}
+    fused = {"fused": True} if is_fused else {}
     optimizer: torch.optim.Optimizer = optimizer_class(
-        [group for group in groups if group["params"]], lr=solver.BASE_LR, **momentum
+        [group for group in groups if group["params"]], lr=solver.BASE_LR, **momentum, **fused
     )
     set_learning_rate(optimizer, learning_rate(solver, epoch=1))
     return optimizer

@@ -254,7 +254,8 @@ def place(model: ReIDModel, cfg: CfgNode, accelerator: Accelerator) -> None:
     """Moves the model to its device, in the number type and memory format that it computes in."""
     dtype = torch.float64 if cfg.SOLVER.PRECISION == "fp64" else torch.float32
     model.to(device=accelerator.device, dtype=dtype)
-    if accelerator.device.type == "cuda":  # faster there; on a CPU its BatchNorm is less exact, and no faster
+    choice = cfg.MODEL.CHANNELS_LAST  # on a CPU its BatchNorm is less exact
+    if choice == "yes" or (choice == "auto" and accelerator.device.type == "cuda"):
         model.to(memory_format=torch.channels_last)
 
 

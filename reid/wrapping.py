@@ -95,7 +95,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         }
         for index, values in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": of_parameters})
+    # How the step is computed is this run's own matter: torch would take over that of the other, which may have had
+    # another device.
+    groups = [
+        {**saved, **{name: own[name] for name in ("fused", "foreach") if name in own}}
+        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({"state": of_parameters, "param_groups": groups})
 
 
 def settle_gradient_buckets(wrapped: nn.Module, size: tuple[int, int]) -> None:

@@ -12,9 +12,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ignite.engine import Engine, Events
+from program import same
 from torch import nn
 
-from reid.checkpoint_files import checkpoints_in, save_atomically
+from reid.checkpoint_files import checkpoints_in, host_copy, save_atomically
 from reid.config import load_config
 from reid.errors import UnsavedError, WorldError
 from reid.handlers.checkpoint import Checkpoints, _differences
@@ -153,6 +154,39 @@ def test_a_setting_that_one_of_the_two_lacks_is_a_difference():
 def test_another_format_is_refused(tmp_path):
     torch.save({"format": 99}, tmp_path / "last_0001_00000002.pt")
     assert "was written in another format; choose another OUTPUT_DIR" in refused(tmp_path)
+
+
+# ---- the copy in host memory ----
+
+
+def test_a_copy_takes_the_memory_of_an_earlier_one_where_it_fits_and_never_the_trainings():
+    content = {"model": {"a": torch.ones(3, 2), "b": torch.ones(2)}, "rates": [0.1, torch.tensor(1)], "name": "x"}
+    first = host_copy(content)
+    content["model"] = {"a": torch.full((3, 2), 2.0), "b": torch.full((5,), 2.0), "c": torch.zeros(1)}
+    content["rates"] = [0.2, torch.tensor(2)]
+    places = first["model"]["a"].data_ptr(), first["rates"][1].data_ptr()
+    second = host_copy(content, first)
+    assert same(second, content)
+    assert (second["model"]["a"].data_ptr(), second["rates"][1].data_ptr()) == places
+    assert second["model"]["a"].data_ptr() != content["model"]["a"].data_ptr()
+    content["model"]["a"].zero_()
+    assert torch.equal(second["model"]["a"], torch.full((3, 2), 2.0))
+
+
+def test_memory_is_kept_for_one_checkpoint_and_each_file_holds_its_own_step(tmp_path):
+    training = Training(tmp_path, scores=[0.1, 0.2, 0.3])
+    places = set()
+
+    @training.engine.on(Events.EPOCH_COMPLETED)
+    def note(engine):
+        places.add(training.checkpoints._copied["model"]["weight"].data_ptr())
+
+    training.run()
+    assert len(places) == 1
+    weights = [
+        float(read_file(file, "OUTPUT_DIR")["model"]["weight"][0, 0]) for file in checkpoints_in(tmp_path, "last")
+    ]
+    assert weights == [4.0, 6.0]
 
 
 # ---- damaged ones ----

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from reid.config import load_config
+from reid.errors import SettingsError
 from reid.model import build_model
 from reid.optim import build_optimizer, learning_rate, set_learning_rate
+from reid.wrapping import load_optimizer
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "lr_schedule.json").read_text())
 
@@ -116,11 +118,40 @@ def test_the_first_epochs_rate_is_set_from_the_start(model):
 def test_the_optimiser_is_torchs_of_that_name_with_its_defaults(model, name):
     optimizer = build_optimizer(solver(OPTIMIZER_NAME=name), model)
     assert type(optimizer) is getattr(torch.optim, name)
-    own = {"params", "lr", "weight_decay", "lr_factor", "momentum"}
+    own = {"params", "lr", "weight_decay", "lr_factor", "momentum", "fused"}
     defaults = getattr(torch.optim, name)(model.parameters()).param_groups[0]
     for group in optimizer.param_groups:
         assert {key: group[key] for key in set(defaults) - own} == {key: defaults[key] for key in set(defaults) - own}
         assert group.get("momentum") == (0.9 if name == "SGD" else defaults.get("momentum"))
+        assert bool(group.get("fused")) == (name in ("Adam", "AdamW", "SGD"))
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
+def test_a_fused_step_is_the_same_step_and_a_run_may_go_on_with_the_other(name):
+    def trained(*kinds):
+        torch.manual_seed(0)
+        layer, state = nn.Linear(7, 5).double(), None
+        for fused in kinds:
+            optimizer = build_optimizer(solver(OPTIMIZER_NAME=name, FUSED=fused), layer)
+            if state is not None:
+                load_optimizer(optimizer, state)
+            assert {bool(group["fused"]) for group in optimizer.param_groups} == {fused != "no"}
+            for _ in range(5):
+                optimizer.zero_grad()
+                layer(torch.eye(7).double()).square().sum().backward()
+                optimizer.step()
+            state = optimizer.state_dict()
+        return layer.weight.detach()
+
+    expected = trained("no", "no")
+    for kinds in (("auto", "yes"), ("yes", "no"), ("no", "auto")):
+        torch.testing.assert_close(trained(*kinds), expected, rtol=1e-12, atol=0)
+
+
+def test_what_torch_has_no_fused_step_for_is_refused():
+    with pytest.raises(SettingsError, match=r"SOLVER.FUSED must be auto or no when SOLVER.OPTIMIZER_NAME is RAdam, "):
+        solver(OPTIMIZER_NAME="RAdam", FUSED="yes")
+    assert solver(OPTIMIZER_NAME="RAdam", FUSED="no").FUSED == "no"
 
 
 def test_the_momentum_of_sgd_is_the_settings(model):

@@ -43,6 +43,8 @@ _FREE = (
     "DATALOADER.NUM_WORKERS",
     "SOLVER.MAX_EPOCHS",
     "MODEL.COMPILE",
+    "MODEL.CHANNELS_LAST",
+    "SOLVER.FUSED",
     "SOLVER.SHARDING",
     "SOLVER.CHECKPOINT_PERIOD",
     "SOLVER.CHECKPOINT_EVERY_MINUTES",
@@ -96,6 +98,7 @@ class Checkpoints:
         self._writer = BackgroundWriter()
         self._began = time.monotonic()
         self._being_written: SavedCheckpoint | None = None
+        self._copied: dict[str, Any] = {}  # the memory of the copy before, as large as one checkpoint
         self._lost: dict[str, WorldError] = {}  # last or best -> why its newest file is not on the disk
 
     def attach(self, trainer: Engine) -> None:
@@ -168,7 +171,8 @@ class Checkpoints:
         if distributed.is_main():
             self._wait()
             self._began = time.monotonic()
-            copied, kind, file = host_copy(content), name.split("_")[0], self._folder / name
+            copied, kind, file = host_copy(content, self._copied), name.split("_")[0], self._folder / name
+            self._copied |= copied
             facts = {**(self._progress.last or {}), "epoch": content["epoch"], "iteration": iteration}
             self._being_written = SavedCheckpoint(kind, file, facts)
             self._writer.start(kind, lambda: _write_and_rotate(file, copied, num_kept, check=self._check))
