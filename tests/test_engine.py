@@ -1,18 +1,24 @@
 """The training step: what it computes in, in how many parts, and what is refused."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from ignite.engine import Events
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reid.combinations import check_training
 from reid.config import load_config
 from reid.criterion import Criterion
+from reid.data.augment import augment_at_once
 from reid.data.loaders import Batch
 from reid.engine import Preparation, build_embedder, build_trainer
 from reid.errors import SettingsError, WorldError
+from reid.handlers.meters import TrainMeter
 from reid.model import ReIDModel
 from reid.optim import build_optimizer
 from reid.wrapping import build_accelerator, clip_gradients, wrap
@@ -194,3 +200,98 @@ def test_the_norm_told_is_that_of_all_gradients_together_before_clipping(monkeyp
     trained(*filter(None, (clipped, parts)), num_steps=3, told=told)
     assert told == pytest.approx(seen, rel=1e-6)
     assert min(seen) > 0.5  # so that clipping does something
+
+
+# ---- nothing waits for the device between two records ----
+
+
+class Waits(TorchDispatchMode):
+    """Notes what would wait for a GPU, on any device: values that Python reads, and shapes that hang on values."""
+
+    OPERATIONS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim")
+    METHODS = ("tolist", "numpy", "cpu", "__array__")
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        for name in self.METHODS:
+            monkeypatch.setattr(torch.Tensor, name, self._noting(name, getattr(torch.Tensor, name)))
+
+    def _noting(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(*arguments: Any, **options: Any) -> Any:
+            self.seen.append(name)
+            return method(*arguments, **options)
+
+        return noting
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("aten::").split(".")[0]
+        has_mask = name.startswith("index") and any(
+            part is not None and part.dtype in (torch.bool, torch.uint8)
+            for part in (args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ())
+        )
+        counts_repeats = name == "repeat_interleave" and "output_size" not in (kwargs or {})
+        if name in self.OPERATIONS or has_mask or counts_repeats:
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: float(x[0]),
+        lambda x: bool((x > 0).all()),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x.numpy(),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: torch.equal(x, x + 1),
+        lambda x: torch.repeat_interleave(x.long()),
+    ],
+    ids=["item", "float", "bool", "tolist", "cpu", "numpy", "mask", "nonzero", "equal", "repeat_interleave"],
+)
+def test_what_waits_is_seen(monkeypatch, wait):
+    with Waits(monkeypatch) as waits:
+        wait(torch.ones(3))
+    assert waits.seen
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["SOLVER.OPTIMIZER_NAME=SGD"],
+        ["SOLVER.ACCUMULATE=2"],
+        ["SOLVER.PRECISION=bf16"],
+        ["MODEL.IF_WITH_CENTER=yes", "MODEL.METRIC_LOSS_TYPE=triplet_center"],
+    ],
+    ids=["defaults", "sgd", "accumulate", "bf16", "center"],
+)
+def test_no_step_waits_for_the_device_until_a_record_is_due(monkeypatch, overrides):
+    monkeypatch.setattr("reid.engine.augment", augment_at_once)  # as on a GPU
+    cfg = load_config(None, [*BASE, *overrides])
+    accelerator = build_accelerator(cfg, on_gpu=False, num_ranks=1)
+    model = tiny_model().train()
+    if cfg.MODEL.IF_WITH_CENTER:
+        model.register_buffer("centers", torch.randn(4, 16))
+    wrapped, optimizer = wrap(accelerator, model, build_optimizer(cfg.SOLVER, model))
+    preparation = Preparation(cfg, accelerator.device)
+    trainer = build_trainer(
+        *(wrapped, Criterion(cfg), optimizer, accelerator, preparation), num_parts=cfg.SOLVER.ACCUMULATE
+    )
+    meter = TrainMeter(log_period=4, batch_size=16, optimizer=optimizer)
+    meter.attach(trainer)
+    waits, seen = Waits(monkeypatch), []
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def note(engine):
+        seen.append(list(waits.seen))
+        waits.seen.clear()
+
+    with waits:
+        trainer.run(batches(6), max_epochs=1)
+    assert seen[3]  # the record behind the fourth step
+    assert seen[:3] == [[], [], []], seen
+    assert seen[4] == [], seen

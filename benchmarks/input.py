@@ -1,0 +1,227 @@
+"""What input costs, from image files to normalised, augmented batches: CPU seconds and memory.
+
+    uv run python benchmarks/input.py [--quick] [--folder FOLDER]
+
+Images of 256x128, batches of 64, one thread. "store": decoding and resizing JPEG files of 128x64 once, against decoding
+alone. "gather": a batch out of the memory-mapped store, against a copy of as many bytes. "draw" and "augment": flip,
+pad, crop, normalise and erase, against a conversion to float32 alone. "batch": all of them. "PIL": the same from files,
+image by image, as reid-strong-baseline does it every epoch, written anew here (resize, flip, pad, crop, to tensor,
+normalise, erase). Where there is a GPU: copies to it, and augmentation of images that lie there. FOLDER is on the disk
+to be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from measuring import Cost, costs_in_turn, device
+from PIL import Image, ImageOps
+from tables import machine, say, table
+from torch import Tensor
+
+from reid.data import augment
+from reid.data.loaders import StoredImages
+from reid.data.samplers import PlannedBatch
+from reid.data.store import build_store, open_store
+
+SIZE, FILE_SIZE = (256, 128), (128, 64)  # H and W
+BATCH, PADDING = 64, 10
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RECIPE = augment.Recipe(SIZE, flip_probability=0.5, padding=PADDING, erasing_probability=0.5, seed=0)
+NUM_BYTES = 3 * SIZE[0] * SIZE[1]
+PER_GPU, NUM_GPUS = 4_000, 8  # images per second that a GPU trains on
+RSB = 912  # images per CPU second of reid-strong-baseline's own pipeline on a faster machine, see the notes
+TARGETS = {"gather": 50_000.0, "store": 1_500.0}  # images per CPU second
+ROUNDS = 3
+
+
+def write_files(folder: Path, num_images: int) -> list[Path]:
+    """JPEG files with about as many bytes as photographs of people have."""
+    generator = np.random.default_rng(0)
+    height, width = FILE_SIZE
+    paths = []
+    for number in range(num_images):
+        coarse = Image.fromarray(generator.integers(0, 256, (16, 8, 3), dtype=np.uint8))
+        paths.append(folder / f"{number:05d}.jpg")
+        coarse.resize((width, height), Image.Resampling.BICUBIC).save(paths[-1], quality=90)
+    return paths
+
+
+def planned(num_images: int) -> list[PlannedBatch]:
+    order = np.random.default_rng(0).permutation(num_images)
+    starts = range(0, num_images - BATCH + 1, BATCH)
+    return [PlannedBatch(1, order[i : i + BATCH], np.arange(i, i + BATCH)) for i in starts]
+
+
+def pil_batch(paths: list[Path], generator: random.Random) -> Tensor:
+    return torch.stack([pil_image(path, generator) for path in paths])
+
+
+def pil_image(path: Path, generator: random.Random) -> Tensor:
+    """[3, H, W], as the original's transforms give it."""
+    height, width = SIZE
+    with Image.open(path) as file:
+        image = file.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+    if generator.random() < RECIPE.flip_probability:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    padded = ImageOps.expand(image, PADDING)
+    left, top = (generator.randrange(2 * PADDING + 1) for _ in range(2))
+    pixels = torch.from_numpy(np.array(padded.crop((left, top, left + width, top + height))))
+    result = pixels.permute(2, 0, 1).contiguous().float().div_(255)
+    result.sub_(torch.tensor(MEAN)[:, None, None]).div_(torch.tensor(STD)[:, None, None])
+    if generator.random() < RECIPE.erasing_probability:
+        erase(result, generator)
+    return result
+
+
+def erase(image: Tensor, generator: random.Random) -> None:
+    height, width = SIZE
+    for _ in range(100):
+        area, ratio = generator.uniform(0.02, 0.4) * height * width, generator.uniform(0.3, 1 / 0.3)
+        h, w = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+        if h < height and w < width:
+            top, left = generator.randrange(height - h + 1), generator.randrange(width - w + 1)
+            image[:, top : top + h, left : left + w] = torch.tensor(MEAN)[:, None, None]
+            return
+
+
+def each(work: Callable[[int], object], num_batches: int) -> Callable[[], object]:
+    """The work for every batch, one after the other."""
+
+    def all_of_them() -> None:
+        for number in range(num_batches):
+            work(number)
+
+    return all_of_them
+
+
+def on_the_cpu(paths: list[Path], store: np.ndarray) -> dict[str, Cost]:
+    """What each part costs for all images; and the tables of it."""
+    dataset = StoredImages([store], np.zeros(len(store), dtype=np.int64), None)
+    plans = planned(len(store))
+    mean, std = torch.tensor(MEAN), torch.tensor(STD)
+    images = torch.from_numpy(dataset.images(plans[0].sample_ids))
+    drawn = [augment.draw(RECIPE, 1, plan.positions) for plan in plans]
+    kept, generator = torch.empty_like(images), random.Random(0)
+
+    def batch(number: int) -> Tensor:
+        fresh = torch.from_numpy(dataset.images(plans[number].sample_ids))
+        return augment.augment(fresh, augment.draw(RECIPE, 1, plans[number].positions), PADDING, mean, std)
+
+    works: dict[str, Callable[[int], object]] = {
+        "copy of as many bytes (limit)": lambda number: kept.copy_(images),
+        "gather": lambda number: dataset.images(plans[number].sample_ids),
+        "to float32 alone (limit)": lambda number: images.permute(0, 3, 1, 2).contiguous().float(),
+        "draw": lambda number: augment.draw(RECIPE, 1, plans[number].positions),
+        "augment": lambda number: augment.augment(images, drawn[number], PADDING, mean, std),
+        "batch: gather, draw, augment": batch,
+        "PIL, from files": lambda number: pil_batch([paths[i] for i in plans[number].sample_ids], generator),
+    }
+    costs = costs_in_turn({name: each(work, len(plans)) for name, work in works.items()}, ROUNDS)
+    limits = {"gather": "copy of as many bytes (limit)", "augment": "to float32 alone (limit)"}
+    num_images, rows = len(plans) * BATCH, list[list[object]]()
+    for name, cost in costs.items():
+        limit = costs[limits[name]].cpu if name in limits else None
+        pil = costs["PIL, from files"].cpu / cost.cpu if "batch" in name or "PIL" in name else None
+        ratios = [blank(cost.cpu / limit if limit else None), blank(pil), blank(TARGETS.get(name))]
+        rows.append([name, num_images / cost.cpu, *ratios, cost.memory])
+    table(
+        f"{num_images:,} images, {len(plans)} batches of {BATCH}; {NUM_BYTES:,} bytes an image in the store, four "
+        f"times as "
+        f"many as float32; median of {ROUNDS}",
+        ["what", "images per CPU s", "CPU to its limit", "times PIL's", "target", "GB above"],
+        rows,
+    )
+    return costs
+
+
+def blank(value: float | None) -> object:
+    return "" if value is None else value
+
+
+def building(folder: Path, paths: list[Path]) -> None:
+    def decode() -> None:
+        for path in paths:
+            with Image.open(path) as image:
+                image.load()
+
+    def build() -> None:
+        file = folder / "built.npy"
+        build_store(file, paths, SIZE, num_threads=1)
+        file.unlink()
+
+    costs = costs_in_turn({"decoding alone (limit)": decode, "store": build}, ROUNDS)
+    limit = costs["decoding alone (limit)"].cpu
+    rows = [[name, len(paths) / c.cpu, c.cpu / limit, blank(TARGETS.get(name)), c.memory] for name, c in costs.items()]
+    size = sum(path.stat().st_size for path in paths) / len(paths)
+    table(
+        f"The store of {len(paths):,} JPEG files of {FILE_SIZE[0]}x{FILE_SIZE[1]}, {size:,.0f} bytes on average",
+        ["what", "images per CPU s", "CPU to the limit", "target", "GB above"],
+        rows,
+    )
+
+
+def needs(costs: dict[str, Cost], num_images: int) -> None:
+    """CPU cores that a node's GPUs keep busy."""
+    wanted = PER_GPU * NUM_GPUS
+    ways = {
+        "all images in GPU memory: draw": ("draw",),
+        "gather, draw; the rest on the GPU": ("gather", "draw"),
+        "all on CPUs": ("batch: gather, draw, augment",),
+        "PIL": ("PIL, from files",),
+    }
+    rows = [[name, wanted / num_images * sum(costs[part].cpu for part in parts)] for name, parts in ways.items()]
+    rows.append([f"reid-strong-baseline, {RSB} images per CPU s elsewhere", wanted / RSB])
+    table(f"Cores for {NUM_GPUS} GPUs at {PER_GPU:,} images/s each: {wanted:,} images/s", ["way", "cores"], rows)
+
+
+def on_the_gpu(store: np.ndarray) -> None:
+    """Copies from pinned memory, and whole-batch augmentation, where there is a GPU."""
+    where = device()
+    host = torch.from_numpy(np.array(store[:BATCH])).pin_memory()
+    images, ids = torch.from_numpy(np.array(store)).to(where), torch.arange(BATCH, device=where)
+    drawn = augment.draw(RECIPE, 1, np.arange(BATCH)).to(where)
+    mean, std = torch.tensor(MEAN, device=where), torch.tensor(STD, device=where)
+    kept, repeats = torch.empty_like(images[:BATCH]), 100
+    works: dict[str, Callable[[int], object]] = {
+        "copy on the GPU of as many bytes (limit)": lambda number: kept.copy_(images[:BATCH]),
+        "copy from pinned memory": lambda number: kept.copy_(host, non_blocking=True),
+        "gather on the GPU": lambda number: images.index_select(0, ids),
+        "augment": lambda number: augment.augment(kept, drawn, PADDING, mean, std),
+    }
+    costs = costs_in_turn({name: each(work, repeats) for name, work in works.items()}, ROUNDS)
+    rows = [
+        [name, 1e3 * cost.seconds / repeats, repeats * BATCH / cost.seconds, cost.memory]
+        for name, cost in costs.items()
+    ]
+    table(f"On the GPU, batches of {BATCH}", ["what", "ms a batch", "images/s", "GB above"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few images, seconds")
+    parser.add_argument("--folder", type=Path, default=None, help="on the disk to be used; default: the temporary one")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    say(f"input.py{' --quick' if arguments.quick else ''}: {machine()}")
+    with tempfile.TemporaryDirectory(prefix="bench_", dir=arguments.folder) as name:
+        folder = Path(name)
+        paths = write_files(folder, 2 * BATCH if arguments.quick else 2048)
+        building(folder, paths)
+        file = folder / "store.npy"
+        build_store(file, paths, SIZE, num_threads=1)
+        store = open_store(file, len(paths), SIZE)
+        costs = on_the_cpu(paths, store)
+        needs(costs, len(planned(len(store))) * BATCH)
+        if torch.cuda.is_available():
+            on_the_gpu(store)
+
+
+if __name__ == "__main__":
+    main()
