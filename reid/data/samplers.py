@@ -13,6 +13,8 @@ from reid.data.randomness import random_bits, uniform
 
 Int64 = NDArray[np.int64]
 
+_DRAWN_AT_ONCE = 2**14  # numbers; which ones are drawn together changes none of them
+
 # One number per purpose, so that no two purposes share random numbers.
 _IMAGE_ORDER, _REPEATS, _IDENTITIES, _SHUFFLE, _LENGTH = range(1, 6)
 
@@ -111,10 +113,11 @@ def _occurrence(values: Int64) -> Int64:
 
 
 def _uniforms_by_step(key: tuple[int, ...], width: int) -> Callable[[int], list[list[float]]]:
-    """A function that gives the uniform numbers [1024, width] of the 1,024 steps from the given one on."""
+    """A function that gives the uniform numbers [n, width] of the given step and some that follow it."""
+    num_steps = max(1, _DRAWN_AT_ONCE // width)
 
     def draw(step: int) -> list[list[float]]:
-        block: list[list[float]] = uniform(*key, np.arange(step, step + 1024)[:, None], np.arange(width)).tolist()
+        block: list[list[float]] = uniform(*key, np.arange(step, step + num_steps)[:, None], np.arange(width)).tolist()
         return block
 
     return draw
@@ -132,11 +135,13 @@ def _draw_identities(
     available = list(range(len(left)))
     reserve = None if num_batches is None else _Reserve(num_groups, num_pids, num_batches)
     batches: list[list[int]] = []
+    uniforms: Iterator[list[float]] = iter(())
     while len(available) >= num_pids if num_batches is None else len(batches) < num_batches:
-        step = len(batches)
-        if step % 1024 == 0:
-            uniforms = draw(step)
-        for slot, u in enumerate(uniforms[step % 1024]):  # a partial Fisher-Yates shuffle
+        drawn = next(uniforms, None)
+        if drawn is None:
+            uniforms = iter(draw(len(batches)))
+            drawn = next(uniforms)
+        for slot, u in enumerate(drawn):  # a partial Fisher-Yates shuffle
             other = slot + int(u * (len(available) - slot))
             available[slot], available[other] = available[other], available[slot]
         if reserve is not None:
