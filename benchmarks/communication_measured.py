@@ -105,9 +105,9 @@ def total(parts: list[tuple[str, list[int], int]]) -> int:
     return sum(part[2] for part in parts)
 
 
-def real_step(accelerator: Accelerator) -> tuple[Callable[[], None], int, list[int]]:
-    """A training step made of the package's own parts, and the model's size."""
-    cfg = load_config(None, TINY)
+def real_step(accelerator: Accelerator, batch: int = 16) -> tuple[Callable[[], None], int, list[int]]:
+    """A training step of a global batch made of the package's own parts, and the model's size."""
+    cfg = load_config(None, [*TINY, f"SOLVER.IMS_PER_BATCH={batch}"])
     _, num_parameters, channels = sizes("resnet18")
     model = build_model(cfg, NUM_PIDS)
     synchronise_batchnorm(model)

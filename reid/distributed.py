@@ -275,17 +275,30 @@ def global_batch(feat: Tensor, pids: Tensor) -> tuple[Tensor, Tensor]:
     """
     if num_ranks() == 1:
         return feat, pids
-    own = slice(rank() * len(feat), (rank() + 1) * len(feat))
-    packed = torch.cat([feat.detach(), pids[:, None].to(feat.dtype)], dim=1)  # [B_rank, D + 1]
-    gathered = all_gather(packed)  # [B, D + 1]
-    everyone = gathered[:, :-1]
-    live = torch.cat([everyone[: own.start], feat, everyone[own.stop :]])
-    return live, gathered[:, -1].to(pids.dtype)
+    return cast("tuple[Tensor, Tensor]", _GlobalBatch.apply(feat, pids))
+
+
+class _GlobalBatch(torch.autograd.Function):
+    """Packed, gathered and taken apart without another copy; the gradient of this rank's rows is theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, feat: Tensor, pids: Tensor) -> tuple[Tensor, Tensor]:
+        gathered = all_gather(torch.cat([feat, pids[:, None].to(feat.dtype)], dim=1))  # [B, D + 1]
+        all_pids = gathered[:, -1].to(pids.dtype)
+        ctx.own = slice(rank() * len(feat), (rank() + 1) * len(feat))
+        ctx.mark_non_differentiable(all_pids)
+        return gathered[:, :-1], all_pids
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0][ctx.own], None
 
 
 def all_gather(own: Tensor) -> Tensor:
-    """The tensors [n, ...] of all ranks one behind the other, without gradient."""
-    return cast("Tensor", idist.all_gather(own))
+    """The tensors [n, ...] of all ranks, of which there are several, one behind the other, without gradient."""
+    gathered = own.new_empty((num_ranks() * len(own), *own.shape[1:]))
+    dist.all_gather_into_tensor(gathered, own.contiguous())
+    return gathered
 
 
 def gather_rows(rows: Tensor, ids: Tensor, num_rows: int) -> Tensor:
