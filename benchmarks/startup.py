@@ -134,7 +134,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench_") as folder:
         answers(Path(folder), 3)
         if not arguments.quick:
-            imports(Path(folder), 3)
+            imports(Path(folder), 1)
             to_the_first_step(Path(folder))
 
 

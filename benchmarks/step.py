@@ -5,8 +5,8 @@
 As a whole, taken in turn: the backbone alone (forward and backward of ready images), a bare loop around the same model
 (cross entropy, backward, torch's optimiser as it comes), and a training's own engine with the input, all losses, the
 norm of the gradient, meter, records and console, with the settings of each line. Part by part: each part by itself,
-with the floating-point operations and bytes that it must have. On a GPU 64 images in bfloat16, on a CPU 16 (`--quick`:
-a small model).
+with the floating-point operations and bytes that it must have. On a GPU 64 images in bfloat16, on a CPU 8 (`--quick`:
+16 of a small model).
 """
 
 from __future__ import annotations
@@ -273,7 +273,7 @@ def main() -> None:
     logging.getLogger("ignite").addHandler(logging.NullHandler())
     say(f"step.py{' --quick' if arguments.quick else ''} --threads {arguments.threads}: {machine()}")
     on_gpu = torch.cuda.is_available()
-    settings, num_steps = ["SOLVER.IMS_PER_BATCH=16", "SOLVER.LOG_PERIOD=1"], 1
+    settings, num_steps = [f"SOLVER.IMS_PER_BATCH={16 if arguments.quick else 8}", "SOLVER.LOG_PERIOD=1"], 1
     if on_gpu:
         settings, num_steps = ["SOLVER.IMS_PER_BATCH=64", "SOLVER.PRECISION=bf16", "SOLVER.LOG_PERIOD=20"], 40
     if arguments.quick:
