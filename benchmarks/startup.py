@@ -86,9 +86,8 @@ def imports(folder: Path, repeats: int) -> None:
         used = median([sys.executable, "-c", code], folder, repeats)
         rows.append([code, used.cpu, used.seconds])
     table(
-        f"Imports, median of {repeats}; the last two are for comparison: torch's own compiler, which the first "
-        "optimiser of a process "
-        "imports, and torchvision, which is imported for models of timm only",
+        f"Imports, median of {repeats}; of what torchvision costs most is torch's own compiler, which the first optimiser "
+        "of a process would import too",
         ["code", "CPU s", "s"],
         rows,
     )

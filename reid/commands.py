@@ -118,8 +118,8 @@ def _search_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nodes", type=_at_least_one, default=1, metavar="N", help="that the job has")
-    parser.add_argument("--ranks_per_node", type=_at_least_one, default=1, metavar="R", help="processes on each")
+    parser.add_argument("--nodes", type=at_least_one, default=1, metavar="N", help="that the job has")
+    parser.add_argument("--ranks_per_node", type=at_least_one, default=1, metavar="R", help="processes on each")
 
 
 def _formats(word: str) -> tuple[str, ...]:

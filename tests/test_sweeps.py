@@ -77,8 +77,8 @@ def sweep_refusal(folder: Path, *words: object, code: int, **variables: str) -> 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "the command line must be --sweep-config FILE [--sweep-id ID] [--count N], got: "),
-        (["--sweep-config", SWEEPS[0], "--count", 0], "the command line must be --sweep-config FILE"),
+        ([], "one of --sweep-config and --sweep-id must be given, got neither; add one of them"),
+        (["--sweep-config", SWEEPS[0], "--count", 0], "the command line must be --sweep-config FILE | --sweep-id ID"),
         (["--sweep-config", "nothing.yaml"], "--sweep-config must be a YAML file, got nothing.yaml: "),
     ],
 )
@@ -90,8 +90,8 @@ def test_a_wrong_command_is_one_sentence(tmp_path, words, said):
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({}, "W&B makes no sweep without a key; set WANDB_API_KEY, or run: wandb login"),
-        ({"WANDB_API_KEY": "short"}, "W&B does not make the sweep: WANDB_API_KEY invalid: "),
+        ({}, "W&B has no sweep for those without a key; set WANDB_API_KEY, or run: wandb login"),
+        ({"WANDB_API_KEY": "short"}, "W&B takes part in no sweep: WANDB_API_KEY invalid: "),
         ({"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}, "W&B does not make the sweep: "),
     ],
 )
