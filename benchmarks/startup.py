@@ -86,7 +86,7 @@ def imports(folder: Path, repeats: int) -> None:
         used = median([sys.executable, "-c", code], folder, repeats)
         rows.append([code, used.cpu, used.seconds])
     table(
-        f"Imports, median of {repeats}; of what torchvision costs most is torch's own compiler, which the first optimiser "
+        f"Imports, median of {repeats}; most of torchvision's cost is torch's own compiler, which the first optimiser "
         "of a process would import too",
         ["code", "CPU s", "s"],
         rows,

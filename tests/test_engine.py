@@ -84,6 +84,16 @@ def test_bf16_trains_nearly_as_float32():
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize(("capability", "is_said"), [("AVX2", True), ("AVX512", False)])
+def test_bf16_that_the_cpu_cannot_do_is_said(monkeypatch, caplog, capability, is_said):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    with caplog.at_level("INFO", logger="reid.wrapping"):
+        build_accelerator(load_config(None, ["SOLVER.PRECISION=bf16"]), on_gpu=False, num_ranks=1)
+    words = "SOLVER.PRECISION bf16: this CPU has no instructions for it, and is slower than with fp32"
+    assert caplog.messages == [words] * is_said
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
