@@ -10,29 +10,35 @@ printed at the end.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tables import say
+
+from reid.config import load_config
+from reid.handlers.records import Progress, SavedCheckpoint
+from reid.handlers.tracking import Tracker
 
 REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
 NUM_ROWS = 100
 
+_FORKS = get_context("forkserver")
+_FORKS.set_forkserver_preload(["reid.handlers.tracking", "wandb", "wandb_outages"])
+
 
 def main() -> None:
-    if sys.argv[1:2] == ["--run"]:
-        run()
-        return
     say("| case | begins after | waits in between | ends after | rows, tables, checkpoints at W&B |")
     say("|---|---|---|---|---|")
     said = []
@@ -101,35 +107,26 @@ def measure(case: Case) -> tuple[dict[str, Any], str]:
         given = {name: value for name, value in server.environment.items() if value is not None}
         foreign = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
         environment = {**foreign, **given, "HOME": folder}
-        words = [sys.executable, __file__, "--run"]
-        process = subprocess.Popen(
-            words,
-            cwd=folder,
-            env=environment | case.environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdin is not None
-        assert process.stdout is not None
+        here, there = _FORKS.Pipe()
+        process = _FORKS.Process(target=run, args=(folder, environment | case.environment, there))
+        process.start()
         for moment in ("begin", "first", "middle", "end"):
-            assert process.stdout.readline() == f"{moment}\n"
+            assert here.recv() == moment
             if moment == case.moment:
                 case.act(server)
-            process.stdin.write("go on\n")
-            process.stdin.flush()
-        told = json.loads(process.stdout.readline())
+            here.send("go on")
+        told = here.recv()
         left = time.monotonic()
-        assert process.wait() == 0
+        process.join()
         told["end"] += time.monotonic() - left
         server.mute.clear()
         server.status = 0
-        if case.act is _gone and case.moment != "never":
-            server.again()
-        if "send it with: " in told["said"][-1]:
-            command = told["said"][-1].partition("send it with: ")[2]
-            command = f"{sys.executable} -m {command}"
-            subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, check=True)
+        server.stop()
+        server.again()
+        command = told["said"][-1].partition("send it with: ")[2]
+        if command:
+            words = [sys.executable, "-m", *shlex.split(command)]
+            subprocess.run(words, cwd=folder, env=environment, capture_output=True, check=True)
         arrived = _arrived(server)
     server.stop()
     return told, arrived
@@ -142,13 +139,10 @@ def _arrived(server: Any) -> str:
 
 
 class Run:
-    """One run, which says where it stands and waits for a line before it goes on."""
+    """One run, which says where it stands and waits for a word before it goes on."""
 
-    def __init__(self) -> None:
-        from reid.config import load_config
-        from reid.handlers.tracking import Tracker
-
-        self._folder = Path("run")
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self._folder = connection, Path("run")
         self._folder.mkdir()
         cfg = load_config(None, ["OUTPUT_DIR=run"])
         self._tracker = Tracker(cfg, self._folder, {"dataset": "1234", "world_size": 1}, ["market1501"])
@@ -156,23 +150,19 @@ class Run:
 
     def run(self) -> dict[str, float]:
         """Its seconds."""
-        from reid.handlers.records import Progress
-
-        _pause("begin")
+        self._pause("begin")
         start = time.monotonic()
         with self._tracker.training(Progress()):
             begun = time.monotonic() - start
-            _pause("first")
+            self._pause("first")
             self._train(1)
-            _pause("middle")
+            self._pause("middle")
             self._train(2)
-            _pause("end")
+            self._pause("end")
             start = time.monotonic()
         return {"begin": begun, "between": self._waited, "end": time.monotonic() - start}
 
     def _train(self, epoch: int) -> None:
-        from reid.handlers.records import SavedCheckpoint
-
         file = self._folder / f"best_{epoch}.pt"
         file.write_bytes(os.urandom(1_000_000))
         start = time.monotonic()
@@ -186,22 +176,21 @@ class Run:
         self._waited += time.monotonic() - start
         time.sleep(4)
 
-
-def _pause(moment: str) -> None:
-    sys.stdout.write(f"{moment}\n")
-    sys.stdout.flush()
-    sys.stdin.readline()
+    def _pause(self, moment: str) -> None:
+        self._connection.send(moment)
+        self._connection.recv()
 
 
-def run() -> None:
+def run(folder: str, environment: dict[str, str], connection: Connection) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("reid").addHandler(handler)
     logging.getLogger("reid").setLevel(logging.INFO)
-    told = Run().run() | {"said": said}
-    sys.stdout.write(json.dumps(told) + "\n")
-    sys.stdout.flush()
+    connection.send(Run(connection).run() | {"said": said})
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 #
 #   slurm/sync_wandb.sh [OPTION OF wandb sync...] [OUTPUT_DIR ...]        (without folders: all of runs/)
 #
-# What was sent before is left out, and the parts of a training that was interrupted become one run. A training that is
-# still running can be sent up to now; but then not its rest: so those that have written in the last minutes are left out.
+# What was sent before is left out, and the parts of a training that was interrupted, or whose server went away, become
+# one run. A training that is still running can be sent up to now; but then not its rest: so those that have written in
+# the last minutes are left out. Ends with 1 where W&B has not taken all; then the same again goes on.
 set -u
 : "${VENV_BIN:=.venv/bin}"       # the folder of wandb
 MINUTES=3
@@ -18,15 +19,33 @@ done
 found=()
 for folder in "${folders[@]}"; do
   while IFS= read -r -d '' file; do
-    if [[ -n $(find "$(dirname "$file")" -maxdepth 1 -name '*.wandb' -mmin "-$MINUTES") ]]; then
+    if [[ -e $file.synced ]]; then
+      continue
+    elif [[ -n $(find "$(dirname "$file")" -maxdepth 1 -name '*.wandb' -mmin "-$MINUTES") ]]; then
       echo "left out, as it may still be running: $(dirname "$file")"
     else
       found+=("$(dirname "$file")")
     fi
-  done < <(find -L "$folder" -path '*/wandb/offline-run-*/run-*.wandb' -print0 | sort -z)
+  done < <(find -L "$folder" \( -path '*/wandb/offline-run-*/run-*.wandb' -o -path '*/wandb/run-*/run-*.wandb' \) -print0 | sort -z)
 done
 if ((${#found[@]} == 0)); then
   echo "nothing to send in ${folders[*]}"
   exit 0
 fi
-exec "$VENV_BIN/wandb" sync --yes "${options[@]}" "${found[@]}"
+
+logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
+pieces=()
+for piece in "${found[@]}"; do pieces+=("$(realpath "$piece")"); done
+WANDB_DIR=$logs "$VENV_BIN/wandb" sync --yes --include-online "${options[@]}" "${pieces[@]}"
+code=$?
+
+# It marks a part as sent, and ends with 0, even if W&B has not taken a checkpoint of it.
+while IFS= read -r file; do
+  rm -f "$file.synced"
+  echo "not all of it was taken by W&B: $(dirname "$file")" >&2
+  code=1
+done < <(cat "$logs"/wandb/logs/debug-sync.*.log 2>/dev/null |
+  grep -e '"ERROR+4"' -e 'failed to log artifact' -e 'CreateRunFiles returned error' |
+  sed -n 's/.*"sync_path":"\([^"]*\)".*/\1/p' | sort -u)
+exit "$code"

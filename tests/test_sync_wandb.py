@@ -41,12 +41,33 @@ def test_the_parts_of_a_training_become_one_run_and_are_sent_once(place, server)
         (file,) = part.glob("run-*.wandb")
         os.utime(file, (0, 0))
     environment = {**server.environment, "https_proxy": "", "WANDB_MODE": "online"}
-    for _ in range(2):
+    server.refuses_files = True
+    done = sync(place, "to_sync", environment=environment)
+    assert done.code == 1, done
+    assert "not all of it was taken by W&B: " in done.err
+    server.refuses_files = False
+    server.runs.clear()  # what is sent again stands there twice
+    for last in ("Finished syncing", "nothing to send in to_sync\n"):
         done = sync(place, "to_sync", environment=environment)
         assert done.code == 0, done
+        assert last in done.out + done.err
         assert list(server.runs) == [run_id]
         rows = [row["iteration"] for row in server.runs[run_id].history if "train/loss" in row]
         assert rows == [1, 2, 3, 4]
+    assert {artifact.state for artifact in server.artifacts} == {"COMMITTED"}
+
+
+def test_what_began_online_is_sent_too(place):
+    for name in ("run-20260101_000000-abcdefgh", "run-20260102_000000-abcdefgh"):
+        folder = place.folder / "to_show_online" / "wandb" / name
+        folder.mkdir(parents=True)
+        (folder / "run-abcdefgh.wandb").touch()
+        os.utime(folder / "run-abcdefgh.wandb", (0, 0))
+    (folder / "run-abcdefgh.wandb.synced").touch()
+    done = sync(place, "--dry-run", "to_show_online")
+    assert done.code == 0, done
+    assert "Would sync 1 run(s)" in done.out + done.err
+    assert "20260101_000000-abcdefgh" in done.out + done.err
 
 
 def test_options_reach_wandb(place):

@@ -86,6 +86,7 @@ class WandbServer:
         self.mute = threading.Event()  # takes every request and never answers
         self.status = 0  # answers everything with this HTTP status
         self.rejects_key = False
+        self.refuses_files = False
         self.stops = False  # tells every run to stop, as a user or the early termination of a sweep does
         self._lock = threading.Lock()
         self._server: ThreadingHTTPServer | None = None
@@ -465,7 +466,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         body = self._body()
-        if body is not None:
+        if body is not None and self.owner.refuses_files:
+            self._reply(b"{}", 403)
+        elif body is not None:
             self.owner.files[self.path.removeprefix("/put/")] = body
             self._reply(b"{}")
 

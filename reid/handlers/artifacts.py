@@ -49,7 +49,7 @@ def keep_checkpoint(saved: SavedCheckpoint, name: str, facts: Mapping[str, Any],
         piece: folder of what this process records of the run.
     """
     kept = keep(saved.file, piece)
-    metadata = {**saved.facts, **facts, "kind": saved.kind, "sha256": sha256(kept)}
+    metadata = {**saved.facts, **facts, "kind": saved.kind}
     _note_of(kept).write_text(json.dumps({"name": name, "metadata": metadata}), encoding="utf-8")
     return kept
 
@@ -74,16 +74,19 @@ def log_checkpoint(run: wandb.Run, kept: Path) -> None:
     """
     import wandb
 
+    if not _note_of(kept).exists():  # it has arrived after all, after its time was up
+        return
     note = json.loads(_note_of(kept).read_text(encoding="utf-8"))
     kind, epoch = note["metadata"]["kind"], note["metadata"]["epoch"]
-    artifact = wandb.Artifact(note["name"], type=_TYPES[kind], metadata=note["metadata"] | {"run_id": run.id})
+    metadata = note["metadata"] | {"run_id": run.id, "sha256": sha256(kept)}
+    artifact = wandb.Artifact(note["name"], type=_TYPES[kind], metadata=metadata)
     # Immutable: W&B reads this very file, and makes no copy of it.
     artifact.add_file(str(kept), policy="immutable", skip_cache=True)
     run.log_artifact(artifact, aliases=["latest", kind, f"epoch-{epoch}"])
     if not run.offline:
         artifact.wait()
-        kept.unlink()
-    _note_of(kept).unlink()
+        kept.unlink(missing_ok=True)
+    _note_of(kept).unlink(missing_ok=True)
 
 
 def log_table(run: wandb.Run, row: dict[str, Any], table: wandb.Table) -> None:

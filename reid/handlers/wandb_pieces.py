@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import logging
 import os
 import shutil
@@ -48,9 +49,11 @@ def send(pieces: Sequence[Path], seconds: float) -> bool:
         pieces: folders.
         seconds: that it may take.
     """
+    folder = pieces[0].absolute().parent
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # one of its own
-    command = [sys.executable, "-m", *sync_words(pieces)]
-    nothing = subprocess.DEVNULL
+    environment["WANDB_DIR"] = str(folder.parent)  # for its log
+    command = [sys.executable, "-m", *sync_words([piece.absolute() for piece in pieces])]
+    nothing, logs_before = subprocess.DEVNULL, set(_sync_logs(folder))
     with subprocess.Popen(command, env=environment, stdin=nothing, stdout=nothing, stderr=nothing) as process:
         try:
             process.wait(seconds)
@@ -58,7 +61,20 @@ def send(pieces: Sequence[Path], seconds: float) -> bool:
             services = services_of(process.pid)
             process.kill()
             kill(services)
+    for log in set(_sync_logs(folder)) - logs_before:
+        _unmark_refused(log)
     return all(_sent_marker(piece).exists() for piece in pieces)
+
+
+def _sync_logs(folder: Path) -> list[Path]:
+    return list((folder / "logs").glob("debug-sync.*.log"))
+
+
+def _unmark_refused(log: Path) -> None:
+    """`wandb sync` ends with 0 and marks a piece as sent even if W&B has not taken its artifacts."""
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        if any(mark in line for mark in _GIVEN_UP):
+            Path(json.loads(line)["sync_path"]).with_suffix(".wandb.synced").unlink(missing_ok=True)
 
 
 def _sent_marker(piece: Path) -> Path:
