@@ -49,6 +49,15 @@ def steps(run: Run) -> list[int]:
     return [row["iteration"] for row in run.history if "train/loss" in row]
 
 
+def steps_once(run: Run) -> list[int]:
+    """Without the rows that had arrived when their piece was sent again; those have the same W&B step."""
+    rows: dict[int, dict[str, Any]] = {}
+    for row in run.history:
+        assert rows.setdefault(row["_step"], row) == row
+    assert list(rows) == sorted(rows)
+    return [row["iteration"] for row in rows.values() if "train/loss" in row]
+
+
 def the_run(server: WandbServer) -> Run:
     (run,) = server.runs.values()
     return run
@@ -256,7 +265,7 @@ def test_rows_survive_when_rank_0_is_killed_and_arrive_with_the_next_start(place
     ranks.kill()
     place.train(*given, environment=server.environment)
     assert sorted(set(steps(the_run(server)))) == list(range(1, 13))
-    assert steps(the_run(server))[:5] == list(range(1, 6))
+    assert steps_once(the_run(server))[:5] == list(range(1, 6))
 
 
 @pytest.mark.slow
@@ -387,7 +396,7 @@ def test_what_a_server_that_went_away_has_missed_is_sent_by_the_next_start(place
     assert said(ended)[0].startswith("W&B: continuing run ")
     assert said(ended)[-1].startswith("W&B: all is at ")
     check_all_arrived(place, server, "came back", 8)
-    assert [row["_step"] for row in the_run(server).history] == list(range(len(the_run(server).history)))
+    assert steps_once(the_run(server)) == list(range(1, 9))
     assert list((place.folder / "came back" / "wandb").rglob("*.pt")) == []
 
 
