@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
 from PIL import Image
-from program import REPOSITORY, Ended, Place, Ranks, newest, records, same
+from program import REPOSITORY, TRAIN, Ended, Place, Ranks, newest, records, same
 from wandb_server import ENTITY, Run, WandbServer
 
 from reid import weights
@@ -379,6 +380,36 @@ def test_a_server_that_goes_away_before_the_first_artifact_or_at_the_end_costs_n
     server.again()
     send(place, server, ended)
     check_all_arrived(place, server, folder, 4)
+
+
+@pytest.mark.slow
+def test_real_processes_end_without_a_server_as_well(place, server):
+    """Those of the other tests are forked, and leave out what Python and wandb do at the very end."""
+    given = {name: value for name, value in server.environment.items() if value is not None}
+    words = ["torchrun", "--standalone", "--nproc_per_node=2", TRAIN, "--config_file", "tiny.yml"]
+    words += settings("away from torchrun", 30, "WANDB.FINISH_TIMEOUT", 4, "SOLVER.EVAL_PERIOD", 10)
+    log = place.folder / "torchrun.log"
+    environment = {name: value for name, value in place.environment.items() if name != "WANDB_MODE"} | given
+    with (
+        log.open("w") as stream,
+        subprocess.Popen(
+            [str(word) for word in words], cwd=place.folder, env=environment, stdout=stream, stderr=stream
+        ) as launcher,
+    ):
+        while "epoch 2/30 step 2/2" not in log.read_text():
+            assert launcher.poll() is None, log.read_text()
+            time.sleep(0.1)
+        below = psutil.Process(launcher.pid).children(recursive=True)
+        (service,) = (process for process in below if process.name() == "wandb-core")
+        server.stop()
+        assert launcher.wait(300) == 0, log.read_text()
+    ended = Ended(0, log.read_text(), "")
+    assert "Traceback" not in ended.out
+    assert len(said(ended)) == 2
+    assert not service.is_running()
+    server.again()
+    send(place, server, ended)
+    assert sorted(set(steps(the_run(server)))) == list(range(1, 61))
 
 
 @pytest.mark.slow

@@ -129,13 +129,13 @@ class Session:
             # Without `verify` it only asks whether there is a key: no prompt, no network, nothing written.
             if not wandb.login(prompt=False, verify=bool(unsent)):
                 return None, "no W&B key was found; set WANDB_API_KEY or run: wandb login"
-        except wandb.errors.Error as error:
-            return None, f"W&B refuses the key ({first_line(error)})"
+        except Exception as error:  # of wandb's own, pydantic's, and others
+            return None, _why(error)
         if unsent and not send(unsent, self._settings.FINISH_TIMEOUT):
             return None, "what was recorded before could not be sent"
         try:
             return self._init("online"), ""
-        except Exception as error:  # of wandb's own, pydantic's, and others
+        except Exception as error:
             for piece in unsent_pieces(self._folder, self._identity.run_id):
                 mark_sent(piece)  # nothing is in it: the ones before have been sent
             self._service.end()  # without it the id counts as in use by this process
@@ -143,8 +143,7 @@ class Session:
                 raise SettingsError(
                     f"WANDB.RESUME is {self._identity.resume}, but W&B says: {first_line(error)}; use allow"
                 ) from error
-            is_refusal = re.search(r"\b40[13]\b", str(error))
-            return None, f"W&B {'refuses the key' if is_refusal else 'did not answer'} ({in_short(error)})"
+            return None, _why(error)
 
     def _instead_of_online(self, reason: str) -> str:
         if self._settings.ON_FAILURE == "raise":
@@ -313,3 +312,10 @@ class Session:
                 f"W&B lacks a part of this run: {'; '.join(self._complaints)}; the training itself is complete, see "
                 f"{self._folder}; use WANDB.ON_FAILURE offline to take that for a success"
             )
+
+
+def _why(error: Exception) -> str:
+    """What wandb could not begin for."""
+    if re.search(r"\b40[13]\b|API key", str(error)):
+        return f"W&B refuses the key ({first_line(error)})"
+    return f"W&B did not answer ({in_short(error)})"
