@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import re
 import signal
 import subprocess
@@ -563,7 +562,7 @@ def test_wandbs_own_commands_do_the_same(place, server, sweep_of):
 @pytest.mark.parametrize("file", sorted((REPOSITORY / "configs" / "sweeps").glob("*.yaml")), ids=lambda file: file.name)
 def test_wandb_takes_the_shipped_sweeps_as_they_are(place, server, file):
     done(place, "wandb", "sweep", file, environment=server.environment)
-    made, written = json.loads(server.sweep["config"]), yaml.safe_load(file.read_text())
+    made, written = yaml.safe_load(server.sweep["config"]), yaml.safe_load(file.read_text())
     assert {name: made[name] for name in ("method", "metric", "early_terminate", "command", "program", "run_cap")} == {
         name: written[name] for name in ("method", "metric", "early_terminate", "command", "program", "run_cap")
     }
