@@ -233,7 +233,7 @@ class Session:
         logger.warning("W&B: %s, and training goes on", words)
 
     def later(self, what: str, action: Action) -> None:
-        """Does in a thread what asks the server first; in the order of the calls, and once more in the end if need be.
+        """Does in a thread what waits for the server; in the order of the calls, and once more in the end if need be.
 
         Args:
             what: it is, for the warning where it fails.
