@@ -43,9 +43,9 @@ def rank_matches(distances: Tensor, same_pid: Tensor, is_match: Tensor) -> Query
     counts = (distances <= last) & (same_pid == is_match)  # what is farther than the last match plays no part
     positions, has_ties = _positions(_sorted_rows(distances, counts), matched, num_matches)
     for row in has_ties.nonzero()[:, 0].tolist():
-        columns = counts[row].nonzero()[:, 0]
-        order = columns[distances[row, columns].argsort(stable=True)]
-        positions[row, : int(num_matches[row])] = is_match[row, order].nonzero()[:, 0]
+        own = slice(int(num_matches[row]))
+        settled = _among_equals(distances[row], counts[row], is_match[row], matched[row, own], positions[row, own])
+        positions[row, own] = settled
     return _scores_from_positions(positions, num_matches)
 
 
@@ -85,6 +85,26 @@ def _positions(ordered: Tensor, matched: Tensor, num_matches: Tensor) -> tuple[T
     upto_equal = torch.minimum(upto_equal, num_matches[:, None])  # not what fills up, which is infinite
     has_others = (upto - num_closer > upto_equal - first_equal) & (number < num_matches[:, None])
     return num_closer + number - first_equal, has_others.any(1)  # matches at equal distance follow each other
+
+
+def _among_equals(distances: Tensor, counts: Tensor, is_match: Tensor, matched: Tensor, positions: Tensor) -> Tensor:
+    """The positions [m] of a query's matches where the image that stands first comes first.
+
+    Args:
+        distances: [G].
+        counts: bool [G].
+        is_match: bool [G].
+        matched: [m] the matches' distances, ascending.
+        positions: [m]; right for the first of equal matches if no other image were as near.
+    """
+    columns = counts.nonzero()[:, 0]
+    value = torch.searchsorted(matched, distances[columns]).clamp(max=len(matched) - 1)  # the first match as near
+    is_equal = matched[value] == distances[columns]
+    columns, value = columns[is_equal], value[is_equal]
+    order = value.argsort(stable=True)
+    columns, value = columns[order], value[order]
+    before = torch.arange(len(value), device=value.device) - torch.searchsorted(value, value)  # of its equals
+    return (positions[value] + before)[is_match[columns]]
 
 
 def _scores_from_positions(positions: Tensor, num_matches: Tensor) -> QueryScores:
