@@ -22,13 +22,14 @@ class Drawn:
     camids: Tensor  # int64 [N]
 
 
-def draw(num_images: int, num_features: int, device: torch.device, *, levels: float = 0) -> Drawn:
+def draw(num_images: int, num_features: int, device: torch.device, *, spread: float = 0.9, levels: float = 0) -> Drawn:
     """As many identities as give 25 images of each.
 
     Args:
         num_images: N.
         num_features: D.
         device: of the embeddings and labels.
+        spread: of an identity's images, in units of the distance between identities.
         levels: steps to a unit that every feature is rounded to, so that many distances are equal; 0: not rounded.
     """
     generator = torch.Generator().manual_seed(0)
@@ -40,7 +41,7 @@ def draw(num_images: int, num_features: int, device: torch.device, *, levels: fl
     for start in range(0, num_images, _CHUNK):
         part = slice(start, min(start + _CHUNK, num_images))
         noise = torch.randn(part.stop - start, num_features, generator=generator)
-        embedding[part] = normalize(centres[pids[part]] + 0.9 * noise)
+        embedding[part] = normalize(centres[pids[part]] + spread * noise)
     if levels:
         embedding.mul_(levels).round_()
     return Drawn(embedding, pids.to(device), camids.to(device))

@@ -3,9 +3,11 @@
     uv run python benchmarks/evaluation.py [--quick] [--threads 1] [--rounds 3] [--no-msmt17]
 
 "product" is the float32 product of queries and gallery, in the same blocks of queries, and nothing else: the limit. The
-others are `retrieval_scores`; "ties" has features rounded to whole numbers, so that most queries have ties to settle.
-They are taken in turn, and medians shown. Memory is the peak above the features. Then the memory law: 256 queries
-against galleries of up to a million images. Where there is a GPU, all of it lies and runs there.
+others are `retrieval_scores`, of identities that lie apart, as a trained model puts them, and of such that do not: then
+the last match of a query is farther than most images, which all have to be sorted. "ties" has features rounded to whole
+numbers, so that each match is as near as many others. They are taken in turn, and medians shown. Memory is the peak
+above the features. Then the memory law: 256 queries against galleries of up to a million images. Where there is a GPU,
+all of it lies and runs there.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ Size = tuple[int, int, int]  # Q, G, D
 MARKET, MSMT17, QUICK = (3_368, 15_913, 2048), (11_659, 82_161, 2048), (337, 1_591, 2048)
 LAW = (10_000, 100_000, 1_000_000)
 LAW_QUERIES, LAW_FEATURES = 256, 64
-LEVELS = 20.0  # of rounded features: most queries then have ties
+UNTRAINED = 100.0  # spread of an identity's images: as of a model that knows nothing
+LEVELS = 20.0  # of rounded features: every distance is then that of many images
 
 
 def product(q: Tensor, g: Tensor) -> None:
@@ -41,7 +44,7 @@ def evaluation(drawn: Drawn, num_queries: int, distance: str) -> None:
     retrieval_scores(*q, *g, distance="cosine" if distance == "cosine" else "euclidean")
 
 
-def ways(size: Size, *, with_ties: bool) -> dict[str, Callable[[], object]]:
+def ways(size: Size, *, with_worst: bool) -> dict[str, Callable[[], object]]:
     num_queries, num_gallery, num_features = size
     drawn = draw(num_queries + num_gallery, num_features, device())
     q, g = drawn.embedding[:num_queries], drawn.embedding[num_queries:]
@@ -50,14 +53,15 @@ def ways(size: Size, *, with_ties: bool) -> dict[str, Callable[[], object]]:
         "cosine": partial(evaluation, drawn, num_queries, "cosine"),
         "Euclidean": partial(evaluation, drawn, num_queries, "euclidean"),
     }
-    if with_ties:
-        rounded = draw(num_queries + num_gallery, num_features, device(), levels=LEVELS)
-        found["Euclidean, ties"] = partial(evaluation, rounded, num_queries, "euclidean")
+    if with_worst:
+        for name, levels in (("Euclidean, untrained", 0), ("Euclidean, untrained, ties", LEVELS)):
+            worst = draw(num_queries + num_gallery, num_features, device(), spread=UNTRAINED, levels=levels)
+            found[name] = partial(evaluation, worst, num_queries, "euclidean")
     return found
 
 
 def speed(name: str, size: Size, rounds: int) -> None:
-    costs = costs_in_turn(ways(size, with_ties=size != MSMT17), rounds)
+    costs = costs_in_turn(ways(size, with_worst=size != MSMT17), rounds)
     num_queries, num_gallery, num_features = size
     flops = 2 * num_queries * num_gallery * num_features
     num_blocks = len(list(query_blocks(num_queries, num_gallery)))

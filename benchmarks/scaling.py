@@ -37,6 +37,7 @@ FIGURES: dict[str, tuple[float, str]] = {
     "images": (4_000, "images/s that a GPU trains alone (the project's target; guess)"),
     "embedded": (12_000, "images/s that it embeds: a third of the work (guess)"),
     "float32": (60e12, "FLOP/s of a float32 product (67e12 published)"),
+    "memory": (4.8e12, "bytes/s of the GPU's memory"),
     "inside": (0.7 * 450e9, "bytes/s of a collective within a node: 70 % of NVLink's 450e9 (guess of the share)"),
     "between": (0.7 * 400e9, "bytes/s between nodes, of 8 GPUs with a 400 Gbit/s link each: 70 % (guess of the share)"),
     "hop": (3e-6, "s of latency for each doubling of the ranks in a node (guess)"),
@@ -91,27 +92,18 @@ def measured(num_ranks: int, images: int) -> tuple[float, float]:
     return seconds, cpu
 
 
-def scaling(title: str, ranks: tuple[int, ...], images_of: dict[int, int]) -> None:
+def scaling(title: str, images_of: dict[int, int]) -> None:
     num_features, num_parameters, channels = sizes("resnet18")
     rows: list[list[object]] = []
-    for num_ranks in ranks:
-        seconds, cpu = measured(num_ranks, images_of[num_ranks])
-        total = num_ranks * images_of[num_ranks]
+    of_one_rank = 0.0
+    for num_ranks, images in images_of.items():
+        seconds, cpu = measured(num_ranks, images)
+        total = num_ranks * images
         sent = sum(received for _, received in fixed_rows(num_parameters, channels, num_ranks).values())
         sent += all_gather_bytes(packed_bytes(total, num_features), num_ranks)
-        first = rows[0][5] if rows else cpu / total
-        rows.append(
-            [
-                num_ranks,
-                images_of[num_ranks],
-                total,
-                1e3 * seconds,
-                total / seconds,
-                cpu / total,
-                cpu / total / first,
-                sent / MIB,
-            ]
-        )  # type: ignore[operator]
+        of_one_rank = of_one_rank or cpu / total
+        speeds = [1e3 * seconds, total / seconds, cpu / total, cpu / total / of_one_rank]
+        rows.append([num_ranks, images, total, *speeds, sent / MIB])
     table(
         f"{title}: resnet18, 32x16, median of {STEPS} steps, {os.cpu_count()} cores",
         [
@@ -157,7 +149,7 @@ def step_on_paper(ranks: int, images: float) -> dict[str, float]:
         transfer(fixed[key][1], ranks) + fixed[key][0] * latency(ranks) for key in fixed if key.startswith("SyncBN")
     )
     packed = all_gather_bytes(packed_bytes(round(batch), num_features), ranks)
-    triplets = 2 * batch**2 * num_features / figure("float32") + 4 * 4 * batch**2 / 4.8e12
+    triplets = 2 * batch**2 * num_features / figure("float32") + 4 * 4 * batch**2 / figure("memory")
     return {
         "compute": compute,
         "gradients not hidden": max(0.0, gradients - figure("overlap") * compute),
@@ -235,6 +227,7 @@ def on_paper() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="on paper only, seconds")
+    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="to measure, each a divisor of 16")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -242,8 +235,8 @@ def main() -> None:
         return
     say(f"scaling.py{' --quick' if arguments.quick else ''}: {machine()}")
     if not arguments.quick:
-        scaling("Weak", RANKS, dict.fromkeys(RANKS, IMAGES))
-        scaling("Strong", RANKS, {ranks: IMAGES // ranks for ranks in RANKS})
+        scaling("Weak", dict.fromkeys(arguments.ranks, IMAGES))
+        scaling("Strong", {ranks: IMAGES // ranks for ranks in arguments.ranks})
     on_paper()
 
 

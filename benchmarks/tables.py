@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import date
 
-import torch
-
 MIB = 2**20
 
 
@@ -41,6 +39,8 @@ def shown(value: object) -> str:
 
 def machine() -> str:
     """Date, machine and versions, as they must stand beside every figure."""
+    import torch  # not above: run.py needs none
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     return (

@@ -49,7 +49,9 @@ def test_evaluation(monkeypatch, capsys):
     (title, speed), (_, law) = tables(printed("evaluation", monkeypatch, capsys, "--quick", "--rounds", "1"))
     assert "Q = 337, G = 1,591, D = 2,048" in title
     assert "0.0022 TFLOP in 2 blocks, each of which reads the gallery's 0.013 GB" in title
-    assert [row["way"] for row in speed] == ["product (limit)", "cosine", "Euclidean", "Euclidean, ties"]
+    assert [row["way"] for row in speed] == [
+        *("product (limit)", "cosine", "Euclidean", "Euclidean, untrained", "Euclidean, untrained, ties"),
+    ]
     assert all(number(row["CPU s"]) > 0 for row in speed)
     assert number(law[1]["G"]) == 100_000
     assert number(law[1]["GB above"]) < 1
