@@ -37,7 +37,7 @@ def rank_matches(distances: Tensor, same_pid: Tensor, is_match: Tensor) -> Query
         same_pid: bool [b, G]; those that are no matches are left out.
         is_match: bool [b, G].
     """
-    num_matches = is_match.sum(1)  # [b]
+    num_matches = _num_true(is_match)  # [b]
     matched = _matched_distances(distances, is_match, num_matches)  # [b, M]
     last = matched.gather(1, (num_matches - 1).clamp(min=0)[:, None]).masked_fill(num_matches[:, None] == 0, -torch.inf)
     counts = (distances <= last) & (same_pid == is_match)  # what is farther than the last match plays no part
@@ -56,11 +56,22 @@ def _matched_distances(distances: Tensor, is_match: Tensor, num_matches: Tensor)
 
 def _sorted_rows(distances: Tensor, counts: Tensor) -> Tensor:
     """The distances that count, row by row in ascending order, filled up with infinity: [b, at most G]."""
-    rows = _filled_up(distances[counts], counts.sum(1), distances)
+    lengths = _num_true(counts)
+    if 4 * int(lengths.max() if len(lengths) else 0) > distances.shape[1]:
+        rows = torch.where(
+            counts, distances, torch.inf
+        ).contiguous()  # a quarter of the time of picking most of them out
+    else:
+        rows = _filled_up(distances[counts], lengths, distances)
     if rows.is_cuda:
         return rows.sort(dim=1).values
     rows.detach().numpy().sort(axis=1)  # in place; a tenth of the time of torch's sort, which keeps the order of equals
     return rows
+
+
+def _num_true(values: Tensor) -> Tensor:
+    """Of each row: int64 [b]; summed in int32, which is faster by far."""
+    return values.sum(1, dtype=torch.int32).long()
 
 
 def _filled_up(values: Tensor, lengths: Tensor, like: Tensor) -> Tensor:
