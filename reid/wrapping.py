@@ -66,7 +66,7 @@ def build_accelerator(cfg: CfgNode, *, on_gpu: bool, num_ranks: int) -> Accelera
 def has_bf16(*, on_gpu: bool) -> bool:
     """Whether the device multiplies bfloat16 itself; a convolution took 20 times as long on a CPU with AVX2 only."""
     if on_gpu:
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     is_x86 = platform.machine() in ("x86_64", "AMD64")
     return not is_x86 or torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
 
