@@ -58,9 +58,8 @@ def _sorted_rows(distances: Tensor, counts: Tensor) -> Tensor:
     """The distances that count, row by row in ascending order, filled up with infinity: [b, at most G]."""
     lengths = _num_true(counts)
     if 4 * int(lengths.max() if len(lengths) else 0) > distances.shape[1]:
-        rows = torch.where(
-            counts, distances, torch.inf
-        ).contiguous()  # a quarter of the time of picking most of them out
+        # A quarter of the time of picking most of them out.
+        rows = torch.where(counts, distances, torch.inf).contiguous()
     else:
         rows = _filled_up(distances[counts], lengths, distances)
     if rows.is_cuda:
@@ -108,12 +107,10 @@ def _among_equals(distances: Tensor, counts: Tensor, is_match: Tensor, matched: 
         matched: [m] the matches' distances, ascending.
         positions: [m]; right for the first of equal matches if no other image were as near.
     """
-    columns = counts.nonzero()[:, 0]
-    value = torch.searchsorted(matched, distances[columns]).clamp(max=len(matched) - 1)  # the first match as near
-    is_equal = matched[value] == distances[columns]
-    columns, value = columns[is_equal], value[is_equal]
-    order = value.argsort(stable=True)
-    columns, value = columns[order], value[order]
+    nearest = torch.searchsorted(matched, distances.contiguous()).clamp(max=len(matched) - 1)  # the first match as near
+    columns = ((matched[nearest] == distances) & counts).nonzero()[:, 0]
+    columns = columns[nearest[columns].argsort(stable=True)]
+    value = nearest[columns]
     before = torch.arange(len(value), device=value.device) - torch.searchsorted(value, value)  # of its equals
     return (positions[value] + before)[is_match[columns]]
 
