@@ -133,7 +133,8 @@ def test_a_part_is_replaced_and_all_else_stays():
 def test_every_script_is_a_part():
     run = importlib.import_module("run")
     helpers = {"tables", "measuring", "embeddings", "communication_measured", "continuity_restarts", "run"}
-    assert {file.stem for file in SCRIPTS.glob("*.py")} - helpers == set(run.PARTS)
+    elsewhere = {"wandb_outages"}  # whose table stands in docs/wandb.md
+    assert {file.stem for file in SCRIPTS.glob("*.py")} - helpers - elsewhere == set(run.PARTS)
 
 
 def test_the_file_of_results_has_every_part():
