@@ -268,10 +268,19 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, value):
 
 
 class FullDisk:
-    """No file may grow beyond 1 kB: the same calls fail as on a full disk, with "File too large"."""
+    """No file may grow beyond 1 kB: the same calls fail as on a full disk, with "File too large".
+
+    Free at the end of its block, before pytest itself writes the test's result into a file.
+    """
 
     def __init__(self):
         self._before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.free()
 
     def fill(self):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1024, self._before[1]))
@@ -280,41 +289,37 @@ class FullDisk:
         resource.setrlimit(resource.RLIMIT_FSIZE, self._before)
 
 
-@pytest.fixture
-def disk():
-    disk = FullDisk()
-    yield disk
-    disk.free()
-
-
-def test_a_full_disk_leaves_the_file_that_was_there_and_nothing_else(tmp_path, disk):
+def test_a_full_disk_leaves_the_file_that_was_there_and_nothing_else(tmp_path):
     file = tmp_path / "last_0001_00000002.pt"
     file.write_bytes(b"whole")
-    disk.fill()
-    with pytest.raises(WorldError, match=rf"the checkpoint {file} cannot be written: File too large; free some space"):
-        save_atomically(file, {"model": torch.zeros(10_000)})
+    words = rf"the checkpoint {file} cannot be written: File too large; free some space"
+    with FullDisk() as disk:
+        disk.fill()
+        with pytest.raises(WorldError, match=words):
+            save_atomically(file, {"model": torch.zeros(10_000)})
     assert file.read_bytes() == b"whole"
     assert names(tmp_path) == [file.name]
 
 
-def test_a_full_disk_costs_a_warning_and_training_goes_on(tmp_path, disk, caplog):
-    training = Training(tmp_path, scores=[0.1, 0.2, 0.3])
+def test_a_full_disk_costs_a_warning_and_training_goes_on(tmp_path, caplog):
+    training, disk = Training(tmp_path, scores=[0.1, 0.2, 0.3]), FullDisk()
     training.engine.add_event_handler(Events.EPOCH_STARTED(once=2), training.checkpoints._wait)
     training.engine.add_event_handler(Events.EPOCH_STARTED(once=2), disk.fill)
     training.engine.add_event_handler(Events.EPOCH_STARTED(once=3), training.checkpoints._wait)
     training.engine.add_event_handler(Events.EPOCH_STARTED(once=3), disk.free)
-    training.run()
+    with disk:
+        training.run()
     assert names(tmp_path) == ["best_0003_mAP_0.3000.pt", "last_0001_00000002.pt", "last_0003_00000006.pt"]
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert [re.search("(best|last)_0002", words)[1] for words in warnings] == ["best", "last"]
     assert all(f"the newest good one is {tmp_path}/last_0001_00000002.pt" in words for words in warnings)
 
 
-def test_a_disk_that_is_still_full_at_the_end_is_an_error_of_its_own(tmp_path, disk):
-    training = Training(tmp_path, scores=[0.1, 0.2, 0.3])
+def test_a_disk_that_is_still_full_at_the_end_is_an_error_of_its_own(tmp_path):
+    training, disk = Training(tmp_path, scores=[0.1, 0.2, 0.3]), FullDisk()
     training.engine.add_event_handler(Events.EPOCH_STARTED(once=3), training.checkpoints._wait)
     training.engine.add_event_handler(Events.EPOCH_STARTED(once=3), disk.fill)
-    with pytest.raises(UnsavedError) as error:
+    with disk, pytest.raises(UnsavedError) as error:
         training.run()
     assert "best_0003_mAP_0.3000.pt cannot be written" in str(error.value)
     assert "last_0003_00000006.pt cannot be written" in str(error.value)
