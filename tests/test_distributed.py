@@ -20,6 +20,11 @@ from reid import distributed
 HERE = Path(__file__).parent
 
 
+def ranks(*numbers: int) -> list[Any]:
+    """Numbers of ranks; more than two are slow, on two cores."""
+    return [pytest.param(number, marks=[pytest.mark.slow] if number > 2 else []) for number in numbers]
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """A function: number of ranks -> what each rank wrote down."""
@@ -65,7 +70,7 @@ def test_ten_steps_are_those_recorded_of_reid_strong_baseline(outcomes, name, nu
         np.testing.assert_allclose(outcome["centers"], golden["final_centers"], atol=1e-6)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", ranks(2, 4))
 @pytest.mark.parametrize("counts", ["equal", "unequal"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_training_does_not_depend_on_the_number_of_ranks(outcomes, name, counts, num_ranks):
@@ -78,7 +83,7 @@ def test_training_does_not_depend_on_the_number_of_ranks(outcomes, name, counts,
     assert largest_difference(alone["state"], shared["state"]) < 1e-9
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("num_ranks", ranks(1, 2, 4))
 @pytest.mark.parametrize("counts", ["equal", "unequal"])
 @pytest.mark.parametrize("name", EQUAL_VARIANTS)
 def test_micro_batches_have_the_gradient_of_the_whole_global_batch(outcomes, name, counts, num_ranks):
@@ -88,7 +93,7 @@ def test_micro_batches_have_the_gradient_of_the_whole_global_batch(outcomes, nam
     assert largest_difference(at_once["state"], in_parts["state"]) < 1e-9
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", ranks(2, 4))
 @pytest.mark.parametrize("name", ["softmax_triplet_center", "clipped", "accumulated"])
 def test_sharding_changes_nothing(outcomes, name, num_ranks):
     """accelerate's FSDP2 for real, though over gloo."""
@@ -99,7 +104,7 @@ def test_sharding_changes_nothing(outcomes, name, num_ranks):
     assert largest_difference(alone["state"], sharded["state"]) < 1e-9
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", ranks(2, 4))
 def test_evaluation_of_a_sharded_model_is_the_same(outcomes, num_ranks):
     """Ranks without a batch included, which would hang if the others asked them for their shares."""
     alone, sharded = outcomes(1)[0]["evaluation"], outcomes(num_ranks)[0]["sharded evaluation"]
@@ -107,7 +112,7 @@ def test_evaluation_of_a_sharded_model_is_the_same(outcomes, num_ranks):
         assert sharded[num_images]["summary"] == alone[num_images]["summary"]
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", ranks(2, 4))
 def test_checkpoints_fit_sharded_and_plain_models_alike(outcomes, num_ranks):
     moved = outcomes(num_ranks)[0]["state moved"]
     assert len(moved["first"]["optimizer"]["state"]) > 4
@@ -126,13 +131,13 @@ def test_clipping_makes_the_gradient_as_small_as_asked(outcomes):
     assert norms[1] == pytest.approx(0.5, rel=1e-4)  # torch divides by the norm plus 1e-6
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", ranks(2, 4))
 def test_all_ranks_hold_the_same_weights(outcomes, num_ranks):
     first, *others = (outcome["unequal"]["softmax_triplet_center"]["state"] for outcome in outcomes(num_ranks))
     assert all(torch.equal(first[name], other[name]) for other in others for name in first)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", ranks(2, 4))
 @pytest.mark.parametrize("wrong", ["without SyncBN", "without gather"])
 def test_the_equality_would_notice_a_wrong_way(outcomes, wrong, num_ranks):
     alone = outcomes(1)[0]["unequal"]["softmax_triplet"]["state"]
@@ -140,7 +145,7 @@ def test_the_equality_would_notice_a_wrong_way(outcomes, wrong, num_ranks):
     assert largest_difference(alone, outcomes(1)[0]["wrong"][wrong]["state"]) == 0  # one process needs neither
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_ranks", ranks(1, 2, 3, 4))
 @pytest.mark.parametrize("num_images", EVALUATION_SIZES)
 def test_evaluation_does_not_depend_on_the_number_of_ranks(outcomes, num_images, num_ranks):
     alone = outcomes(1)[0]["evaluation"][num_images]
@@ -151,18 +156,18 @@ def test_evaluation_does_not_depend_on_the_number_of_ranks(outcomes, num_images,
             np.testing.assert_array_equal(outcome["evaluation"][num_images][name], alone[name])
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_ranks", ranks(1, 2, 3, 4))
 def test_rows_come_back_in_order_from_ranks_with_unequal_numbers(outcomes, num_ranks):
     for outcome in outcomes(num_ranks):
         assert outcome["rows"]["rows"].tolist() == [[10.0 * i, 100.0 * i] for i in range(11)]
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", ranks(2, 3))
 def test_an_error_on_one_rank_is_raised_on_all(outcomes, num_ranks):
     assert outcomes(num_ranks)[0]["errors"] == [{"together": f"no such folder (on rank {num_ranks - 1})"}] * num_ranks
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", ranks(2, 3))
 def test_ranks_that_disagree_do_not_start(outcomes, num_ranks):
     for outcome in outcomes(num_ranks):
         assert f"rank {num_ranks - 1} on " in outcome["disagreement"]
