@@ -434,14 +434,8 @@ def slow_start() -> None:
     reid.run.build_model = slow
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        signal.SIGUSR1,
-        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_torchrun_reaches_the_ranks_but_not_their_loaders(place, number):
     """With the options of the README."""
     options = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout=60")
@@ -536,7 +530,8 @@ def test_a_rank_that_hangs_is_named_with_its_stack_and_all_end(place):
     assert "rank 0 on" not in said
 
 
-@pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [0, 1])
 def test_a_stopped_rank_is_named_too(place, stopped):
     settings = ("OUTPUT_DIR", f"stopped_{stopped}", "SOLVER.TIMEOUT_MINUTES", 0.1, "SOLVER.MAX_EPOCHS", 1000)
     ranks = place.start("train", *settings, num_ranks=2)

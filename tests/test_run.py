@@ -337,7 +337,8 @@ def test_images_that_cannot_be_read_are_all_named_at_once_whatever_split_they_ar
 # ---- started in other ways ----
 
 
-@pytest.mark.parametrize(("num_ranks", "flag"), [(2, "--multi_gpu"), pytest.param(1, "--cpu", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_ranks", "flag"), [(2, "--multi_gpu"), (1, "--cpu")])
 def test_under_accelerates_launcher(place, num_ranks, flag):
     output_dir = f"accelerate_{num_ranks}"
     flags = ["--num_processes", num_ranks, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
