@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -56,13 +57,13 @@ class IdentityPlan:
             np.cumsum(self._count) - self._count
         )  # [I] where an identity's images start once sorted by identity
         self._num_groups = np.maximum(self._count // num_instances, 1)  # [I]
-        canonical_draw = _uniforms_by_step((_LENGTH,), num_pids)
-        self.num_batches = len(_draw_identities(self._num_groups, num_pids, canonical_draw, None))
+        canonical = _uniforms_by_step((_LENGTH,), num_pids)
+        self.num_batches = len(_draw_identities(self._num_groups, num_pids, canonical, None))
 
     def __call__(self, epoch: int) -> Int64:
         """The images of an epoch in global order: [num_batches, P * K]."""
-        draw = _uniforms_by_step((self._seed, epoch, _IDENTITIES), self.num_pids)
-        identities = _draw_identities(self._num_groups, self.num_pids, draw, self.num_batches)  # [T, P]
+        uniforms = _uniforms_by_step((self._seed, epoch, _IDENTITIES), self.num_pids)
+        identities = _draw_identities(self._num_groups, self.num_pids, uniforms, self.num_batches)  # [T, P]
         return self._groups(epoch, identities.reshape(-1)).reshape(self.num_batches, -1)
 
     def _groups(self, epoch: int, identities: Int64) -> Int64:
@@ -112,19 +113,15 @@ def _occurrence(values: Int64) -> Int64:
     return occurrence
 
 
-def _uniforms_by_step(key: tuple[int, ...], width: int) -> Callable[[int], list[list[float]]]:
-    """A function that gives the uniform numbers [n, width] of the given step and some that follow it."""
+def _uniforms_by_step(key: tuple[int, ...], width: int) -> Iterator[list[float]]:
+    """The uniform numbers [width] of one step after the other, without end."""
     num_steps = max(1, _DRAWN_AT_ONCE // width)
-
-    def draw(step: int) -> list[list[float]]:
-        block: list[list[float]] = uniform(*key, np.arange(step, step + num_steps)[:, None], np.arange(width)).tolist()
-        return block
-
-    return draw
+    for step in count(0, num_steps):
+        yield from uniform(*key, np.arange(step, step + num_steps)[:, None], np.arange(width)).tolist()
 
 
 def _draw_identities(
-    num_groups: Int64, num_pids: int, draw: Callable[[int], list[list[float]]], num_batches: int | None
+    num_groups: Int64, num_pids: int, uniforms: Iterator[list[float]], num_batches: int | None
 ) -> Int64:
     """P distinct identities for every batch: [T, P].
 
@@ -135,13 +132,8 @@ def _draw_identities(
     available = list(range(len(left)))
     reserve = None if num_batches is None else _Reserve(num_groups, num_pids, num_batches)
     batches: list[list[int]] = []
-    uniforms: Iterator[list[float]] = iter(())
     while len(available) >= num_pids if num_batches is None else len(batches) < num_batches:
-        drawn = next(uniforms, None)
-        if drawn is None:
-            uniforms = iter(draw(len(batches)))
-            drawn = next(uniforms)
-        for slot, u in enumerate(drawn):  # a partial Fisher-Yates shuffle
+        for slot, u in enumerate(next(uniforms)):  # a partial Fisher-Yates shuffle
             other = slot + int(u * (len(available) - slot))
             available[slot], available[other] = available[other], available[slot]
         if reserve is not None:
