@@ -40,6 +40,7 @@ from reid.handlers import console, schedule
 from reid.handlers.meters import TrainMeter
 from reid.handlers.records import Progress
 from reid.model import ReIDModel, build_model
+from reid.neighbours import has_fast_bfloat16
 from reid.optim import build_optimizer
 from reid.run import place
 from reid.run_directory import RunDirectory
@@ -280,7 +281,7 @@ def main() -> None:
         settings, num_steps = [*settings, "MODEL.NAME=resnet18", "INPUT.SIZE_TRAIN=(64,32)"], 2
     variants = {"no fused optimiser": ["SOLVER.FUSED=no"]}
     variants["other memory format"] = [f"MODEL.CHANNELS_LAST={'no' if on_gpu else 'yes'}"]
-    if on_gpu or torch.cpu._is_avx512_bf16_supported():  # type: ignore[no-untyped-call]  # else it is far slower
+    if on_gpu or has_fast_bfloat16():
         other = "fp32" if on_gpu else "bf16"
         variants[other] = [f"SOLVER.PRECISION={other}"]
         if not on_gpu:

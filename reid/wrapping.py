@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from reid.errors import SettingsError, WorldError, shared
+from reid.neighbours import has_fast_bfloat16
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
@@ -67,8 +68,7 @@ def has_bf16(*, on_gpu: bool) -> bool:
     """Whether the device multiplies bfloat16 itself; a convolution took 20 times as long on a CPU with AVX2 only."""
     if on_gpu:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    is_x86 = platform.machine() in ("x86_64", "AMD64")
-    return not is_x86 or torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+    return platform.machine() not in ("x86_64", "AMD64") or has_fast_bfloat16()  # of others it is not known
 
 
 def fsdp_plugin() -> FullyShardedDataParallelPlugin:
