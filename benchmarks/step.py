@@ -42,9 +42,8 @@ from reid.handlers.records import Progress
 from reid.model import ReIDModel, build_model
 from reid.neighbours import has_fast_bfloat16
 from reid.optim import build_optimizer
-from reid.run import place
 from reid.run_directory import RunDirectory
-from reid.wrapping import build_accelerator, clip_gradients, wrap
+from reid.wrapping import build_accelerator, clip_gradients, place, wrap
 
 NUM_PIDS, IMAGES_PER_PID = 64, 8
 

@@ -18,6 +18,7 @@ assembly builds, gathers and wires.
     distributed.py              everything that knows there is more than one process
     wrapping.py                 precision and wrapping, by accelerate
     sync_batchnorm.py           BatchNorm over the global batch
+    start.py                    what is found out before a run builds anything
     run.py                      the stories: train, evaluate
     engine.py                   what happens to one batch
     accumulation.py             the gradient of a global batch, one micro-batch at a time

@@ -26,6 +26,7 @@ from reid.data.sets import DataSets
 from reid.errors import USER_ERRORS, WorldError, shared
 from reid.link_speed import Link, measure
 from reid.preemption import Signals
+from reid.start import check_start
 from reid.trial_steps import Trial, try_steps
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def check(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     """
     del signals  # there is nothing to save
     report = Report()
-    report.attempt(lambda: run.check_start(cfg))
+    report.attempt(lambda: check_start(cfg))
     _machines(report, accelerator.device)
     fits = report.attempt(lambda: distributed.together(lambda: _batch(report, cfg)))
     _links(report, measure(accelerator.device))

@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from reid import backbones, distributed, weights
+from reid import distributed, weights
 from reid.checkpoint_files import checkpoints_in
-from reid.config import by_full_key
 from reid.criterion import Criterion
 from reid.data.loaders import TrainData, build_stores, build_train_data
 from reid.data.sets import DataSets, open_data_sets
@@ -34,11 +32,13 @@ from reid.model import ReIDModel, build_model
 from reid.optim import build_optimizer
 from reid.ownership import claim
 from reid.preemption import Preempted, Signals
-from reid.run_directory import RunDirectory, commit, environment_facts, source_fingerprint
+from reid.run_directory import RunDirectory, environment_facts
+from reid.start import check_start
 from reid.sync_batchnorm import synchronise_batchnorm
-from reid.weight_file import is_at_wandb, read_weight
+from reid.trained import read_trained
+from reid.weight_file import is_at_wandb
 from reid.world import read_start, slurm_job
-from reid.wrapping import settle_gradient_buckets, wrap
+from reid.wrapping import place, settle_gradient_buckets, wrap
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -208,24 +208,19 @@ def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
         found = checkpoints_in(Path(cfg.OUTPUT_DIR) / "checkpoints", "best")
         remedy = f"the best of this run is {found[-1]}" if found else "add TEST.WEIGHT FILE to the command"
         raise shared(SettingsError(f"TEST.WEIGHT must name the checkpoint to evaluate, got ''; {remedy}"))
-    source = f"TEST.WEIGHT={cfg.TEST.WEIGHT}"
-    file, content = read_weight(cfg)
-    distributed.together(lambda: weights.check_settings(content, cfg, source))
-    distributed.agree({"the contents of TEST.WEIGHT": weights.checksum(content)})
+    trained = read_trained(cfg, accelerator)
     folder = RunDirectory(Path(cfg.OUTPUT_DIR))
     data = open_data(cfg, train=False)
-    model = build_model(cfg, num_pids=weights.num_pids_of(content))
-    weights.load_for_evaluation(model, content, source)
-    place(model, cfg, accelerator)
     build_stores(cfg, data)
     watchdog = Watchdog(cfg.SOLVER.TIMEOUT_MINUTES)
     tracker = _build_tracker(cfg, folder, data.test, data.fingerprint_of_tests())
     pictures = Pictures(cfg, folder.pictures, data, tracker.show)
-    evaluator = Evaluators(data, model, accelerator, cfg, on_scored=pictures.compare, beat=watchdog.beat)
-    epoch = content.get("epoch") if isinstance(content.get("epoch"), int) else None  # others may have anything there
+    evaluator = Evaluators(data, trained.model, accelerator, cfg, on_scored=pictures.compare, beat=watchdog.beat)
+    epoch = trained.content.get("epoch")
+    epoch = epoch if isinstance(epoch, int) else None  # others may have anything there
     with tracker.evaluation(), watchdog.watching():
         fetched_from = cfg.TEST.WEIGHT.removeprefix("wandb:") if is_at_wandb(cfg) else ""
-        tracker.use_checkpoint(file, fetched_from or artifacts.reference_of(content))
+        tracker.use_checkpoint(trained.file, fetched_from or artifacts.reference_of(trained.content))
         scores = evaluator.run()
         summary = summary_of_all(scores)
         pictures.draw(Path(cfg.TEST.WEIGHT).name, None, epoch)
@@ -248,32 +243,6 @@ def _new_model(cfg: CfgNode, accelerator: Accelerator, num_pids: int, folder: Ru
     if cfg.SOLVER.SYNC_BN:
         synchronise_batchnorm(model)
     return model
-
-
-def place(model: ReIDModel, cfg: CfgNode, accelerator: Accelerator) -> None:
-    """Moves the model to its device, in the number type and memory format that it computes in."""
-    dtype = torch.float64 if cfg.SOLVER.PRECISION == "fp64" else torch.float32
-    model.to(device=accelerator.device, dtype=dtype)
-    choice = cfg.MODEL.CHANNELS_LAST  # on a CPU its BatchNorm is less exact
-    if choice == "yes" or (choice == "auto" and accelerator.device.type == "cuda"):
-        model.to(memory_format=torch.channels_last)
-
-
-def check_start(cfg: CfgNode) -> None:
-    """What would be found out late: ranks that differ, and a backbone that there is not."""
-    distributed.agree(_facts(cfg))
-    distributed.together(lambda: backbones.check(cfg))
-
-
-def _facts(cfg: CfgNode) -> dict[str, object]:
-    """What must be the same on all ranks; each node may have data and caches in folders of its own."""
-    own_folders = ("DATASETS.ROOT_DIR", "DATASETS.CACHE_DIR", "DATASETS.NODE_LOCAL_DIR")
-    settings = {key: value for key, value in by_full_key(cfg).items() if key not in own_folders}
-    return settings | {
-        **{name: version(name) for name in ("torch", "torchvision", "timm", "accelerate", "numpy")},
-        "the commit of reid": commit(),
-        "the source code of reid": source_fingerprint(),
-    }
 
 
 def _announce(

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from reid import distributed, weights
 from reid.errors import SettingsError
 from reid.model import ReIDModel, build_model
-from reid.run import check_start, place
+from reid.start import check_start
 from reid.weight_file import read_weight
+from reid.wrapping import place
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,14 +33,23 @@ def check_weight_is_named(cfg: CfgNode) -> None:
 
 
 def load_trained(cfg: CfgNode, accelerator: Accelerator) -> Trained:
-    """The model in TEST.WEIGHT; called by all ranks.
+    """The model in TEST.WEIGHT, before anything else of a run; called by all ranks.
 
     Raises:
         SettingsError: no file is named, or there is no such backbone.
-        WorldError: it cannot be read, does not fit, was made with other settings, or ranks differ.
+        WorldError: ranks differ, and as `read_trained`.
     """
     check_start(cfg)
     distributed.together(lambda: check_weight_is_named(cfg))
+    return read_trained(cfg, accelerator)
+
+
+def read_trained(cfg: CfgNode, accelerator: Accelerator) -> Trained:
+    """The same of settings that were checked.
+
+    Raises:
+        WorldError: the file cannot be read, does not fit, was made with other settings, or ranks have different ones.
+    """
     source = f"TEST.WEIGHT={cfg.TEST.WEIGHT}"
     file, content = read_weight(cfg)
     distributed.together(lambda: weights.check_settings(content, cfg, source))

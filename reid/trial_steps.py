@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from ignite.engine import Engine, Events
 
-from reid import distributed, run, weights
+from reid import distributed, weights
 from reid.criterion import Criterion
 from reid.data.loaders import TrainData, build_train_data
 from reid.data.sets import DataSets
@@ -19,7 +19,7 @@ from reid.engine import Preparation, build_trainer
 from reid.model import build_model
 from reid.optim import build_optimizer
 from reid.sync_batchnorm import synchronise_batchnorm
-from reid.wrapping import settle_gradient_buckets, wrap
+from reid.wrapping import place, settle_gradient_buckets, wrap
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,7 +45,7 @@ def try_steps(cfg: CfgNode, accelerator: Accelerator, data: DataSets) -> Trial:
     torch.manual_seed(cfg.SEED)
     model = build_model(cfg, train_data.num_pids)
     weights.initialise(model, cfg)
-    run.place(model, cfg, accelerator)
+    place(model, cfg, accelerator)
     if cfg.SOLVER.SYNC_BN:
         synchronise_batchnorm(model)
     wrapped, optimizer = wrap(accelerator, model, build_optimizer(cfg.SOLVER, model), compiled=cfg.MODEL.COMPILE)

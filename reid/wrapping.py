@@ -71,6 +71,15 @@ def has_bf16(*, on_gpu: bool) -> bool:
     return platform.machine() not in ("x86_64", "AMD64") or has_fast_bfloat16()  # of others it is not known
 
 
+def place(model: nn.Module, cfg: CfgNode, accelerator: Accelerator) -> None:
+    """Moves the model to its device, in the number type and memory format that it computes in."""
+    dtype = torch.float64 if cfg.SOLVER.PRECISION == "fp64" else torch.float32
+    model.to(device=accelerator.device, dtype=dtype)
+    choice = cfg.MODEL.CHANNELS_LAST  # on a CPU its BatchNorm is less exact
+    if choice == "yes" or (choice == "auto" and accelerator.device.type == "cuda"):
+        model.to(memory_format=torch.channels_last)
+
+
 def fsdp_plugin() -> FullyShardedDataParallelPlugin:
     """FSDP2 with one group for every module of a million parameters or more."""
     return FullyShardedDataParallelPlugin(

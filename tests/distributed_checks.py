@@ -36,11 +36,10 @@ from reid.handlers import guards, schedule
 from reid.metrics import Labels
 from reid.model import build_model
 from reid.optim import build_optimizer
-from reid.run import place
 from reid.sync_batchnorm import synchronise_batchnorm
 from reid.weights import load_state
 from reid.world import read_world
-from reid.wrapping import fsdp_plugin, load_optimizer, whole, wrap
+from reid.wrapping import fsdp_plugin, load_optimizer, place, whole, wrap
 
 GOLDEN = Path(__file__).parent / "golden"
 BASE = [

@@ -610,10 +610,10 @@ def another_seed_on_rank_1() -> None:
 
 def other_code_on_rank_1() -> None:
     """To be done before the program starts."""
-    import reid.run
+    import reid.start
 
     if os.environ.get("RANK") == "1":
-        reid.run.source_fingerprint = lambda: "another"
+        reid.start.source_fingerprint = lambda: "another"
 
 
 def other_images_on_rank_1() -> None:

@@ -1,0 +1,30 @@
+"""What is found out before a run builds anything."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from reid import backbones, distributed
+from reid.config import by_full_key
+from reid.run_directory import commit, source_fingerprint
+
+if TYPE_CHECKING:
+    from yacs.config import CfgNode
+
+
+def check_start(cfg: CfgNode) -> None:
+    """What would be found out late: ranks that differ, and a backbone that there is not."""
+    distributed.agree(_facts(cfg))
+    distributed.together(lambda: backbones.check(cfg))
+
+
+def _facts(cfg: CfgNode) -> dict[str, object]:
+    """What must be the same on all ranks; each node may have data and caches in folders of its own."""
+    own_folders = ("DATASETS.ROOT_DIR", "DATASETS.CACHE_DIR", "DATASETS.NODE_LOCAL_DIR")
+    settings = {key: value for key, value in by_full_key(cfg).items() if key not in own_folders}
+    return settings | {
+        **{name: version(name) for name in ("torch", "torchvision", "timm", "accelerate", "numpy")},
+        "the commit of reid": commit(),
+        "the source code of reid": source_fingerprint(),
+    }
