@@ -7,7 +7,7 @@
 # one run. A training that is still running can be sent up to now; but then not its rest: so those that have written in
 # the last minutes are left out. Ends with 1 where W&B has not taken all; then the same again goes on.
 set -u
-: "${VENV_BIN:=.venv/bin}"       # the folder of wandb
+: "${VENV_BIN:=.venv/bin}"       # the folder of wandb and python
 MINUTES=3
 
 options=() folders=()
@@ -41,11 +41,6 @@ WANDB_DIR=$logs "$VENV_BIN/wandb" sync --yes --include-online "${options[@]}" "$
 code=$?
 
 # It marks a part as sent, and ends with 0, even if W&B has not taken a checkpoint of it.
-while IFS= read -r file; do
-  rm -f "$file.synced"
-  echo "not all of it was taken by W&B: $(dirname "$file")" >&2
-  code=1
-done < <(cat "$logs"/wandb/logs/debug-sync.*.log 2>/dev/null |
-  grep -e '"ERROR+4"' -e 'failed to log artifact' -e 'CreateRunFiles returned error' |
-  sed -n 's/.*"sync_path":"\([^"]*\)".*/\1/p' | sort -u)
+shopt -s nullglob
+"$VENV_BIN/python" -m reid.handlers.wandb_pieces "$logs"/wandb/logs/debug-sync.*.log || code=1
 exit "$code"

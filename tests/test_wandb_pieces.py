@@ -90,6 +90,17 @@ def test_what_wandb_marks_as_sent_is_not_where_its_log_says_otherwise(tmp_path, 
     assert unsent_pieces(tmp_path, "abc") == [pieces[0], pieces[2]]
 
 
+def test_a_log_that_is_cut_off_is_read_as_far_as_it_goes(tmp_path, pieces, monkeypatch):
+    as_python(
+        monkeypatch,
+        tmp_path,
+        'touch "$5/run-abc.wandb.synced"; mkdir -p "$WANDB_DIR/wandb/logs"\n'
+        """echo '{"msg": "failed to log artifact", "sync_pa' > "$WANDB_DIR/wandb/logs/debug-sync.1.log\"""",
+    )
+    assert not send(pieces[:2], 60)
+    assert unsent_pieces(tmp_path, "abc") == pieces[1:3]
+
+
 def test_a_wandb_that_does_not_come_to_an_end_is_ended_with_its_own_process(tmp_path, pieces, monkeypatch):
     shutil.copy(shutil.which("sleep"), tmp_path / "wandb-core")
     as_python(monkeypatch, tmp_path, f'{tmp_path}/wandb-core 1000 &\necho $! > "{tmp_path}/pid"\nwait')

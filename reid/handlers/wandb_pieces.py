@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from reid.handlers.wandb_process import kill, services_of
@@ -70,11 +71,21 @@ def _sync_logs(folder: Path) -> list[Path]:
     return list((folder / "logs").glob("debug-sync.*.log"))
 
 
-def _unmark_refused(log: Path) -> None:
-    """`wandb sync` ends with 0 and marks a piece as sent even if W&B has not taken its artifacts."""
+def _unmark_refused(log: Path) -> set[Path]:
+    """The pieces that W&B has not taken whole, by the log of a `wandb sync`, and no longer marked as sent.
+
+    It ends with 0 and marks a piece as sent even if W&B has not taken its artifacts.
+    """
+    refused = set()
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         if any(mark in line for mark in _GIVEN_UP):
-            Path(json.loads(line)["sync_path"]).with_suffix(".wandb.synced").unlink(missing_ok=True)
+            with suppress(
+                ValueError, KeyError
+            ):  # the last line of a process that was killed, whose mark is missing too
+                piece = Path(json.loads(line)["sync_path"]).parent
+                _sent_marker(piece).unlink(missing_ok=True)
+                refused.add(piece)
+    return refused
 
 
 def _sent_marker(piece: Path) -> Path:
@@ -121,3 +132,15 @@ def forget_kept(folder: Path) -> None:
     if not _unsent(folder, "*"):  # one piece may need what another one has kept
         for kept in (folder / "wandb").glob(f"*run-*/{_KEPT}"):
             shutil.rmtree(kept, ignore_errors=True)
+
+
+def main(logs: Sequence[str]) -> int:
+    """For slurm/sync_wandb.sh: says which pieces were not taken whole; the exit code is 1 where there are any."""
+    refused = sorted({piece for log in logs for piece in _unmark_refused(Path(log))})
+    for piece in refused:
+        sys.stderr.write(f"not all of it was taken by W&B: {piece}\n")
+    return 1 if refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
