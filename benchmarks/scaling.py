@@ -25,6 +25,7 @@ from tables import MIB, machine, say, table
 from torch.utils.flop_counter import FlopCounterMode
 
 from reid.config import load_config
+from reid.metrics import QUERY_BLOCK
 from reid.model import build_model
 
 RANKS, IMAGES = (1, 2, 4), 16
@@ -191,11 +192,11 @@ def evaluation_on_paper() -> None:
     for ranks in WORLDS:
         embed = num_images / figure("embedded") / ranks
         gather = transfer(all_gather_bytes(4 * num_images * num_features, ranks), ranks) + latency(ranks)
-        rank = flops / figure("float32") / min(ranks, math.ceil(num_queries / 256))
+        rank = flops / figure("float32") / min(ranks, math.ceil(num_queries / QUERY_BLOCK))
         rows.append([ranks, 1e3 * embed, 1e3 * gather, 1e3 * rank, 1e3 * (embed + gather + rank)])
     table(
         f"On paper, an evaluation of Market-1501 ({num_images:,} images, product {flops / 1e9:,.0f} GFLOP in "
-        "blocks of 256 queries); ms",
+        f"blocks of {QUERY_BLOCK} queries); ms",
         ["GPUs", "embedding", "gather", "ranking", "all"],
         rows,
     )

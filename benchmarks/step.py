@@ -104,8 +104,8 @@ def images_of(cfg: CfgNode) -> tuple[StoredImages, TrainBatches]:
 def steps_of(training: Training, num_steps: int) -> Callable[[], object]:
     loader: DataLoader[Batch] = DataLoader(
         training.dataset,
-        batch_sampler=training.batches,  # type: ignore[arg-type]
-        collate_fn=lambda batch: batch,  # type: ignore[arg-type]
+        batch_sampler=training.batches,  # type: ignore[arg-type]  # yields PlannedBatch for a list of ids
+        collate_fn=lambda batch: batch,  # type: ignore[arg-type]  # the data set gives whole batches
     )
     return lambda: training.trainer.run(loader, max_epochs=1, epoch_length=num_steps)
 

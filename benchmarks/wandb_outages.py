@@ -10,6 +10,7 @@ printed at the end.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import shlex
@@ -185,12 +186,11 @@ def run(folder: str, environment: dict[str, str], connection: Connection) -> Non
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("reid").addHandler(handler)
+    said = io.StringIO()
+    logging.getLogger("reid").addHandler(logging.StreamHandler(said))
     logging.getLogger("reid").setLevel(logging.INFO)
-    connection.send(Run(connection).run() | {"said": said})
+    seconds = Run(connection).run()
+    connection.send(seconds | {"said": said.getvalue().splitlines()})
 
 
 if __name__ == "__main__":

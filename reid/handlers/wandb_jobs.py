@@ -54,7 +54,7 @@ class Jobs:
             if run is not None:
                 try:
                     job.action(run)
-                except Exception as error:
+                except Exception as error:  # whatever wandb raises, the next job has its turn
                     self._failed.append(NotDone(job, in_short(error)))
 
     def finish(self, seconds: float) -> list[NotDone]:

@@ -135,7 +135,7 @@ class Session:
             return None, "what was recorded before could not be sent"
         try:
             return self._init("online"), ""
-        except Exception as error:
+        except Exception as error:  # of wandb's own, pydantic's, and others
             for piece in unsent_pieces(self._folder, self._identity.run_id):
                 mark_sent(piece)  # nothing is in it: the ones before have been sent
             self._service.end()  # without it the id counts as in use by this process
@@ -211,7 +211,7 @@ class Session:
             self._revive(error)
             if self._run is not None:
                 self.do(what, action)
-        except Exception as error:
+        except Exception as error:  # whatever wandb raises, training goes on
             self._complain(f"{what} could not be recorded ({in_short(error)})")
 
     def _revive(self, error: ConnectionError) -> None:
@@ -224,7 +224,7 @@ class Session:
             try:
                 # The run of the dead one still counts as this process's own.
                 self._run = self._init("offline", reinit="create_new")
-            except Exception as another:
+            except Exception as another:  # whatever wandb raises, training goes on
                 words += f" and cannot be started again ({in_short(another)})"
         self._complain(f"{words}; {'gives up' if self._run is None else 'goes on offline'}")
 
@@ -280,14 +280,14 @@ class Session:
         """One more piece of the run, of what its server could not be asked for; returns what even so is not done."""
         try:
             run = self._init("offline", reinit="create_new")
-        except Exception as error:
+        except Exception as error:  # whatever wandb raises, training goes on
             return [NotDone(job, f"{reason}; {in_short(error)}") for job, reason in jobs]
         left = []
         for job, reason in jobs:
             try:
                 job.action(run)
                 self._complaints.append(f"{job.what} could not be sent ({reason})")
-            except Exception as error:
+            except Exception as error:  # whatever wandb raises, training goes on
                 left.append(NotDone(job, f"{reason}; {in_short(error)}"))
         self._end_run(run, exit_code, is_preempted=is_preempted)
         return left
