@@ -21,6 +21,7 @@ from tables import MIB, machine, say, table
 from torch import nn
 
 from reid.config import load_config
+from reid.launcher import leave
 from reid.model import build_model
 
 BATCHES = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -105,7 +106,7 @@ def main() -> None:
         from communication_measured import measure
 
         measure(quick=arguments.quick)
-        return
+        leave(0)
     say(f"communication.py --ranks {arguments.ranks}: {machine()}")
     worlds = sorted({arguments.ranks, *WORLDS})
     for name in ("resnet50", "resnet18"):  # D = 2048 and 512

@@ -25,6 +25,7 @@ from tables import MIB, machine, say, table
 from torch.utils.flop_counter import FlopCounterMode
 
 from reid.config import load_config
+from reid.launcher import leave
 from reid.metrics import QUERY_BLOCK
 from reid.model import build_model
 
@@ -233,7 +234,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         worker(arguments.worker)
-        return
+        leave(0)
     say(f"scaling.py{' --quick' if arguments.quick else ''}: {machine()}")
     if not arguments.quick:
         scaling("Weak", dict.fromkeys(arguments.ranks, IMAGES))

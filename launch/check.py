@@ -1,8 +1,6 @@
 """Tries what a training would find: torchrun --nproc_per_node=N launch/check.py --config_file FILE [KEY VALUE ...]."""
 
-import sys
-
-from reid.launcher import main
+from reid.launcher import leave, main
 
 if __name__ == "__main__":
-    sys.exit(main("check", "Check ranks, network, data, disk and speed; exit code 0: no problems, 1: problems."))
+    leave(main("check", "Check ranks, network, data, disk and speed; exit code 0: no problems, 1: problems."))

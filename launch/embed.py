@@ -1,8 +1,6 @@
 """Embeds: torchrun --nproc_per_node=N launch/embed.py FOLDER [--output OUT] TEST.WEIGHT FILE [KEY VALUE ...]."""
 
-import sys
-
-from reid.launcher import main
+from reid.launcher import leave, main
 
 if __name__ == "__main__":
-    sys.exit(main("embed", "Write the embeddings of all images in a folder, as a gallery to search in."))
+    leave(main("embed", "Write the embeddings of all images in a folder, as a gallery to search in."))

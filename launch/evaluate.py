@@ -1,8 +1,6 @@
 """Evaluates: torchrun --nproc_per_node=N launch/evaluate.py --config_file FILE TEST.WEIGHT FILE [KEY VALUE ...]."""
 
-import sys
-
-from reid.launcher import main
+from reid.launcher import leave, main
 
 if __name__ == "__main__":
-    sys.exit(main("evaluate", "Evaluate a checkpoint of a person re-identification model."))
+    leave(main("evaluate", "Evaluate a checkpoint of a person re-identification model."))

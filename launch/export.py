@@ -1,8 +1,6 @@
 """Exports: python launch/export.py TEST.WEIGHT FILE [--to onnx,torch,safetensors] [--output FOLDER] [KEY VALUE ...]."""
 
-import sys
-
-from reid.launcher import main
+from reid.launcher import leave, main
 
 if __name__ == "__main__":
-    sys.exit(main("export", "Write a trained model for other programs, checked against the model itself."))
+    leave(main("export", "Write a trained model for other programs, checked against the model itself."))

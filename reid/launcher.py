@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from reid.combinations import check_training, fitting_nodes
 from reid.commands import COMMANDS, Words, read_words
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 # Exit codes of a process; torchrun prints them, and itself ends with 1 whenever one is not 0.
 FAILED, BAD_INPUT, UNSAVED, PREEMPTED = 1, 2, 74, 85
+_UNSAID = 120  # what was said could not be written; as Python has it
 
 # Seconds that a process with nothing to say waits for the one that says it: torchrun ends all with the first that ends.
 _PATIENCE = 10.0
@@ -57,6 +60,23 @@ def main(story: str, description: str) -> int:
         return PREEMPTED
     finally:
         signals.ignore()
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process as Python does, but without taking the interpreter apart behind all else.
+
+    A process group's thread that lets go of a tensor just then waits for the interpreter, which ends such threads;
+    C++ answers that with SIGABRT, and a training that has done everything would have failed
+    (https://github.com/pytorch/pytorch/issues/190489).
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            code = code or _UNSAID
+    os._exit(code)
 
 
 def print_plan() -> int:

@@ -33,6 +33,7 @@ from reid.engine import Preparation, build_trainer
 from reid.errors import DataError, WorldError
 from reid.evaluation import Evaluator
 from reid.handlers import guards, schedule
+from reid.launcher import leave
 from reid.metrics import Labels
 from reid.model import build_model
 from reid.optim import build_optimizer
@@ -388,3 +389,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave(0)

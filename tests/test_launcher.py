@@ -5,7 +5,7 @@ import sys
 from importlib.metadata import version
 
 import pytest
-from program import EVALUATE, TRAIN, first_rank_is_slow, torchvision_is_of_another_torch
+from program import EVALUATE, TRAIN, Ended, first_rank_is_slow, free_port, torchvision_is_of_another_torch
 
 from reid.errors import WorldError
 from reid.launcher import explain_import_error
@@ -35,13 +35,13 @@ def test_a_wrong_command_is_answered_by_one_sentence_and_code_2(place, settings,
 
 def test_settings_are_answered_without_importing_torch(place):
     code = (
-        "import runpy, sys\n"
+        "import atexit, runpy, sys\n"
         f"sys.argv = [{str(TRAIN)!r}, 'SOLVER.MAX_EPOCHS', '0']\n"
-        f"try: runpy.run_path({str(TRAIN)!r}, run_name='__main__')\n"
-        "finally: print('torch' in sys.modules)"
+        "atexit.register(lambda: print('torch' in sys.modules))\n"
+        f"runpy.run_path({str(TRAIN)!r}, run_name='__main__')"
     )
     ended = place.command(sys.executable, "-c", code)
-    assert ended.code == 2, ended
+    assert ended.code == 2, str(ended)
     assert ended.out == "False\n"
     assert ended.err.startswith("error: SOLVER.MAX_EPOCHS must be")
 
@@ -159,6 +159,61 @@ def test_under_torchrun_too_it_is_said_once(place):
     assert ended.out == ""
     assert ended.err.startswith("error: SOLVER.IMS_PER_BATCH=24 / DATALOADER.NUM_INSTANCE=8 must be a multiple")
     assert ended.err.count("error: ") == 1
+
+
+# ---- the end of a process ----
+
+# Rank 1 answers rank 0's last collective while that one does what Python does at its end, and holds the interpreter
+# until it is taken apart. The collective's thread waits for it, and something lets go of it only then.
+ANSWERED_LATE = """
+import atexit, mmap, os, sys, time
+
+if "RANK" not in os.environ:
+    ranks = [os.spawnlpe(os.P_NOWAIT, sys.executable, *sys.orig_argv, {**os.environ, "RANK": rank}) for rank in "01"]
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) != 0 for rank in ranks))
+
+with open("answered", "r+b") as file:
+    answered = mmap.mmap(file.fileno(), 1)
+
+def hold():
+    while answered[0] == 0:
+        pass
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        pass
+
+class LetGo:
+    def __del__(self, sleep=time.sleep):
+        sleep(1)
+
+is_first = os.environ["RANK"] == "0"
+if is_first:
+    sys.setswitchinterval(100)
+    atexit.register(hold)  # before all others, so that it comes last
+    let_go = LetGo()
+
+import torch
+import torch.distributed as dist
+from reid.launcher import leave
+
+dist.init_process_group("gloo")
+time.sleep(0 if is_first else 1)
+work = dist.all_reduce(torch.ones(3), async_op=True)
+if not is_first:
+    work.wait()
+    answered[0] = 1
+    time.sleep(3)
+del work
+print("done")
+leave(0)
+"""
+
+
+def test_a_process_with_a_collective_under_way_ends_well(place):
+    (place.folder / "answered").write_bytes(b"\0")
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ended = place.command(sys.executable, "-c", ANSWERED_LATE, environment=group)
+    assert ended == Ended(0, "done\n" * 2, "")
 
 
 # ---- packages that do not fit ----

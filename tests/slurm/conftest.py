@@ -54,16 +54,16 @@ def two_machines(tmp_path: Path) -> Iterator[Machines]:
 
 # The program, with longer steps: a signal shall come in the middle of a training, on fast machines too.
 SLOW_TRAIN = """
-import sys, time
+import time
 from reid.criterion import Criterion
-from reid.launcher import main
+from reid.launcher import leave, main
 
 original = Criterion.__call__
 def slow(*arguments):
     time.sleep(1)
     return original(*arguments)
 Criterion.__call__ = slow
-sys.exit(main("train", "A test."))
+leave(main("train", "A test."))
 """
 
 
