@@ -361,16 +361,16 @@ def main(folder: Path) -> None:
     with distributed.session(world, load_config(None, BASE)) as accelerator:
         outcome: dict[str, Any] = {"rows": gathered_rows(), "errors": distributed.gather_objects(shared_errors())}
         outcome["disagreement"] = disagreement()
+        if world.num_ranks <= 2:  # a ResNet-18 in float64 is much for small machines
+            outcome["trajectories"] = {name: trajectory(accelerator, name) for name in TRAJECTORIES}
+        BACKBONES["resnet18"], BACKBONES["resnet34"] = TinyTrunk, TrunkWithoutBatchNorm
+        BACKBONES["resnet50_ibn_a"] = TrunkWithIBN
         outcome["evaluation"] = {n: evaluated(accelerator, n) for n in EVALUATION_SIZES}
         if world.num_ranks > 1:
             outcome["sharded evaluation"] = {
                 n: sharded(accelerator, partial(evaluated, accelerator, n)) for n in EVALUATION_SIZES
             }
         if world.num_ranks != 3:  # does not divide the batch
-            if world.num_ranks <= 2:  # a ResNet-18 in float64 is much for small machines
-                outcome["trajectories"] = {name: trajectory(accelerator, name) for name in TRAJECTORIES}
-            BACKBONES["resnet18"], BACKBONES["resnet34"] = TinyTrunk, TrunkWithoutBatchNorm
-            BACKBONES["resnet50_ibn_a"] = TrunkWithIBN
             equal, unequal = [4] * 20, [2 + 3 * i % 11 for i in range(20)]
             outcome["equal"] = {name: variant(accelerator, options, equal) for name, options in VARIANTS.items()}
             outcome["unequal"] = {name: variant(accelerator, options, unequal) for name, options in VARIANTS.items()}

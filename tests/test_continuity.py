@@ -146,7 +146,7 @@ def disturb(place: Place, output_dir: str, settings: tuple, num_ranks: int, num_
 @pytest.mark.parametrize(
     ("seed", "num_ranks", "num_kills"),
     [
-        (0, 2, 6),
+        (0, 2, 4),
         pytest.param(1, 2, 24, marks=pytest.mark.slow),
         pytest.param(2, 4, 12, marks=pytest.mark.slow),
     ],
@@ -161,7 +161,8 @@ def test_killed_at_many_random_moments_it_ends_as_if_nothing_had_happened(place,
     assert names(Path("/dev/shm")) == shared_memory
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_torchrun_starts_a_killed_rank_again_by_itself(place, straight, victim):
     """As the README says to start it; the first attempt's rank kills itself at its fifth step."""
     settings = ("SOLVER.MAX_EPOCHS", 4, *ADAM, *OFTEN, *WITHOUT_TIMM)
@@ -308,7 +309,7 @@ def test_it_goes_on_with_another_number_of_ranks(place, straight, before, after)
     [
         (signal.SIGINT, 1, [0]),
         (signal.SIGTERM, 2, [0, 1]),
-        (signal.SIGUSR1, 2, [1]),
+        pytest.param(signal.SIGUSR1, 2, [1], marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 1, [0], marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, 2, [1], marks=pytest.mark.slow),
         pytest.param(signal.SIGUSR1, 2, [0], marks=pytest.mark.slow),
