@@ -177,8 +177,8 @@ def test_an_array_of_seeds_then_evaluation_and_their_mean(jobs, place):
     for seed in (3, 4):
         assert array.task(seed).ended() == ("COMPLETED", 0, 0), array.task(seed).said()
     for seed in (3, 4):
-        place.train("OUTPUT_DIR", f"alone_{seed}", "SEED", seed, "SOLVER.MAX_EPOCHS", 1)
-        ours, theirs = (place.folder / name / "result.json" for name in (f"seeds/{seed}", f"alone_{seed}"))
+        place.train("OUTPUT_DIR", f"seed_{seed}_alone", "SEED", seed, "SOLVER.MAX_EPOCHS", 1)
+        ours, theirs = (place.folder / name / "result.json" for name in (f"seeds/{seed}", f"seed_{seed}_alone"))
         assert ours.read_text() == theirs.read_text()
     assert not list((place.folder / "fresh_cache").glob("*.partial"))
 
