@@ -104,13 +104,13 @@ class Place:
     def train(self, *settings: object, **options: Any) -> Ended:
         """Rank 0 of a training that must succeed."""
         ended = self.run("train", *settings, **options)
-        assert [rank.code for rank in ended] == [0] * len(ended), str(ended)
+        assert [rank.code for rank in ended] == [0] * len(ended), ended
         return ended[0]
 
     def refusal(self, story: str, *settings: object, code: int, **options: Any) -> str:
         """The one sentence that a user reads on stderr when the program ends with this code."""
         first, *others = self.run(story, *settings, **options)
-        assert first.code == code, str(first)
+        assert first.code == code, first
         assert all(other.err == "" for other in others), others
         assert re.fullmatch(r"error: [^\n]+\n", first.err), first.err
         return first.err.removeprefix("error: ").removesuffix("\n")
@@ -132,7 +132,7 @@ class Place:
         """What the offline run of this folder, which must be its only one, has recorded."""
         (file,) = output_dir.glob("wandb/offline-run-*/run-*.wandb")
         done = self.command("wandb", "leet", "inspect", file.parent, "--json")
-        assert done.code == 0, str(done)
+        assert done.code == 0, done
         return [json.loads(line) for line in done.out.splitlines()]
 
 

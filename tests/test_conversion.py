@@ -199,7 +199,7 @@ def test_the_user_is_led_to_the_command_and_the_command_does_what_it_says(place)
         "MODEL.PRETRAIN_PATH and TEST.WEIGHT take\n"
     )
     (evaluated,) = place.run("evaluate", "OUTPUT_DIR", "old", "TEST.WEIGHT", "plain.pth")
-    assert evaluated.code == 0, str(evaluated)
+    assert evaluated.code == 0, evaluated
     refused = place.command(sys.executable, CONVERT, TRAIN, "other.pth")
     assert refused.code == 1
     assert refused.err.startswith(f"error: IN={TRAIN} cannot be read as a file of torch.save's")

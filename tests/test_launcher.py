@@ -41,7 +41,7 @@ def test_settings_are_answered_without_importing_torch(place):
         f"runpy.run_path({str(TRAIN)!r}, run_name='__main__')"
     )
     ended = place.command(sys.executable, "-c", code)
-    assert ended.code == 2, str(ended)
+    assert ended.code == 2, ended
     assert ended.out == "False\n"
     assert ended.err.startswith("error: SOLVER.MAX_EPOCHS must be")
 
@@ -176,7 +176,7 @@ with open("answered", "r+b") as file:
     answered = mmap.mmap(file.fileno(), 1)
 
 def hold():
-    while answered[0] == 0:
+    while answered[0] == 0:  # a wait of any kind would let go
         pass
     end = time.monotonic() + 1
     while time.monotonic() < end:

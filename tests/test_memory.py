@@ -56,7 +56,7 @@ def growth(place: Place, folder: str, **options) -> tuple[float, float, float]:
             except (OSError, AssertionError):  # it has ended meanwhile
                 break
     (ended,) = ranks.ended()
-    assert ended.code == 0, str(ended)
+    assert ended.code == 0, ended
     assert len(records(place.folder / folder, "val")) == EVALUATIONS
     early, late = ([statistics.median(column) for column in zip(*seen[part], strict=True)] for part in (False, True))
     return tuple(after - before for before, after in zip(early, late, strict=True))

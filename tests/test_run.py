@@ -42,7 +42,7 @@ def first(place: Place, output_dir: Path) -> Ended:
 
 
 def test_training_ends_well_without_complaints(first):
-    assert first.code == 0, str(first)
+    assert first.code == 0, first
     assert first.err == ""
     assert not re.search("warning|traceback|deprecat", first.out, re.IGNORECASE)
 

@@ -31,7 +31,7 @@ def folder(place):
     shutil.copy(made / "photos" / "copy.png", made / SOUGHT)
     untrained(made / "s.pt")
     (ended,) = place.run("embed", "photos", "TEST.WEIGHT", "s.pt", "--output", "g", bare=True, folder=made)
-    assert ended.code == 0, str(ended)
+    assert ended.code == 0, ended
     return made
 
 
@@ -93,7 +93,7 @@ def test_without_faiss_the_results_are_the_same(said, place, folder):
     first = json.loads((folder / "found.json").read_text())
     words = (SOUGHT, "photos/z03.png", "--gallery", "g", "--top", 9, "--output", "torch.png", "--json", "torch.json")
     (ended,) = place.run("search", *words, bare=True, folder=folder, before=faiss_is_missing)
-    assert ended.code == 0, str(ended)
+    assert ended.code == 0, ended
     assert json.loads((folder / "torch.json").read_text()) == first
     assert (folder / "torch.png").read_bytes() == (folder / "found.png").read_bytes()
 

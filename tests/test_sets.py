@@ -125,7 +125,7 @@ def test_a_checkpoint_is_evaluated_on_other_sets_than_it_was_trained_on(place, t
     (best,) = (folder / "checkpoints").glob("best_*.pt")
     settings = ("TEST.WEIGHT", best, "TEST.DATASETS", "market1501", "OUTPUT_DIR", "cross")
     ended = place.run("evaluate", *settings)  # the file names synthetic alone
-    assert ended[0].code == 0, str(ended)
+    assert ended[0].code == 0, ended
     result = json.loads((place.folder / "cross" / "result.json").read_text())
     expected = next(r for r in records(folder, "val") if r["epoch"] == result["epoch"])["datasets"]["market1501"]
     assert {key: result[key] for key in expected} == expected

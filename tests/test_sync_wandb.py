@@ -43,12 +43,12 @@ def test_the_parts_of_a_training_become_one_run_and_are_sent_once(place, server)
     environment = {**server.environment, "https_proxy": "", "WANDB_MODE": "online"}
     server.refuses_files = True
     done = sync(place, "to_sync", environment=environment)
-    assert done.code == 1, str(done)
+    assert done.code == 1, done
     assert "not all of it was taken by W&B: " in done.err
     server.refuses_files = False
     for last in ("Finished syncing", "nothing to send in to_sync\n"):
         done = sync(place, "to_sync", environment=environment)
-        assert done.code == 0, str(done)
+        assert done.code == 0, done
         assert last in done.out + done.err
         assert list(server.runs) == [run_id]
         rows = [row["iteration"] for row in server.runs[run_id].history if "train/loss" in row]
@@ -64,7 +64,7 @@ def test_what_began_online_is_sent_too(place):
         os.utime(folder / "run-abcdefgh.wandb", (0, 0))
     (folder / "run-abcdefgh.wandb.synced").touch()
     done = sync(place, "--dry-run", "to_show_online")
-    assert done.code == 0, str(done)
+    assert done.code == 0, done
     assert "Would sync 1 run(s)" in done.out + done.err
     assert "20260101_000000-abcdefgh" in done.out + done.err
 
@@ -75,7 +75,7 @@ def test_options_reach_wandb(place):
     (folder / "run-abcdefgh.wandb").touch()
     os.utime(folder / "run-abcdefgh.wandb", (0, 0))
     done = sync(place, "--dry-run", "to_show")
-    assert done.code == 0, str(done)
+    assert done.code == 0, done
     assert "run-abcdefgh.wandb" in done.out + done.err
 
 

@@ -280,7 +280,7 @@ def test_it_trains_and_is_evaluated(place, name):
         *("--config_file", f"{folder}/config.yaml", "OUTPUT_DIR", f"{folder}_again", "TEST.WEIGHT", best),
         bare=True,
     )
-    assert evaluated.code == 0, str(evaluated)
+    assert evaluated.code == 0, evaluated
     assert json.loads((place.folder / f"{folder}_again" / "result.json").read_text())["mAP"] == trained["mAP"]
     assert "INPUT.PIXEL_MEAN" not in evaluated.err
     assert newest(place.folder / folder)["config"].count("PIXEL_MEAN: null") == 1

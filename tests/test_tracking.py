@@ -148,7 +148,7 @@ def test_training_outlives_wandbs_own_process(place):
     ranks.wait_for("epoch 1/3 step 1/2")
     os.kill(wandb_process_of(ranks), signal.SIGKILL)
     (ended,) = ranks.ended()
-    assert ended.code == 0, str(ended)
+    assert ended.code == 0, ended
     (said,) = (line for line in lines(ended) if "died" in line)
     assert said.startswith("W&B: its own process has died (Connection")
     assert said.endswith("; goes on offline, and training goes on")

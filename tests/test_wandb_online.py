@@ -149,7 +149,7 @@ def test_the_evaluation_is_a_run_that_used_the_model_and_the_test_images(story):
 def test_the_fetched_model_scores_on_all_ranks_as_in_training(place, story):
     server, _, ended = story
     trained, evaluated = runs(server)
-    assert ended.code == 0, str(ended)
+    assert ended.code == 0, ended
     assert evaluated.summary["test/mAP"] == pytest.approx(trained.summary["val/mAP_best"], abs=1e-6)
     assert "TEST.WEIGHT=wandb:" in ended.out
 
@@ -159,7 +159,7 @@ def test_the_evaluation_of_a_local_file_finds_its_model(place, story):
     server, _, _ = story
     (file,) = (place.folder / "online" / "checkpoints").glob("best_*.pt")
     (ended,) = place.run("evaluate", *settings("local", 2, "TEST.WEIGHT", file), environment=server.environment)
-    assert ended.code == 0, str(ended)
+    assert ended.code == 0, ended
     made = {artifact.id: artifact for artifact in server.artifacts}
     assert "model" in {made[id_].type for id_ in list(server.runs.values())[-1].used}
 
@@ -191,12 +191,12 @@ def test_embed_search_and_export_fetch_the_model_and_its_settings_too(place, sto
     assert server.operations.count("ArtifactMembershipByName") == asked + 1  # by one rank, once
 
     (ended,) = place.run("search", photos / "b.png", "--gallery", "fetched", "TEST.WEIGHT", weight, **options)
-    assert ended.code == 0, str(ended)
+    assert ended.code == 0, ended
     assert re.search(r" 1 +1.0000  b.png", ended.out)
 
     words = ("--to", "safetensors", "--check", "none", "--output", "exported", "TEST.WEIGHT", weight)
     (ended,) = place.run("export", *words, **options)
-    assert ended.code == 0, str(ended)
+    assert ended.code == 0, ended
     (made,) = (place.folder / "exported").glob("best_*.safetensors")
     assert weights.checksum(weights.read_file(made, "FILE")) == checksum
 
@@ -293,7 +293,7 @@ def test_three_offline_pieces_become_one_run_with_every_checkpoint(place, server
         ranks.wait_for(f"epoch {epoch}/6 step 1/2")
         ranks.signal(signal.SIGTERM)
         (ended,) = ranks.ended()
-        assert ended.code == 85, str(ended)
+        assert ended.code == 85, ended
     ended = place.train(*given)
     assert len(re.findall("offline-run-", said(ended)[-1])) == 3
     send(place, server, ended)
@@ -472,7 +472,7 @@ def test_on_failure_raise_ends_later_with_all_saved(place, server):
     ranks.wait_for("epoch 1/2 step 1/2")
     server.stop()
     first, second = ranks.ended()
-    assert first.code == 1, str(first)
+    assert first.code == 1, first
     assert re.fullmatch("error: W&B lacks a part of this run: .*; the training itself is complete.*\n", first.err)
     assert second.err == ""
     assert newest(place.folder / "raise late")["epoch"] == 2
