@@ -69,7 +69,7 @@ def leave(code: int) -> NoReturn:
     C++ answers that with SIGABRT, and a training that has done everything would have failed
     (https://github.com/pytorch/pytorch/issues/190489).
     """
-    threading._shutdown()  # type: ignore[attr-defined]
+    threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter does first; there is no public way
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -79,9 +79,7 @@ def _unmark_refused(log: Path) -> set[Path]:
     refused = set()
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         if any(mark in line for mark in _GIVEN_UP):
-            with suppress(
-                ValueError, KeyError
-            ):  # the last line of a process that was killed, whose mark is missing too
+            with suppress(ValueError, KeyError):  # cut off, with a process that was killed before it marked the piece
                 piece = Path(json.loads(line)["sync_path"]).parent
                 _sent_marker(piece).unlink(missing_ok=True)
                 refused.add(piece)
