@@ -216,7 +216,7 @@ def test_a_killed_loader_process_is_said_in_a_sentence(place):
         time.sleep(0.02)
     (ended,) = ranks.ended()
     assert ended.code == 1
-    words = "error: rank 0 has lost a loader process: DataLoader worker [^\n]* goes on from the last checkpoint\n"
+    words = "error: rank 0 has lost a loader process, [^\n]* goes on from the last checkpoint\n"
     assert re.fullmatch(words, ended.err), ended
 
 

@@ -6,7 +6,6 @@ import logging
 import os
 import platform
 import secrets
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,16 +18,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from reid import distributed
 from reid.data import augment, large_files, store
 from reid.data.samplers import EvaluationBatches, IdentityPlan, PlannedBatch, ShufflePlan, TrainBatches
 from reid.data.sets import DataSets, join_training
 from reid.data.splits import Benchmark, Split
+from reid.data.workers import BatchLoader
 from reid.errors import DataError
 from reid.metrics import Labels
-from reid.preemption import SIGNALS
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
@@ -75,7 +74,7 @@ class StoredImages(Dataset[Batch]):
         return len(self._pids)
 
     def __getitems__(self, planned: PlannedBatch) -> Batch:
-        """The batch; DataLoader hands over here what its batch sampler gives."""
+        """The batch; the loader hands over here what its sampler gives."""
         if self._recipe is None:
             drawn = torch.zeros((len(planned.sample_ids), 0), dtype=torch.int32)
         else:
@@ -101,7 +100,7 @@ class StoredImages(Dataset[Batch]):
 class TrainData:
     """What training draws from."""
 
-    loader: DataLoader[Batch]
+    loader: BatchLoader[Batch]
     batches: TrainBatches
     images: StoredImages
     num_pids: int  # C
@@ -113,7 +112,7 @@ class TrainData:
 class TestData:
     """What evaluation compares; the images are the queries first, then the gallery."""
 
-    loader: DataLoader[Batch]
+    loader: BatchLoader[Batch]
     query: Labels
     gallery: Labels
     images: StoredImages
@@ -279,26 +278,8 @@ def _store_file(cfg: CfgNode, name: str, split: Split, size: tuple[int, int]) ->
 
 def _build_loader(
     cfg: CfgNode, dataset: StoredImages, batches: TrainBatches | EvaluationBatches, num_workers: int
-) -> DataLoader[Batch]:
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,  # type: ignore[arg-type]  # yields PlannedBatch for a list of ids
-        # More than there are cores (old files say 8) only get in each other's way.
-        num_workers=min(num_workers, len(os.sched_getaffinity(0))),
-        # Python 3.14 would start them from a server instead, which imports torch anew and is sent the stores' pixels.
-        multiprocessing_context="fork" if num_workers else None,
-        collate_fn=_as_it_is,  # type: ignore[arg-type]
-        pin_memory=torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu",
-        worker_init_fn=_ignore_signals,
-    )
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
-
-
-def _ignore_signals(worker_id: int) -> None:
-    """torchrun signals the whole process group; a dying worker would end the trainer before it could save."""
-    del worker_id
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+) -> BatchLoader[Batch]:
+    # More than there are cores (old files say 8) only get in each other's way.
+    num_workers = min(num_workers, len(os.sched_getaffinity(0)))
+    pin_memory = torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu"
+    return BatchLoader(dataset, batches, num_workers=num_workers, pin_memory=pin_memory)
