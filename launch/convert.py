@@ -1,8 +1,7 @@
 """Takes the weights out of a whole pickled model: python launch/convert.py IN.pth OUT.pth."""
 
-import sys
-
 from reid.conversion import main
+from reid.launcher import leave
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -14,6 +14,7 @@ assembly builds, gathers and wires.
     commands.py                 what each command takes besides settings
     launcher.py                 from the command line to a running story
     sweeps.py                   searches for settings, by W&B
+    logs.py                     where lines go, and what happens where they cannot
     preemption.py               signals that ask a run to stop
     distributed.py              everything that knows there is more than one process
     wrapping.py                 precision and wrapping, by accelerate

@@ -26,6 +26,7 @@ from torch._utils import _rebuild_parameter, _rebuild_tensor, _rebuild_tensor_v2
 from reid.checkpoint_files import save_atomically
 from reid.errors import WorldError
 from reid.layouts import is_optimizer, likely_backbone
+from reid.logs import Console
 
 logger = logging.getLogger("reid.conversion")
 
@@ -184,7 +185,7 @@ def main() -> int:
     parser.add_argument("source", metavar="IN", type=Path, help="what torch.save has written, as NAME_model_N.pth")
     parser.add_argument("target", metavar="OUT", type=Path, help="the new file; keep the name to go on behind epoch N")
     arguments = parser.parse_args()
-    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
+    logging.basicConfig(handlers=[Console(sys.stdout)], level=logging.INFO, format="%(message)s")
     try:
         convert(arguments.source, arguments.target)
     except WorldError as error:

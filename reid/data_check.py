@@ -24,6 +24,7 @@ from reid.data.store import fault_of_image
 from reid.data.tables import COLUMNS, SPLITS
 from reid.data_settings import benchmark_options
 from reid.errors import USER_ERRORS, SettingsError
+from reid.logs import answer
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
@@ -139,4 +140,4 @@ def _unreadable_images(benchmark: Benchmark) -> list[str]:
 
 def _say(*lines: str) -> None:
     for line in lines:
-        sys.stdout.write(line.encode("utf-8", "backslashreplace").decode() + "\n")  # a name may be no valid text
+        answer(line.encode("utf-8", "backslashreplace").decode() + "\n")  # a name may be no valid text

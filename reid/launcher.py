@@ -8,11 +8,13 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from reid import logs
 from reid.combinations import check_training, fitting_nodes
 from reid.commands import COMMANDS, Words, read_words
 from reid.config import load_config
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 
 # Exit codes of a process; torchrun prints them, and itself ends with 1 whenever one is not 0.
 FAILED, BAD_INPUT, UNSAVED, PREEMPTED = 1, 2, 74, 85
-_UNSAID = 120  # what was said could not be written; as Python has it
 
 # Seconds that a process with nothing to say waits for the one that says it: torchrun ends all with the first that ends.
 _PATIENCE = 10.0
@@ -51,10 +52,11 @@ class _Story(NamedTuple):
 
 def main(story: str, description: str) -> int:
     """Runs the story, one of `commands.COMMANDS`, as the command line says; returns the exit code."""
-    _set_up_console()
+    logs.set_up_console()
     signals = Signals(under_launcher="TORCHELASTIC_RUN_ID" in os.environ)
     try:
-        return _answer(story, description, signals)
+        with _nothing_dropped(signals):
+            return _answer(story, description, signals)
     except (Preempted, KeyboardInterrupt):  # before there was anything to save
         logger.info("stopped by a signal")
         return PREEMPTED
@@ -71,17 +73,31 @@ def leave(code: int) -> NoReturn:
     """
     threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter does first; there is no public way
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            code = code or _UNSAID
+    logs.flush()
     os._exit(code)
+
+
+@contextmanager
+def _nothing_dropped(signals: Signals) -> Iterator[None]:
+    """For what signals' handlers raise while Python is in a fork's hooks or a destructor: it prints and drops that."""
+    earlier = sys.unraisablehook
+
+    def hear(dropped: sys.UnraisableHookArgs) -> None:
+        if isinstance(dropped.exc_value, Preempted):
+            signals.repeat()
+        else:
+            earlier(dropped)
+
+    sys.unraisablehook = hear
+    try:
+        yield
+    finally:
+        sys.unraisablehook = earlier
 
 
 def print_plan() -> int:
     """For job scripts: on how many nodes the training of the command line runs, and in which folder it will be."""
-    logging.getLogger("reid").addHandler(logging.StreamHandler(sys.stderr))
+    logging.getLogger("reid").addHandler(logs.Console(sys.stderr))
     try:
         words = read_words("plan", "Print the number of nodes that a training uses, and its OUTPUT_DIR.")
         cfg = load_config(words.config_file, words.overrides, subfolder=_trial())
@@ -93,7 +109,7 @@ def print_plan() -> int:
             "warning: the ranks of %d nodes cannot share SOLVER.IMS_PER_BATCH=%d evenly; it uses %d of them",
             *(words.own["nodes"], cfg.SOLVER.IMS_PER_BATCH, num_nodes),
         )
-    sys.stdout.write(f"{num_nodes}\n{cfg.OUTPUT_DIR}\n")
+    logs.answer(f"{num_nodes}\n{cfg.OUTPUT_DIR}\n")
     return 0
 
 
@@ -185,11 +201,6 @@ def explain_runtime_error(error: RuntimeError, rank: int, *, lost_another: bool)
     go_on = "the same command goes on from the last checkpoint"
     if lost_another:
         return WorldError(f"rank {rank} has lost another rank: {first_line}; see what that one said; {go_on}")
-    if first_line.startswith("DataLoader worker"):
-        return WorldError(
-            f"rank {rank} has lost a loader process: {first_line}; often the memory was full: lower "
-            f"DATALOADER.NUM_WORKERS; {go_on}"
-        )
     if type(error).__name__ == "OutOfMemoryError":
         return WorldError(
             f"rank {rank} has no GPU memory left: {first_line}; raise SOLVER.ACCUMULATE or the number of ranks, lower "
@@ -212,21 +223,6 @@ def explain_import_error(error: Exception) -> Exception:
         f"{pair} do not belong together ({error}); install a pair that does with: "
         "uv sync --reinstall-package torch --reinstall-package torchvision"
     )
-
-
-def _set_up_console() -> None:
-    """What happens goes to stdout, what went wrong to stderr."""
-    ours = logging.getLogger("reid")
-    ours.handlers.clear()
-    ours.setLevel(logging.INFO)
-    ours.propagate = False
-    happenings, errors = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
-    happenings.addFilter(lambda record: record.levelno < logging.ERROR)
-    errors.setLevel(logging.ERROR)
-    ours.addHandler(happenings)
-    ours.addHandler(errors)
-    # Ignite would tell every error too, twice on every rank.
-    logging.getLogger("ignite").addHandler(logging.NullHandler())
 
 
 def _report(error: Exception, *, speaks: bool) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,9 @@ MARKER = "PREEMPTED"
 # Seconds in which the same signal again is taken for the same request: a job's end often signals the whole step, and
 # torchrun then passes its own on.
 _ECHO = 1.0
+
+# Seconds in which Python leaves the place where it drops exceptions.
+_AGAIN = 0.1
 
 
 class Preempted(BaseException):
@@ -64,6 +68,15 @@ class Signals:
             yield
         finally:
             self._is_deferred = False
+
+    def repeat(self) -> None:
+        """The first one again in a moment, because Python has dropped what it raised."""
+        assert self._first is not None
+        number, _ = self._first
+        self._first = None
+        again = threading.Timer(_AGAIN, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         del frame

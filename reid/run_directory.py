@@ -25,6 +25,7 @@ import torch
 from reid import distributed
 from reid.config import dump
 from reid.errors import UnsavedError, WorldError
+from reid.logs import LogFile
 from reid.preemption import MARKER, write_marker
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class RunDirectory:
             raise WorldError(
                 f"OUTPUT_DIR={self.path} cannot be written to: {error}; choose another OUTPUT_DIR"
             ) from error
-        self._log = _Log(self.path / "log.txt", encoding="utf-8")
+        self._log = LogFile(self.path / "log.txt")
         self._log.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logging.getLogger("reid").addHandler(self._log)
 
@@ -228,13 +229,6 @@ def _disk_errors(file: Path) -> Iterator[None]:
 
 def _cannot_write(file: Path, error: OSError) -> str:
     return f"{file} cannot be written: {error.strerror or error}"
-
-
-class _Log(logging.FileHandler):
-    """log.txt, of which a full disk takes lines away and nothing else."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        pass
 
 
 def _device_name(device: torch.device) -> str:

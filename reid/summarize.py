@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from reid.logs import answer
+
 _METRICS = ("mAP", "mINP", "rank-1", "rank-5", "rank-10")
 INCOMPLETE = 1  # exit code: a run has no result
 
@@ -24,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for missing in (run for run in runs if results[run] is None):
         sys.stderr.write(f"warning: {missing}/result.json does not exist or is no result; the run is left out\n")
     if found:
-        sys.stdout.write(table(found) + "\n")
+        answer(table(found) + "\n")
     return 0 if len(found) == len(results) else INCOMPLETE
 
 

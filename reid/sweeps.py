@@ -16,6 +16,7 @@ from reid.commands import Parser, at_least_one
 from reid.config import SETTINGS
 from reid.environment_file import read_environment_file
 from reid.errors import USER_ERRORS, SettingsError, UnknownKeyError, WorldError
+from reid.logs import Console
 
 logger = logging.getLogger("reid.sweeps")
 
@@ -25,7 +26,7 @@ _ARGUMENTS = "${args_no_hyphens}"  # the trial's KEY=VALUE, as launch/train.py t
 
 def main() -> int:
     """Creates the sweep of a file, or goes on with one, and runs trials of it here; returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[Console(sys.stdout)])
     words = "--sweep-config FILE | --sweep-id ID [--count N]"
     parser = Parser(words, "Search for settings with a W&B sweep.")
     parser.add_argument("--sweep-config", metavar="FILE", help="of a new sweep, as configs/sweeps/softmax_triplet.yaml")
@@ -41,7 +42,7 @@ def main() -> int:
         _log_in()
         name = arguments.sweep_id or _create(sweep)
     except USER_ERRORS as error:
-        logging.basicConfig(force=True, level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        logging.basicConfig(force=True, level=logging.INFO, format="%(message)s", handlers=[Console(sys.stderr)])
         logger.error("error: %s", error)
         return 2 if isinstance(error, ValueError) else 1
     logger.info("W&B: sweep %s; the same on another machine: wandb agent %s", name, name)

@@ -74,6 +74,7 @@ LIGHT = {
     "checks.py",
     "config.py",
     "launcher.py",
+    "logs.py",
     "preemption.py",
     "combinations.py",
     "data/names.py",

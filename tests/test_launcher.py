@@ -1,14 +1,17 @@
 """What a user reads when something is wrong: one sentence on stderr, once for all ranks, and an exit code."""
 
+import os
 import shutil
+import signal
 import sys
+from functools import partial
 from importlib.metadata import version
 
 import pytest
 from program import EVALUATE, TRAIN, Ended, first_rank_is_slow, free_port, torchvision_is_of_another_torch
 
 from reid.errors import WorldError
-from reid.launcher import explain_import_error
+from reid.launcher import PREEMPTED, explain_import_error
 
 # ---- wrong settings ----
 
@@ -214,6 +217,50 @@ def test_a_process_with_a_collective_under_way_ends_well(place):
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ended = place.command(sys.executable, "-c", ANSWERED_LATE, environment=group)
     assert ended == Ended(0, "done\n" * 2, "")
+
+
+# ---- what Python drops ----
+
+
+class Raising:
+    """Its destructor is a place where Python prints what is raised, and drops it."""
+
+    def __init__(self, cause):
+        self._cause = cause
+
+    def __del__(self):
+        self._cause()
+        # A signal's handler runs, and raises, behind that.
+
+
+def raising_where_python_drops_it(cause):
+    from reid import run
+
+    original = run.build_stores
+
+    def build_stores(*arguments):
+        Raising(cause)
+        original(*arguments)
+
+    run.build_stores = build_stores
+
+
+def sigterm():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def a_fault():
+    raise RuntimeError("a fault of our own")
+
+
+def test_a_signal_is_obeyed_where_python_drops_what_its_handler_raises(place):
+    (ended,) = place.run("train", "OUTPUT_DIR", "heard", before=partial(raising_where_python_drops_it, sigterm))
+    assert (ended.code, ended.err) == (PREEMPTED, "")
+
+
+def test_another_error_that_python_drops_is_printed(place):
+    before = partial(raising_where_python_drops_it, a_fault)
+    assert "RuntimeError: a fault of our own" in place.train("OUTPUT_DIR", "other", before=before).err
 
 
 # ---- packages that do not fit ----

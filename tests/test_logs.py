@@ -1,0 +1,88 @@
+"""Lines that cannot be written: said once, and the work goes on."""
+
+import errno
+import io
+import logging
+import os
+import sys
+import threading
+
+import pytest
+from program import TRAIN
+
+from reid import logs
+from reid.logs import Console, LogFile
+
+ROOT = TRAIN.parent.parent
+TAKES_NOTHING = "stdout cannot be written to: No space left on device"
+WARNING = f"warning: {TAKES_NOTHING}; what is said there is lost, and the work goes on\n"
+ERROR = f"error: {TAKES_NOTHING}\n"
+
+
+class Stream(io.StringIO):
+    """A stream that raises in place of taking anything."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self._error = error
+
+    def write(self, text: str) -> int:
+        raise self._error
+
+
+@pytest.fixture
+def logger(monkeypatch):
+    monkeypatch.setattr(logs, "_warned", threading.Event())
+    found = logging.getLogger("reid.tests.logs")
+    found.propagate = False
+    yield found
+    found.handlers.clear()
+
+
+def test_a_console_that_takes_nothing_is_named_once(logger, capsys):
+    logger.addHandler(Console(Stream(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))))
+    logger.error("first")
+    logger.error("second")
+    assert capsys.readouterr().err == WARNING
+
+
+def test_where_nobody_reads_stderr_either_there_is_no_error(logger, monkeypatch):
+    closed = Stream(BrokenPipeError(errno.EPIPE, "Broken pipe"))
+    monkeypatch.setattr(sys, "stderr", closed)
+    logger.addHandler(Console(closed))
+    logger.error("a line")
+
+
+def test_a_full_disk_takes_lines_of_the_log_file_away_and_nothing_else(logger, tmp_path, monkeypatch, capsys):
+    file = LogFile(tmp_path / "log.txt")
+    logger.addHandler(file)
+    with monkeypatch.context() as full:
+        full.setattr(file, "stream", Stream(OSError(errno.ENOSPC, "full")))
+        logger.error("lost")
+    logger.error("taken: %s", "\udcff")  # part of a file's name that is no text
+    file.close()
+    assert (tmp_path / "log.txt").read_text() == "taken: \\udcff\n"
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "unbuffered", "outcome"),
+    [
+        ("train.py --config_file tiny.yml OUTPUT_DIR unheard SOLVER.MAX_EPOCHS 1", "", (0, WARNING)),
+        ("plan.py --nodes 1 --ranks_per_node 1 --config_file tiny.yml", "", (120, ERROR)),
+        ("plan.py --nodes 1 --ranks_per_node 1 --config_file tiny.yml", "1", (120, ERROR)),
+        ("data.py check synthetic --config_file tiny.yml", "", (120, ERROR)),
+        ("summarize.py finished", "", (120, ERROR)),
+    ],
+)
+def test_a_program_whose_stdout_takes_nothing_says_so_once(place, words, unbuffered, outcome):
+    (place.folder / "finished").mkdir(exist_ok=True)
+    (place.folder / "finished" / "result.json").write_text('{"mAP": 0.5}')
+    script, *arguments = words.split()
+    command = (sys.executable, ROOT / "launch" / script, *arguments)
+    ended = place.command(
+        "sh", "-c", 'exec "$@" > /dev/full', "", *command, environment={"PYTHONUNBUFFERED": unbuffered}
+    )
+    assert (ended.code, ended.err) == outcome
+    if script == "train.py":
+        assert (place.folder / "unheard" / "result.json").exists()
