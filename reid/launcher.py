@@ -198,9 +198,11 @@ def _prepare(story: str, words: Words, cfg: CfgNode) -> tuple[CfgNode, Callable[
 def explain_runtime_error(error: RuntimeError, rank: int, *, lost_another: bool) -> Exception:
     """A sentence for what the world does to a run; else the error itself."""
     first_line = (str(error).splitlines() or [""])[0]
-    go_on = "the same command goes on from the last checkpoint"
     if lost_another:
-        return WorldError(f"rank {rank} has lost another rank: {first_line}; see what that one said; {go_on}")
+        return WorldError(
+            f"rank {rank} has lost another rank: {first_line}; see what that one said; the same command goes on from "
+            "the last checkpoint"
+        )
     if type(error).__name__ == "OutOfMemoryError":
         return WorldError(
             f"rank {rank} has no GPU memory left: {first_line}; raise SOLVER.ACCUMULATE or the number of ranks, lower "
