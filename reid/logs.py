@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -58,13 +59,16 @@ def set_up_console() -> None:
 
 def answer(text: str) -> None:
     """Writes what a program was asked for to stdout; where that takes nothing, the program ends, with code 120."""
+    stdout = sys.stdout
     try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        if stdout is None:  # closed by whoever started it
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        stdout.write(text)
+        stdout.flush()
     except OSError as error:
         _say("error", error)
-        # Python would try again at its end, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if stdout is not None:  # Python would try again at its end, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
         raise SystemExit(_UNANSWERED) from error
 
 

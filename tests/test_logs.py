@@ -83,3 +83,13 @@ def test_a_program_whose_stdout_takes_nothing_says_so_once(place, words, unbuffe
     assert (ended.code, ended.err) == outcome
     if script == "train.py":
         assert (place.folder / "unheard" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    "words", ["plan.py --nodes 1 --ranks_per_node 1 --config_file tiny.yml", "data.py check synthetic"]
+)
+def test_a_closed_stdout_is_said_too(place, words):
+    script, *arguments = words.split()
+    command = (sys.executable, ROOT / "launch" / script, *arguments)
+    ended = place.command("sh", "-c", 'exec "$@" >&-', "", *command)
+    assert (ended.code, ended.err) == (120, "error: stdout cannot be written to: Bad file descriptor\n")
