@@ -1,13 +1,10 @@
-"""What torchrun runs for test_distributed.py: trains and evaluates in float64, and writes down the outcome.
-
-torchrun --standalone --nproc_per_node=N tests/distributed_checks.py FOLDER
-"""
+"""What each rank of test_distributed.py does: it trains and evaluates in float64, and writes down the outcome."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +30,6 @@ from reid.engine import Preparation, build_trainer
 from reid.errors import DataError, WorldError
 from reid.evaluation import Evaluator
 from reid.handlers import guards, schedule
-from reid.launcher import leave
 from reid.metrics import Labels
 from reid.model import build_model
 from reid.optim import build_optimizer
@@ -354,27 +350,31 @@ def state_moved(accelerator: Any) -> dict[str, Any]:
     }
 
 
-def main(folder: Path) -> None:
-    world = read_world(os.environ)
-    # torchrun's default of one thread each; a single process uses the same, so that only the number of ranks differs.
-    torch.set_num_threads(1)
-    with distributed.session(world, load_config(None, BASE)) as accelerator:
+def compare_recorded(folder: Path) -> int:
+    """Take the recorded steps of reid-strong-baseline."""
+    with _session() as accelerator:
+        _write(folder, {name: trajectory(accelerator, name) for name in TRAJECTORIES})
+    return 0
+
+
+def compare_ranks(folder: Path) -> int:
+    """Train and evaluate all that must not depend on the number of ranks."""
+    with _session() as accelerator:
+        num_ranks = distributed.num_ranks()
         outcome: dict[str, Any] = {"rows": gathered_rows(), "errors": distributed.gather_objects(shared_errors())}
         outcome["disagreement"] = disagreement()
-        if world.num_ranks <= 2:  # a ResNet-18 in float64 is much for small machines
-            outcome["trajectories"] = {name: trajectory(accelerator, name) for name in TRAJECTORIES}
         BACKBONES["resnet18"], BACKBONES["resnet34"] = TinyTrunk, TrunkWithoutBatchNorm
         BACKBONES["resnet50_ibn_a"] = TrunkWithIBN
         outcome["evaluation"] = {n: evaluated(accelerator, n) for n in EVALUATION_SIZES}
-        if world.num_ranks > 1:
+        if num_ranks > 1:
             outcome["sharded evaluation"] = {
                 n: sharded(accelerator, partial(evaluated, accelerator, n)) for n in EVALUATION_SIZES
             }
-        if world.num_ranks != 3:  # does not divide the batch
+        if num_ranks != 3:  # does not divide the batch
             equal, unequal = [4] * 20, [2 + 3 * i % 11 for i in range(20)]
             outcome["equal"] = {name: variant(accelerator, options, equal) for name, options in VARIANTS.items()}
             outcome["unequal"] = {name: variant(accelerator, options, unequal) for name, options in VARIANTS.items()}
-            if world.num_ranks > 1:
+            if num_ranks > 1:
                 outcome["state moved"] = state_moved(accelerator)
                 names = ("softmax_triplet_center", "clipped", "accumulated")
                 outcome["sharded"] = {
@@ -384,9 +384,17 @@ def main(folder: Path) -> None:
                 "without SyncBN": variant(accelerator, ["SOLVER.SYNC_BN=no"], unequal),
                 "without gather": without_gather(lambda: variant(accelerator, [], unequal)),
             }
-        torch.save(outcome, folder / f"ranks_{world.num_ranks}_rank_{world.rank}.pt")
+        _write(folder, outcome)
+    return 0
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    leave(0)
+@contextmanager
+def _session() -> Iterator[Any]:
+    # torchrun's default of one thread each; a single process uses the same, so that only the number of ranks differs.
+    torch.set_num_threads(1)
+    with distributed.session(read_world(os.environ), load_config(None, BASE)) as accelerator:
+        yield accelerator
+
+
+def _write(folder: Path, outcome: dict[str, Any]) -> None:
+    torch.save(outcome, folder / f"rank_{distributed.rank()}.pt")

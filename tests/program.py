@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
@@ -31,7 +32,7 @@ from reid.model import build_model
 
 REPOSITORY = Path(__file__).parent.parent
 TRAIN, EVALUATE = REPOSITORY / "launch" / "train.py", REPOSITORY / "launch" / "evaluate.py"
-TIMEOUT = 120  # seconds; nothing here takes a third of it
+TIMEOUT = 900  # seconds; ends a test that hangs, on the slowest machine
 
 # One batch holds 4 of 8 people; an epoch has 2 batches.
 TINY = """
@@ -92,10 +93,23 @@ class Place:
         folder: Path | None = None,
     ) -> Ranks:
         """Forked ranks with the tiny settings, or, `bare`, with the arguments alone; None unsets a variable."""
-        arguments = [] if bare else ["--config_file", "tiny.yml"]
+        arguments = [*([] if bare else ["--config_file", "tiny.yml"]), *map(str, settings)]
+        return self.fork(
+            partial(_command, story, arguments, before), num_ranks=num_ranks, environment=environment, folder=folder
+        )
+
+    def fork(
+        self,
+        work: Callable[[], int],
+        *,
+        num_ranks: int = 1,
+        environment: Mapping[str, str | None] | None = None,
+        folder: Path | None = None,
+    ) -> Ranks:
+        """Start forked ranks that do any work (a picklable function) and exit with the code that it returns."""
         changed = {**self.environment, **(environment or {})}
         wanted = {name: value for name, value in changed.items() if value is not None}
-        return Ranks(num_ranks, story, [*arguments, *map(str, settings)], folder or self.folder, wanted, before)
+        return Ranks(num_ranks, work, folder or self.folder, wanted)
 
     def run(self, story: str, *settings: object, **options: Any) -> list[Ended]:
         """All ranks to their end."""
@@ -142,11 +156,9 @@ class Ranks:
     def __init__(
         self,
         num_ranks: int,
-        story: str,
-        words: Sequence[str],
+        work: Callable[[], int],
         folder: Path,
         environment: Mapping[str, str],
-        before: Callable[[], object] | None,
     ) -> None:
         self._folder = folder / "said" / str(next(_NUMBERS))
         self._folder.mkdir(parents=True)
@@ -156,7 +168,7 @@ class Ranks:
         self.processes = [
             _FORKS.Process(
                 target=_rank_main,
-                args=(story, words, folder, {**environment, **group}, self._files(rank), before),
+                args=(work, folder, {**environment, **group}, self._files(rank)),
             )
             for rank, group in enumerate(_group_variables(num_ranks))
         ]
@@ -228,12 +240,10 @@ def free_port() -> int:
 
 
 def _rank_main(
-    story: Any,
-    words: Sequence[str],
+    work: Callable[[], int],
     folder: Path,
     environment: dict[str, str],
     files: tuple[Path, Path],
-    before: Callable[[], object] | None,
 ) -> None:
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY), number)
@@ -241,20 +251,33 @@ def _rank_main(
     os.environ.update(environment)
     os.chdir(folder)
     set_start_method("fork", force=True)  # as a user's process has it, not as these children of a server
-    sys.argv = [f"{story}.py", *words]
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    from reid.launcher import main
-
     code = 1
     try:
-        if before is not None:
-            before()
-        code = main(story, "A test.")
+        code = work()
     except SystemExit as end:
         code = int(end.code or 0)
     except BaseException:
         traceback.print_exc()
     sys.exit(code)
+
+
+def _command(story: str, words: Sequence[str], before: Callable[[], object] | None) -> int:
+    sys.argv = [f"{story}.py", *words]
+    from reid.launcher import main
+
+    if before is not None:
+        before()
+    return main(story, "A test.")
+
+
+def wait_for_file(pattern: str | Path) -> Path:
+    """The first file of this pattern, as soon as there is one."""
+    pattern, deadline = Path(pattern), time.monotonic() + TIMEOUT
+    while not (found := sorted(pattern.parent.glob(pattern.name))):
+        assert time.monotonic() < deadline, f"no {pattern}"
+        time.sleep(0.005)
+    return found[0]
 
 
 def first_rank_is_slow() -> None:

@@ -1,18 +1,24 @@
-"""N processes = 1 process, in float64 under torchrun; one launch a number of ranks, see distributed_checks.py."""
+"""N processes = 1 process, in float64; one launch a number of ranks, see distributed_checks.py."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from distributed_checks import EQUAL_VARIANTS, EVALUATION_SIZES, TRAJECTORIES, VARIANTS
+from distributed_checks import (
+    EQUAL_VARIANTS,
+    EVALUATION_SIZES,
+    TRAJECTORIES,
+    VARIANTS,
+    compare_ranks,
+    compare_recorded,
+)
 from program import same
 
 from reid import distributed
@@ -26,21 +32,23 @@ def ranks(*numbers: int) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """A function: number of ranks -> what each rank wrote down."""
+def launch(place, tmp_path_factory):
+    """A function: work, number of ranks -> what each rank wrote down; each launch is made once."""
 
     @cache
-    def run(num_ranks: int) -> list[dict[str, Any]]:
-        folder = tmp_path_factory.mktemp(f"ranks_{num_ranks}")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
-        done = subprocess.run(
-            [*command, str(HERE / "distributed_checks.py"), str(folder)], capture_output=True, text=True, timeout=500
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        files = [folder / f"ranks_{num_ranks}_rank_{rank}.pt" for rank in range(num_ranks)]
-        return [torch.load(file, weights_only=False) for file in files]
+    def run(work: Callable[[Path], int], num_ranks: int) -> list[dict[str, Any]]:
+        folder = tmp_path_factory.mktemp("ranks")
+        ended = place.fork(partial(work, folder), num_ranks=num_ranks).ended()
+        assert [rank.code for rank in ended] == [0] * num_ranks, ended
+        return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(num_ranks)]
 
     return run
+
+
+@pytest.fixture(scope="module")
+def outcomes(launch):
+    """A function: number of ranks -> the outcome of each rank."""
+    return partial(launch, compare_ranks)
 
 
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], floor: float = 1e-9) -> float:
@@ -57,11 +65,11 @@ def largest_difference_of_gradients(one: dict[str, torch.Tensor], other: dict[st
     return largest_difference(one, other, floor=1e-3 * max(float(gradient.abs().max()) for gradient in one.values()))
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("name", TRAJECTORIES)
-def test_ten_steps_are_those_recorded_of_reid_strong_baseline(outcomes, name, num_ranks):
+def test_ten_steps_are_those_recorded_of_reid_strong_baseline(launch, name, num_ranks):
     golden = np.load(HERE / "golden" / f"trajectory_{name}.npz")
-    outcome = outcomes(num_ranks)[0]["trajectories"][name]
+    outcome = launch(compare_recorded, num_ranks)[0][name]
     np.testing.assert_allclose(outcome["logged"]["lr"], golden["lr"], rtol=1e-12)
     np.testing.assert_allclose(outcome["logged"]["loss"], golden["loss"], rtol=1e-6)
     np.testing.assert_allclose(outcome["logged"]["acc"], golden["acc"], rtol=1e-12)

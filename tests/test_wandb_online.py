@@ -10,15 +10,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+import wandb_files
 import yaml
+from disturbances import at_step, hang, signal_self
 from PIL import Image
-from program import REPOSITORY, TRAIN, Ended, Place, Ranks, newest, records, same
+from program import REPOSITORY, TIMEOUT, TRAIN, Ended, Place, Ranks, newest, records, same, wait_for_file
 from wandb_server import ENTITY, Run, WandbServer
 
 from reid import weights
@@ -229,10 +232,9 @@ def test_the_key_is_written_nowhere(place, story):
 @pytest.mark.slow
 def test_a_preempted_run_goes_on_as_the_same_run(place, server):
     given = settings("preempted", 6)
-    ranks = place.start("train", *given, environment=server.environment, num_ranks=2)
-    ranks.wait_for("epoch 2/6 step 2/2")
-    ranks.signal(signal.SIGTERM)
-    assert [ended.code for ended in ranks.ended()] == [85, 85]
+    stop = partial(at_step, 4, partial(signal_self, signal.SIGTERM))
+    stopped = place.run("train", *given, environment=server.environment, num_ranks=2, before=stop)
+    assert [ended.code for ended in stopped] == [85, 85], stopped
     # Not necessarily the last thing that was said: W&B's process tells of it and of the end as it gets to it.
     assert any(end.get("preempting") for end in the_run(server).ends)
     ended = place.train(*given, environment=server.environment)
@@ -256,12 +258,20 @@ def test_a_run_that_wandb_stops_is_saved_and_not_called_preempted(place, server)
     assert newest(place.folder / "stopped")["iteration"] == steps(the_run(server))[-1]
 
 
+def wait_for_rows(folder: Path, number: int) -> None:
+    """Until the training rows of the only part are on the disk, where W&B's process writes them every moment."""
+    piece, deadline = wait_for_file(folder / "wandb" / "run-*"), time.monotonic() + TIMEOUT
+    wait_for_file(piece / "run-*.wandb")
+    while sum("train/loss" in row for row in wandb_files.rows(piece)) < number:
+        assert time.monotonic() < deadline, f"{number} rows are not in {piece}"
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_rows_survive_when_rank_0_is_killed_and_arrive_with_the_next_start(place, server):
     given = settings("killed", 6)
-    ranks = place.start("train", *given, environment=server.environment)
-    ranks.wait_for("epoch 3/6 step 1/2")
-    time.sleep(0.5)  # what comes later than 0.1 s before may be lost
+    ranks = place.start("train", *given, environment=server.environment, before=partial(at_step, 6, hang))
+    wait_for_rows(place.folder / "killed", 5)
     ranks.kill()
     place.train(*given, environment=server.environment)
     assert sorted(set(steps(the_run(server)))) == list(range(1, 13))
@@ -272,10 +282,8 @@ def test_rows_survive_when_rank_0_is_killed_and_arrive_with_the_next_start(place
 def test_what_was_recorded_without_a_server_is_sent_before_the_run_goes_on(place, server):
     given = settings("later", 5, "WANDB.INIT_TIMEOUT", 1, "WANDB.LOG_CHECKPOINTS", "best")
     server.stop()
-    ranks = place.start("train", *given, environment=server.environment)
-    ranks.wait_for("epoch 2/5 step 2/2")
-    ranks.signal(signal.SIGTERM)
-    (ended,) = ranks.ended()
+    stop = partial(at_step, 4, partial(signal_self, signal.SIGTERM))
+    (ended,) = place.run("train", *given, environment=server.environment, before=stop)
     assert (ended.code, len(said(ended))) == (85, 2)
     assert "(offline, as W&B did not answer (" in said(ended)[0]
     server.again()
@@ -288,11 +296,8 @@ def test_what_was_recorded_without_a_server_is_sent_before_the_run_goes_on(place
 @pytest.mark.slow
 def test_three_offline_pieces_become_one_run_with_every_checkpoint(place, server):
     given = settings("pieces", 6, "WANDB.LOG_CHECKPOINTS", "best+last")
-    for epoch in (2, 4):
-        ranks = place.start("train", *given)
-        ranks.wait_for(f"epoch {epoch}/6 step 1/2")
-        ranks.signal(signal.SIGTERM)
-        (ended,) = ranks.ended()
+    for _ in range(2):
+        (ended,) = place.run("train", *given, before=partial(at_step, 4, partial(signal_self, signal.SIGTERM)))
         assert ended.code == 85, ended
     ended = place.train(*given)
     assert len(re.findall("offline-run-", said(ended)[-1])) == 3
@@ -352,13 +357,17 @@ def check_all_arrived(place: Place, server: WandbServer, folder: str, num_steps:
 @pytest.mark.parametrize("how", AWAY)
 def test_a_server_that_goes_away_in_the_middle_costs_neither_training_nor_a_row(place, server, how):
     given = settings(f"away {how}", 4, "WANDB.FINISH_TIMEOUT", 12)
-    ranks = place.start("train", *given, environment=server.environment, num_ranks=2 if how == "gone" else 1)
+    go_on = place.folder / f"go on {how}"
+    ranks = place.start(
+        *("train", *given),
+        environment=server.environment,
+        num_ranks=2 if how == "gone" else 1,
+        before=partial(at_step, 3, partial(wait_for_file, go_on)),
+    )
     ranks.wait_for("epoch 1/4 step 2/2")
     AWAY[how](server)
-    ranks.wait_for("epoch 4: mAP")
-    start = time.monotonic()
+    go_on.touch()
     ended, *_ = ranks.ended()
-    assert time.monotonic() - start < 12 + 20
     assert (ended.code, ended.err) == (0, ""), ended
     assert "W&B: not all could be sent; send it with: wandb sync --include-online " in ended.out
     assert len(said(ended)) == 2
@@ -413,14 +422,21 @@ def test_real_processes_end_without_a_server_as_well(place, server):
     assert sorted(set(steps(the_run(server)))) == list(range(1, 61))
 
 
+def paused_then_stopped() -> None:
+    """To be done before the program starts: the third step waits for a file, the fourth one ends by a signal."""
+    at_step(3, partial(wait_for_file, "go on"))
+    at_step(4, partial(signal_self, signal.SIGTERM))
+
+
 @pytest.mark.slow
 def test_what_a_server_that_went_away_has_missed_is_sent_by_the_next_start(place, server):
     given = settings("came back", 4)
-    ranks = place.start("train", *given, "WANDB.FINISH_TIMEOUT", 6, environment=server.environment)
+    ranks = place.start(
+        *("train", *given, "WANDB.FINISH_TIMEOUT", 6), environment=server.environment, before=paused_then_stopped
+    )
     ranks.wait_for("epoch 1/4 step 2/2")
     server.stop()
-    ranks.wait_for("epoch 2/4 step 2/2")
-    ranks.signal(signal.SIGTERM)
+    (place.folder / "go on").touch()
     (ended,) = ranks.ended()
     assert (ended.code, cores(ranks)) == (85, []), ended
     server.again()
@@ -434,13 +450,14 @@ def test_what_a_server_that_went_away_has_missed_is_sent_by_the_next_start(place
 
 @pytest.mark.slow
 def test_wandbs_own_process_ends_with_a_killed_rank_0_also_without_a_server(place, server):
-    ranks = place.start("train", *settings("orphan", 50), environment=server.environment)
-    ranks.wait_for("epoch 1/50 step 2/2")
+    given = settings("orphan", 4)
+    ranks = place.start("train", *given, environment=server.environment, before=partial(at_step, 6, hang))
+    ranks.wait_for("epoch 1/4 step 2/2")
     server.stop()
-    ranks.wait_for("epoch 3/50 step 2/2")
+    ranks.wait_for("epoch 3/4 step 1/2")
     assert len(cores(ranks)) == 1
     ranks.kill()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + TIMEOUT
     while cores(ranks) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert cores(ranks) == []
@@ -468,9 +485,16 @@ def test_on_failure_raise_ends_at_once_at_the_start(place, server):
 @pytest.mark.slow
 def test_on_failure_raise_ends_later_with_all_saved(place, server):
     given = settings("raise late", 2, "WANDB.FINISH_TIMEOUT", 6, "WANDB.ON_FAILURE", "raise")
-    ranks = place.start("train", *given, environment=server.environment, num_ranks=2)
+    go_on = place.folder / "go on to raise"
+    ranks = place.start(
+        *("train", *given),
+        environment=server.environment,
+        num_ranks=2,
+        before=partial(at_step, 2, partial(wait_for_file, go_on)),
+    )
     ranks.wait_for("epoch 1/2 step 1/2")
     server.stop()
+    go_on.touch()
     first, second = ranks.ended()
     assert first.code == 1, first
     assert re.fullmatch("error: W&B lacks a part of this run: .*; the training itself is complete.*\n", first.err)
