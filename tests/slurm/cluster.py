@@ -195,6 +195,18 @@ class Cluster:
 
         _wait_until(ready, 300, "nodes are not ready")
 
+    def wait_until_gone(self, name: str, number: int) -> None:
+        """Until nothing of a job is left on this node; one that still knows a job by its number refuses it again."""
+        pattern = rf"slurmstepd: \[{number}\."
+        _wait_until(lambda: not self.machines.pids(name, pattern), 300, f"job {number} is still on {name}")
+
+    def resume_drained_nodes(self) -> None:
+        """A node whose slurmd did not know what the controller knew of it is drained, and stays so."""
+        for line in self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T").stdout.splitlines():
+            name, state = line.split()
+            if "drain" in state:
+                self.run("scontrol", "update", f"NodeName={name}", "State=RESUME")
+
     def __exit__(self, *_: object) -> None:
         cgroup = self._cgroup("") if self._tracking == "cgroup" and HUB in self.machines.init else None
         self.machines.__exit__()

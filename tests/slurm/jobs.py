@@ -71,6 +71,7 @@ class Jobs:
         if self._numbers:
             self.slurm.run("scancel", "--signal=KILL", "--full", *self._numbers, check=False)
             self.slurm.run("scancel", *self._numbers, check=False)
+        self.slurm.resume_drained_nodes()
         self.slurm.wait_for_nodes()
 
 

@@ -43,6 +43,8 @@ else # launch/sweep.py: an agent that has a run at hand when it is first started
   touch "$out/ready.0.0"; while :; do sleep 0.1; done
 fi
 """
+pytestmark = pytest.mark.slow
+
 SMALL = ("--gres=none", "--cpus-per-task=1", "--mem=100M")
 
 
@@ -232,7 +234,6 @@ def play(jobs, repository):
     return lambda name, *words, **options: Play(jobs, repository, name, *words, **options)
 
 
-@pytest.mark.slow
 def test_preemption_without_a_warning_requeues_too_even_before_the_training_listens(slurm, jobs, play):
     """As where the site has not set preempt_send_user_signal: SIGTERM to the step alone."""
     with slurm.configured_without("SlurmctldParameters=preempt_send_user_signal"):
@@ -245,7 +246,6 @@ def test_preemption_without_a_warning_requeues_too_even_before_the_training_list
     assert "to be started again, from the beginning" in first.job.said()
 
 
-@pytest.mark.slow
 def test_the_time_limit_requeues(play):
     """Slurm may warn up to a minute earlier than asked to, so at once here; the job must be under way by then."""
     limited = play("limited", "wait,save", "done", options=("--time=2", "--signal=B:USR1@50"))
@@ -253,7 +253,6 @@ def test_the_time_limit_requeues(play):
     assert "SIGUSR1: asks the ranks to save" in limited.job.said()
 
 
-@pytest.mark.slow
 def test_a_start_that_was_cut_off_does_not_requeue_the_one_after_it(slurm, jobs, play):
     """Its step fails, behind a new checkpoint, when its node comes back: of the start that runs elsewhere."""
     job = play("cut_off", "until,fail", "wait,save", "done")
@@ -263,7 +262,7 @@ def test_a_start_that_was_cut_off_does_not_requeue_the_one_after_it(slurm, jobs,
     job.wait_until_ready(start=1)
     (job.folder / "fail").touch()
     slurm.machines.plug(node)
-    time.sleep(5)
+    slurm.wait_until_gone(node, job.job.number)
     assert job.job.state()["Restarts"] == "1"
     job.signal_batch()
     assert job.job.ended() == ("COMPLETED", 0, 2), job.job.said()

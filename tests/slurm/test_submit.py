@@ -8,6 +8,8 @@ import pytest
 from jobs import Jobs
 from program import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 # In torchrun's place: notes its arguments, and where it was started.
 TORCHRUN = r"""#!/usr/bin/env bash
 {

@@ -9,6 +9,8 @@ from jobs import EXACT, assert_same_but_for_rounding
 from machines import HUB
 from wandb_server import WandbServer
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("--array=1", "--gres=none", "--cpus-per-task=2", "--mem=1G")
 
 
@@ -27,8 +29,6 @@ def test_without_a_key_the_agent_says_so_in_a_sentence(jobs):
     assert said == "error: W&B has no sweep for those without a key; set WANDB_API_KEY, or run: wandb login"
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_a_trial_is_saved_by_the_warning_and_goes_on_when_the_sweep_hands_it_out_again(
     jobs, place, slow_repository, alone, server
 ):

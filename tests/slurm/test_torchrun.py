@@ -10,7 +10,7 @@ import pytest
 from jobs import EXACT, PATIENCE, TRAINING, assert_same_but_for_rounding
 from program import records
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.slow
 
 # As in the README; a machine that is gone is missed for 15 seconds, and 5 more are waited for others to come.
 TORCHRUN = (
@@ -73,9 +73,7 @@ def test_the_training_goes_on_with_whoever_is_left(two_machines, place, slow_rep
     training.wait_until_under_way(2, num_ranks=2)
 
     two_machines.unplug("n2")  # nobody is told: the ranks wait for each other until SOLVER.TIMEOUT_MINUTES
-    start = time.monotonic()
     training.wait_until_under_way(3, num_ranks=1)
-    assert time.monotonic() - start > 0.4 * 60
     assert "error: rank 1 did not answer within SOLVER.TIMEOUT_MINUTES=0.4 minutes" in training.said()
 
     # A torchrun that is cut off gives up after a minute; one that gives up when it is back tells all others to end.
