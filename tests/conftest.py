@@ -1,4 +1,4 @@
-"""Properties are tried on the same examples each time, without a deadline: torch's first call outlasts the default."""
+"""How the tests run: the examples of properties, the order of files, what may be run again, and shared fixtures."""
 
 import os
 
@@ -13,8 +13,24 @@ import pytest
 from hypothesis import settings
 from program import Place
 
-settings.register_profile("reid", deadline=None, derandomize=True)
-settings.load_profile("reid")
+# The same examples each time, without a deadline, as torch's first call outlasts the usual one. The slow run loads
+# `thorough`.
+settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
+settings.register_profile("thorough", deadline=None, derandomize=True, max_examples=100)
+settings.load_profile("default")
+
+# Workers take file after file, so the long ones come first.
+LONG_FILES = ("test_continuity", "test_wandb_online", "test_train_sbatch", "test_distributed", "test_run", "test_go_on")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders the files; refuses a test that would be run again without a reason."""
+    for item in items:
+        marker = item.get_closest_marker("flaky")
+        if marker is not None and not marker.kwargs.get("reason"):
+            raise pytest.UsageError(f'{item.nodeid}: use @pytest.mark.flaky(reason="...", reruns=1)')
+    order = {name: number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(scope="session")
