@@ -7,6 +7,7 @@ import difflib
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,9 @@ from reid.errors import SettingsError
 
 # Takes a value as the user wrote it and returns the canonical one, or raises Refused.
 Check = Callable[[Any], Any]
+
+_NULL = "tag:yaml.org,2002:null"
+_file_error = partial(SettingsError, key="--config_file")
 
 
 class Refused(Exception):
@@ -44,19 +48,19 @@ def read_file(file: str, sections: Collection[str]) -> Iterator[Given]:
     try:
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
-        if root is None or root.tag == "tag:yaml.org,2002:null":
+        if root is None or root.tag == _NULL:
             return
         if not isinstance(root, yaml.MappingNode):
             got = shown(loader.construct_object(root, deep=True))
-            raise SettingsError(f"{file} must hold KEY: VALUE lines, got {got}; write for example SEED: 0")
+            raise _file_error(f"{file} must hold KEY: VALUE lines, got {got}; write for example SEED: 0")
         yield from _settings_in(root, "", _Reader(file, loader, sections, {}))
     except yaml.reader.ReaderError as error:
         got = f"character {error.character:#x} in line {text.count(chr(10), 0, error.position) + 1}"
-        raise SettingsError(f"{file} must be plain text, got {got}; remove it") from error
+        raise _file_error(f"{file} must be plain text, got {got}; remove it") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise SettingsError(f"{file} must be valid YAML, got: {error.problem}{place}; correct that line") from error
+        raise _file_error(f"{file} must be valid YAML, got: {error.problem}{place}; correct that line") from error
 
 
 def read_overrides(items: Iterable[str], known: Collection[str]) -> Iterator[Given]:
@@ -70,7 +74,7 @@ def read_overrides(items: Iterable[str], known: Collection[str]) -> Iterator[Giv
             if following is None or str(following).partition("=")[0] in known:
                 got = "the end" if following is None else f"the key {following}"
                 raise SettingsError(
-                    f"{key} must be followed by its value on the command line, got {got}; use {key}=VALUE"
+                    f"{key} must be followed by its value on the command line, got {got}; use {key}=VALUE", key=key
                 )
             value = following
         yield Given(key, value, "on the command line")
@@ -80,11 +84,11 @@ def _text_of(file: str) -> str:
     try:
         return Path(file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise SettingsError(f"{file} must be UTF-8 text, got the byte {byte:#x}; save it as UTF-8") from error
+        got = f"the byte {error.object[error.start]:#x}"
+        raise _file_error(f"{file} must be UTF-8 text, got {got}; save it as UTF-8") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
-        raise SettingsError(f"{file} must be a file that can be read, got: {reason}; correct --config_file") from error
+        raise _file_error(f"{file} must be a file that can be read, got: {reason}; correct --config_file") from error
 
 
 class _Reader(NamedTuple):
@@ -100,16 +104,15 @@ def _settings_in(mapping: yaml.MappingNode, prefix: str, reader: _Reader) -> Ite
         where = f"in {reader.file}, line {line}"
         if key_node.tag != "tag:yaml.org,2002:str":
             name = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
-            raise SettingsError(f"a key must be text, got {name} {where}; write a key of the configuration")
+            raise _file_error(f"a key must be text, got {name} {where}; write a key of the configuration")
         key = prefix + key_node.value
         if key in reader.lines:
-            raise SettingsError(f"{key} must be given once, got it {where} and line {reader.lines[key]}; remove one")
+            got = f"it {where} and line {reader.lines[key]}"
+            raise SettingsError(f"{key} must be given once, got {got}; remove one", key=key)
         reader.lines[key] = line
-        if key not in reader.sections:
-            yield Given(key, _value_of(node, key, where, reader.loader), where)
-        elif isinstance(node, yaml.MappingNode):
+        if key in reader.sections and isinstance(node, yaml.MappingNode):
             yield from _settings_in(node, f"{key}.", reader)
-        elif node.tag != "tag:yaml.org,2002:null":  # a section whose keys are all commented out
+        elif key not in reader.sections or node.tag != _NULL:  # else a section whose keys are all commented out
             yield Given(key, _value_of(node, key, where, reader.loader), where)
 
 
@@ -117,7 +120,8 @@ def _value_of(node: yaml.Node, key: str, where: str, loader: yaml.SafeLoader) ->
     try:
         return loader.construct_object(node, deep=True)
     except (ValueError, OverflowError) as error:  # a date with month 13, a number of 5,000 digits
-        raise SettingsError(f"{key} must have a value that YAML can read, got {error} {where}; quote it") from error
+        message = f"{key} must have a value that YAML can read, got {error} {where}; quote it"
+        raise SettingsError(message, key=key) from error
 
 
 # ---- converting ----
@@ -187,11 +191,7 @@ def integer(minimum: int, maximum: int | None = None) -> Check:
 
 
 def real(
-    *,
-    minimum: float = -math.inf,
-    above: float = -math.inf,
-    maximum: float = math.inf,
-    below: float = math.inf,
+    *, minimum: float = -math.inf, above: float = -math.inf, maximum: float = math.inf, below: float = math.inf
 ) -> Check:
     """A finite number; `above` is a minimum and `below` a maximum that is itself left out."""
     bounds = (

@@ -57,13 +57,15 @@ def _check_losses(cfg: CfgNode) -> None:
     if use_center_loss(cfg) and metric_loss == "triplet":
         raise SettingsError(
             "MODEL.METRIC_LOSS_TYPE must be center or triplet_center when MODEL.IF_WITH_CENTER is yes, got triplet; "
-            "use triplet_center, or MODEL.IF_WITH_CENTER no"
+            "use triplet_center, or MODEL.IF_WITH_CENTER no",
+            key="MODEL.METRIC_LOSS_TYPE",
         )
     # SAMPLER softmax has no metric loss without a center loss, so there the type does not matter, as published.
     if not use_center_loss(cfg) and use_triplet_loss(cfg) and metric_loss != "triplet":
         raise SettingsError(
             f"MODEL.METRIC_LOSS_TYPE must be triplet when MODEL.IF_WITH_CENTER is no, got {metric_loss}; "
-            "use triplet, or MODEL.IF_WITH_CENTER yes"
+            "use triplet, or MODEL.IF_WITH_CENTER yes",
+            key="MODEL.METRIC_LOSS_TYPE",
         )
 
 
@@ -73,18 +75,21 @@ def _check_batch(cfg: CfgNode) -> None:
     batch, k = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE
     if use_triplet_loss(cfg) and k < 2:
         raise SettingsError(
-            f"DATALOADER.NUM_INSTANCE must be at least 2 when there is a triplet loss, got {k}; use 4, as published"
+            f"DATALOADER.NUM_INSTANCE must be at least 2 when there is a triplet loss, got {k}; use 4, as published",
+            key="DATALOADER.NUM_INSTANCE",
         )
     least = 2 * k if use_triplet_loss(cfg) else k
     if batch % k:
         raise SettingsError(
             f"SOLVER.IMS_PER_BATCH must be a multiple of DATALOADER.NUM_INSTANCE={k}, got {batch}; "
-            f"use {multiples_around(batch, k, least)}"
+            f"use {multiples_around(batch, k, least)}",
+            key="SOLVER.IMS_PER_BATCH",
         )
     if batch < least:
         raise SettingsError(
             f"SOLVER.IMS_PER_BATCH must hold at least 2 identities of DATALOADER.NUM_INSTANCE={k} images when there is "
-            f"a triplet loss, got {batch}; use {least} or more"
+            f"a triplet loss, got {batch}; use {least} or more",
+            key="SOLVER.IMS_PER_BATCH",
         )
 
 
@@ -92,22 +97,26 @@ def _check_values(cfg: CfgNode) -> None:
     if min(cfg.INPUT.SIZE_TRAIN) < cfg.INPUT.PADDING:
         raise SettingsError(
             f"INPUT.PADDING must not exceed the smaller side of INPUT.SIZE_TRAIN={tuple(cfg.INPUT.SIZE_TRAIN)}, got "
-            f"{cfg.INPUT.PADDING}: crops would be black; use 10, as published"
+            f"{cfg.INPUT.PADDING}: crops would be black; use 10, as published",
+            key="INPUT.PADDING",
         )
     if cfg.SOLVER.PRECISION == "fp16" and cfg.MODEL.DEVICE == "cpu":
         raise SettingsError(
             "SOLVER.PRECISION must be fp32, fp64 or bf16 when MODEL.DEVICE is cpu, got fp16; "
-            "use fp32, or MODEL.DEVICE cuda"
+            "use fp32, or MODEL.DEVICE cuda",
+            key="SOLVER.PRECISION",
         )
     if cfg.SOLVER.FUSED == "yes" and cfg.SOLVER.OPTIMIZER_NAME not in FUSED:
         raise SettingsError(
             f"SOLVER.FUSED must be auto or no when SOLVER.OPTIMIZER_NAME is {cfg.SOLVER.OPTIMIZER_NAME}, for which "
-            f"torch has no fused step on every device, got yes; use auto, or one of {', '.join(FUSED)}"
+            f"torch has no fused step on every device, got yes; use auto, or one of {', '.join(FUSED)}",
+            key="SOLVER.FUSED",
         )
     if cfg.WANDB.ENABLE and cfg.WANDB.SYNC_TENSORBOARD and not cfg.LOG.TENSORBOARD:
         raise SettingsError(
             "WANDB.SYNC_TENSORBOARD must be no where there are no TensorBoard files to copy, got yes with "
-            "LOG.TENSORBOARD no; use WANDB.SYNC_TENSORBOARD no, or LOG.TENSORBOARD yes"
+            "LOG.TENSORBOARD no; use WANDB.SYNC_TENSORBOARD no, or LOG.TENSORBOARD yes",
+            key="WANDB.SYNC_TENSORBOARD",
         )
 
 
@@ -140,12 +149,14 @@ def _check_pretraining(cfg: CfgNode) -> None:
     if choice in ("self", "finetune") and not path:
         raise SettingsError(
             f"MODEL.PRETRAIN_PATH must name a checkpoint when MODEL.PRETRAIN_CHOICE is {choice}, got ''; "
-            "set it, or use MODEL.PRETRAIN_CHOICE imagenet"
+            "set it, or use MODEL.PRETRAIN_CHOICE imagenet",
+            key="MODEL.PRETRAIN_PATH",
         )
     if choice == "none" and path:
         raise SettingsError(
             f"MODEL.PRETRAIN_PATH must be '' when MODEL.PRETRAIN_CHOICE is none, got {path!r}; "
-            "use MODEL.PRETRAIN_CHOICE imagenet, self or finetune to start from the file"
+            "use MODEL.PRETRAIN_CHOICE imagenet, self or finetune to start from the file",
+            key="MODEL.PRETRAIN_PATH",
         )
 
 
@@ -157,11 +168,15 @@ def _check_ranks(cfg: CfgNode, num_ranks: int) -> None:
     """
     batch, k = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE
     if batch < 2:
-        raise SettingsError(f"SOLVER.IMS_PER_BATCH must be at least 2, as BatchNorm needs, got {batch}; use 64")
+        raise SettingsError(
+            f"SOLVER.IMS_PER_BATCH must be at least 2, as BatchNorm needs, got {batch}; use 64",
+            key="SOLVER.IMS_PER_BATCH",
+        )
     if not cfg.SOLVER.SYNC_BN and batch < 2 * num_ranks:
         raise SettingsError(
             f"SOLVER.IMS_PER_BATCH must hold at least 2 images for each of {num_ranks} ranks when SOLVER.SYNC_BN is "
-            f"no, as BatchNorm needs, got {batch}; use {2 * num_ranks} or more, or SOLVER.SYNC_BN yes"
+            f"no, as BatchNorm needs, got {batch}; use {2 * num_ranks} or more, or SOLVER.SYNC_BN yes",
+            key="SOLVER.IMS_PER_BATCH",
         )
     _check_micro_batches(cfg, num_ranks)
     if cfg.DATALOADER.SAMPLER == "softmax":
@@ -173,7 +188,8 @@ def _check_ranks(cfg: CfgNode, num_ranks: int) -> None:
         batches = multiples_around(batch, each * num_ranks, each * num_ranks)
         raise SettingsError(
             f"SOLVER.IMS_PER_BATCH={batch}{size} must be a multiple of the number of ranks, got {shares} on "
-            f"{num_ranks} ranks; use SOLVER.IMS_PER_BATCH {batches}, or one of {fitting} ranks"
+            f"{num_ranks} ranks; use SOLVER.IMS_PER_BATCH {batches}, or one of {fitting} ranks",
+            key="SOLVER.IMS_PER_BATCH",
         )
 
 
@@ -184,11 +200,13 @@ def _check_micro_batches(cfg: CfgNode, num_ranks: int) -> None:
     if batch % (num_ranks * num_micro):
         raise SettingsError(
             f"SOLVER.IMS_PER_BATCH must be a multiple of the number of ranks ({num_ranks}) times SOLVER.ACCUMULATE="
-            f"{num_micro}, got {batch}; use {multiples_around(batch, num_ranks * num_micro, num_ranks * num_micro)}"
+            f"{num_micro}, got {batch}; use {multiples_around(batch, num_ranks * num_micro, num_ranks * num_micro)}",
+            key="SOLVER.IMS_PER_BATCH",
         )
     normalised_over = batch // num_micro // (1 if cfg.SOLVER.SYNC_BN else num_ranks)
     if normalised_over < 2:
         raise SettingsError(
             f"SOLVER.ACCUMULATE must leave at least 2 images for BatchNorm to normalise over, got {num_micro} with "
-            f"SOLVER.IMS_PER_BATCH={batch} on {num_ranks} ranks; lower SOLVER.ACCUMULATE"
+            f"SOLVER.IMS_PER_BATCH={batch} on {num_ranks} ranks; lower SOLVER.ACCUMULATE",
+            key="SOLVER.ACCUMULATE",
         )

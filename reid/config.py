@@ -292,18 +292,20 @@ def _checked(given: Given) -> Any:
     if key in _SECTIONS:
         first = next(known for known in SETTINGS if known.startswith(f"{key}."))
         raise SettingsError(
-            f"{key} is a section and takes no value itself, got {shown(value)} {where}; set one of its keys, as {first}"
+            f"{key} is a section and takes no value itself, got {shown(value)} {where}; "
+            f"set one of its keys, as {first}",
+            key=key,
         )
     if key not in SETTINGS:
         meant = " or ".join(nearest(key, [*SETTINGS, *_SECTIONS]))
         remedy = f"did you mean {meant}?" if meant else "the keys are in reid/config.py"
-        raise UnknownKeyError(f"every setting must be one of the known keys, got {key} {where}; {remedy}")
+        raise UnknownKeyError(f"every setting must be one of the known keys, got {key} {where}; {remedy}", key=key)
     default, check = SETTINGS[key]
     try:
         return check(value)
     except Refused as refused:
         remedy = refused.remedy or f"use for example {example(default)}"
-        raise SettingsError(f"{key} must be {refused.wanted}, got {shown(value)} {where}; {remedy}") from None
+        raise SettingsError(f"{key} must be {refused.wanted}, got {shown(value)} {where}; {remedy}", key=key) from None
 
 
 def _settle_backbone(values: dict[str, Any], places: dict[str, str]) -> None:

@@ -23,7 +23,7 @@ from reid.data.splits import Benchmark, is_folder, shown
 from reid.data.store import fault_of_image
 from reid.data.tables import COLUMNS, SPLITS
 from reid.data_settings import benchmark_options
-from reid.errors import USER_ERRORS, SettingsError
+from reid.errors import ReidError, SettingsError
 from reid.logs import answer
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _check(name: str, cfg: CfgNode, *, is_asked_for: bool, open_images: bool) ->
         return True
     try:
         benchmark = read_benchmark(name, root_dir, options, PARTS)
-    except USER_ERRORS as error:
+    except ReidError as error:
         _say(f"  wrong: {error}")
         _describe_parts(name, root_dir, options)
         _say("")
@@ -108,7 +108,7 @@ def _describe_parts(name: str, root_dir: Path, options: BenchmarkOptions) -> Non
     for part in PARTS:
         try:
             benchmark = read_benchmark(name, root_dir, options, [part])
-        except USER_ERRORS:
+        except ReidError:
             continue
         _say(f"  but what {part} needs is in {benchmark.root}:", *_rows(benchmark, options))
 

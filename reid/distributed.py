@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from reid.errors import USER_ERRORS, WorldError, shared
+from reid.errors import ReidError, WorldError, shared
 from reid.preemption import Preempted
 from reid.world import World
 from reid.wrapping import build_accelerator
@@ -52,8 +52,8 @@ def session(world: World, cfg: CfgNode) -> Iterator[Accelerator]:
         accelerator = together(lambda: build_accelerator(cfg, on_gpu=on_gpu, num_ranks=world.num_ranks))
         _check_same_world("accelerate", accelerator.num_processes, accelerator.process_index, world)
         yield accelerator
-    except (*USER_ERRORS, Preempted) as error:
-        if world.num_ranks > 1 and getattr(error, "is_shared", False):
+    except (ReidError, Preempted) as error:
+        if world.num_ranks > 1 and error.is_shared:
             # torchrun ends all processes with the first that ends, and rank 0 may still be closing its W&B run.
             idist.barrier()
         raise
@@ -136,12 +136,12 @@ def together(work: Callable[[], T]) -> T:
     result, own_error = None, None
     try:
         result = work()
-    except USER_ERRORS as raised:
+    except ReidError as raised:
         own_error = raised
     for failed_rank, error in enumerate(gather_objects(own_error)):
         if error is not None:
             words = str(error) if failed_rank == 0 else f"{error} (on rank {failed_rank})"
-            raise shared(type(error)(words)) from own_error
+            raise shared(type(error)(words, key=error.key)) from own_error
     return cast("T", result)
 
 

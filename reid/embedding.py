@@ -28,7 +28,7 @@ from reid.data.samplers import EvaluationBatches
 from reid.data.splits import IMAGE_SUFFIXES
 from reid.data.store import decode, reason_of
 from reid.engine import Embedded, Preparation, build_embedder
-from reid.errors import DataError, shared
+from reid.errors import DataError, NonFiniteError, shared
 from reid.evaluation import Distance
 from reid.gallery import EmbeddingFile, Facts, write_gallery, write_unreadable, writing_embeddings
 from reid.handlers.watchdog import Watchdog
@@ -162,7 +162,7 @@ class ImageEmbedder:
         """The embeddings of N images; each rank decodes and embeds its share of their batches.
 
         Raises:
-            FloatingPointError: one is not finite.
+            NonFiniteError: one is not finite.
         """
         batches = EvaluationBatches(
             len(paths), batch_size=self.batch_size, rank=distributed.rank(), num_ranks=distributed.num_ranks()
@@ -182,7 +182,7 @@ class ImageEmbedder:
             return Rows(prepare_embeddings(embedding, self._distance), unreadable)
         except ValueError as error:
             raise shared(
-                FloatingPointError(f"the model's {error}; its weights or BatchNorm statistics are broken")
+                NonFiniteError(f"the model's {error}; its weights or BatchNorm statistics are broken")
             ) from error
 
     def _decoded(self, paths: Sequence[Path], batches: EvaluationBatches, pool: ThreadPoolExecutor) -> Iterator[Batch]:

@@ -1,13 +1,30 @@
-"""Errors written for the user: one sentence that says what must hold, what it got, and the remedy."""
+"""Errors written for the user: one sentence that says what must hold, what it got, and the fix."""
 
 from __future__ import annotations
 
-from typing import TypeVar
-
-E = TypeVar("E", bound=BaseException)
+from typing import Protocol, TypeVar
 
 
-class SettingsError(ValueError):
+class ReidError(Exception):
+    """Base class of the errors that the command line prints as one sentence; any other keeps its traceback.
+
+    Args:
+        message: What must hold, what it got, and the fix, in one line.
+        key: Full key of the setting that the message is about, such as "SOLVER.BASE_LR"; for what is no setting, the
+            option ("--output") or environment variable ("WORLD_SIZE"); None where the user has set nothing wrong.
+
+    Attributes:
+        is_shared: Whether every rank raises this error, so that only rank 0 reports it.
+    """
+
+    is_shared: bool = False
+
+    def __init__(self, message: str, *, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+class SettingsError(ReidError, ValueError):
     """A setting is wrong; the message names it by its full key."""
 
 
@@ -18,11 +35,11 @@ class UnknownKeyError(SettingsError, KeyError):
         return str(self.args[0])
 
 
-class DataError(ValueError):
+class DataError(ReidError, ValueError):
     """The data set on disk is not what it must be; the message names the path."""
 
 
-class WorldError(RuntimeError):
+class WorldError(ReidError, RuntimeError):
     """The world around the run does not fit: a missing rank, a checkpoint of another model, a full disk."""
 
 
@@ -34,11 +51,18 @@ class UnsavedError(WorldError):
     """Training is over, but not all of its outcome could be written."""
 
 
-# What the command line prints as one sentence; anything else is our own fault and keeps its traceback.
-USER_ERRORS = (SettingsError, DataError, WorldError, FloatingPointError)
+class NonFiniteError(ReidError, FloatingPointError):
+    """A loss, a weight or an embedding is no longer a finite number."""
+
+
+class _Shareable(Protocol):
+    is_shared: bool
+
+
+E = TypeVar("E", bound=_Shareable)
 
 
 def shared(error: E) -> E:
-    """The error, marked as one that every rank raises, so that only rank 0 tells it."""
-    error.is_shared = True  # type: ignore[attr-defined]
+    """Return the error, marked as one that every rank raises, so that only rank 0 reports it."""
+    error.is_shared = True
     return error

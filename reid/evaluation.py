@@ -15,7 +15,7 @@ from reid import distributed
 from reid.data.loaders import TestData, build_test_data
 from reid.data.sets import DataSets
 from reid.engine import Embedded, Preparation, build_embedder
-from reid.errors import DataError, shared
+from reid.errors import DataError, NonFiniteError, shared
 from reid.metrics import (
     Distances,
     Labels,
@@ -89,7 +89,7 @@ class Evaluator:
 
         Raises:
             DataError: no query has a match.
-            FloatingPointError: an embedding is not finite.
+            NonFiniteError: an embedding is not finite.
             Preempted: stopped on some rank, and hence on all.
         """
         distributed.broadcast_buffers(self._model)
@@ -110,7 +110,7 @@ class Evaluator:
             embedding = prepare_embeddings(embedding, self._distance)
         except ValueError as error:
             raise shared(
-                FloatingPointError(f"the model's {error}; its weights or BatchNorm statistics are broken")
+                NonFiniteError(f"the model's {error}; its weights or BatchNorm statistics are broken")
             ) from error
         queries, gallery = embedding[:num_queries], embedding[num_queries:]
         if self._re_ranking is None:

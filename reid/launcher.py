@@ -19,7 +19,7 @@ from reid.combinations import check_training, fitting_nodes
 from reid.commands import COMMANDS, Words, read_words
 from reid.config import load_config
 from reid.environment_file import read_environment_file
-from reid.errors import USER_ERRORS, SettingsError, UnsavedError, WorldError
+from reid.errors import ReidError, SettingsError, UnsavedError, WorldError
 from reid.preemption import MARKER, Preempted, Signals, write_marker
 from reid.world import World, read_world, speaks_for_node
 
@@ -102,7 +102,7 @@ def print_plan() -> int:
         words = read_words("plan", "Print the number of nodes that a training uses, and its OUTPUT_DIR.")
         cfg = load_config(words.config_file, words.overrides, subfolder=_trial())
         num_nodes = fitting_nodes(cfg, words.own["nodes"], words.own["ranks_per_node"])
-    except USER_ERRORS as error:
+    except ReidError as error:
         return _report(error, speaks=True)
     if num_nodes < words.own["nodes"]:
         logger.warning(
@@ -125,7 +125,7 @@ def _answer(story: str, description: str, signals: Signals) -> int:
             check_training(cfg, world.num_ranks)
         _check_alone(story, world)
         cfg, run = _prepare(story, words, cfg)
-    except USER_ERRORS as error:  # the same on all processes of a node, so the first one speaks
+    except ReidError as error:  # the same on all processes of a node, so the first one speaks
         signals.release()
         return _report(error, speaks=speaks_for_node(os.environ))
     try:
@@ -134,9 +134,9 @@ def _answer(story: str, description: str, signals: Signals) -> int:
         if story == "train" and not (Path(cfg.OUTPUT_DIR) / MARKER).exists():
             write_marker(Path(cfg.OUTPUT_DIR), "stopped before there was anything to save")
         return PREEMPTED
-    except USER_ERRORS as error:
+    except ReidError as error:
         signals.release()
-        return _report(error, speaks=world.rank == 0 or not getattr(error, "is_shared", False))
+        return _report(error, speaks=world.rank == 0 or not error.is_shared)
     return 0
 
 

@@ -25,6 +25,8 @@ _AGAIN = 0.1
 class Preempted(BaseException):
     """The run was asked to stop, and all that there is to save is saved. No Exception: no library may swallow it."""
 
+    is_shared: bool = False  # as that of ReidError
+
 
 class Signals:
     """SIGTERM, SIGINT, SIGUSR1 and SIGHUP of this process.

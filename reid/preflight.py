@@ -23,7 +23,7 @@ from reid import distributed, run
 from reid.checkpoint_files import checkpoints_in
 from reid.combinations import check_training
 from reid.data.sets import DataSets
-from reid.errors import USER_ERRORS, WorldError, shared
+from reid.errors import ReidError, WorldError, shared
 from reid.link_speed import Link, measure
 from reid.preemption import Signals
 from reid.start import check_start
@@ -58,8 +58,8 @@ class Report:
         """What the work gives; what would end a training is a problem here, and gives None. Called by all ranks."""
         try:
             return work()
-        except USER_ERRORS as error:
-            if distributed.num_ranks() > 1 and not getattr(error, "is_shared", False):
+        except ReidError as error:
+            if distributed.num_ranks() > 1 and not error.is_shared:
                 raise  # other ranks would wait
             self.problems.append(str(error))
             return None

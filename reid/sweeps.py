@@ -15,7 +15,7 @@ from reid.checks import Refused, nearest, shown
 from reid.commands import Parser, at_least_one
 from reid.config import SETTINGS
 from reid.environment_file import read_environment_file
-from reid.errors import USER_ERRORS, SettingsError, UnknownKeyError, WorldError
+from reid.errors import ReidError, SettingsError, UnknownKeyError, WorldError
 from reid.logs import Console
 
 logger = logging.getLogger("reid.sweeps")
@@ -41,7 +41,7 @@ def main() -> int:
         sweep = read_sweep(Path(arguments.sweep_config)) if arguments.sweep_config else {}
         _log_in()
         name = arguments.sweep_id or _create(sweep)
-    except USER_ERRORS as error:
+    except ReidError as error:
         logging.basicConfig(force=True, level=logging.INFO, format="%(message)s", handlers=[Console(sys.stderr)])
         logger.error("error: %s", error)
         return 2 if isinstance(error, ValueError) else 1

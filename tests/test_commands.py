@@ -38,20 +38,20 @@ def test_training_has_settings_only():
 @pytest.mark.parametrize(
     ("story", "words", "told"),
     [
-        ("embed", [], "got: no FOLDER"),
-        ("embed", ["TEST.WEIGHT", "w.pt"], "got: no FOLDER"),
-        ("search", ["--gallery", "g"], "got: no IMAGE"),
-        ("search", ["TEST.WEIGHT=x", "--gallery", "g"], "got: no IMAGE"),
+        ("embed", [], "no FOLDER"),
+        ("embed", ["TEST.WEIGHT", "w.pt"], "no FOLDER"),
+        ("search", ["--gallery", "g"], "no IMAGE"),
+        ("search", ["TEST.WEIGHT=x", "--gallery", "g"], "no IMAGE"),
         ("search", ["a.jpg"], "required: --gallery"),
-        ("search", ["a.jpg", "--gallery", "g", "--top", "0"], "'0' is no whole number >= 1"),
-        ("search", ["a.jpg", "--gallery", "g", "--output", "a.gif"], "'a.gif' does not end in one of .jpg"),
-        ("search", ["a.jpg", "--gallery", "g", "--config_file", "a.yml"], "unrecognized arguments: --config_file"),
-        ("export", ["--to", "onnx,tensorrt"], "'onnx,tensorrt' is no list of onnx,torch,safetensors"),
-        ("export", ["--to", ","], "',' is no list of"),
-        ("export", ["--check", "some"], "argument --check: invalid choice: 'some'"),
-        ("train", ["--output", "x"], "unrecognized arguments: --output"),
+        ("search", ["a.jpg", "--gallery", "g", "--top", "0"], "--top: '0'"),
+        ("search", ["a.jpg", "--gallery", "g", "--output", "a.gif"], "--output: 'a.gif'"),
+        ("search", ["a.jpg", "--gallery", "g", "--config_file", "a.yml"], "arguments: --config_file"),
+        ("export", ["--to", "onnx,tensorrt"], "--to: 'onnx,tensorrt'"),
+        ("export", ["--to", ","], "--to: ','"),
+        ("export", ["--check", "some"], "--check: .*'some'"),
+        ("train", ["--output", "x"], "arguments: --output"),
     ],
 )
 def test_another_form_is_answered_by_the_right_one(story, words, told):
-    with pytest.raises(SettingsError, match=f"the command line must be .*{told}.*; correct it"):
+    with pytest.raises(SettingsError, match=told):
         read_words(story, "", words)

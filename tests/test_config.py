@@ -14,6 +14,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refused
 
 from reid import config
 from reid.combinations import (
@@ -112,15 +113,12 @@ def write(tmp_path):
     return write_file
 
 
-def refusal(config_file, overrides, error=SettingsError):
-    """The message, which must be one sentence on one line: what must hold, what it got; the remedy."""
-    with pytest.raises(error) as caught:
-        load_config(config_file, overrides)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert "; " in message
-    assert not message.endswith(".")
-    return message
+def assert_refused(config_file, overrides, key, *keywords, kind=SettingsError):
+    """The error is one sentence on one line, about this key, and names it and all of the keywords."""
+    with refused(kind, key, key, *keywords):
+        with pytest.raises(kind, match=r"\A[^\n]*[^.\n]\Z") as caught:
+            load_config(config_file, overrides)
+        raise caught.value
 
 
 # ---- the tree ----
@@ -335,7 +333,7 @@ def test_a_value_may_look_like_a_key_where_an_equals_sign_says_so():
 
 def test_a_value_may_start_with_a_minus():
     assert load_config(None, ["INPUT.PIXEL_MEAN", "-1,-.5,0"]).INPUT.PIXEL_MEAN == (-1.0, -0.5, 0.0)
-    assert "got '-0.1'" in refusal(None, ["SOLVER.BASE_LR", "-0.1"])
+    assert_refused(None, ["SOLVER.BASE_LR", "-0.1"], "SOLVER.BASE_LR", "'-0.1'")
 
 
 @pytest.mark.parametrize(
@@ -363,160 +361,149 @@ def test_output_dir_is_named_after_the_file(write):
 @pytest.mark.parametrize(
     ("key", "word", "parts"),
     [
-        ("SEED", "-1", ["from 0 to 4294967295", "use for example 0"]),
+        ("SEED", "-1", ["from 0 to 4294967295", "example 0"]),
         ("SEED", "4294967296", ["from 0 to 4294967295"]),
-        ("MODEL.DEVICE", "cuda:0", ["auto, cuda, cpu", "did you mean cuda?"]),
-        ("MODEL.NAME", "resnet51", ["resnet18, resnet34, resnet50, resnet101, resnet152", "did you mean resnet50?"]),
-        ("MODEL.NAME", "vit", ["one of resnet18", "use for example resnet50"]),
-        ("MODEL.LAST_STRIDE", "3", ["from 1 to 2", "use for example 1"]),
-        ("MODEL.NECK", "BNNeck", ["bnneck, no", "did you mean bnneck?"]),
-        ("MODEL.PRETRAIN_CHOICE", "None", ["imagenet, self, finetune, none", "did you mean none?"]),
-        ("MODEL.IF_LABELSMOOTH", "maybe", ["yes or no", "use for example yes"]),
-        ("MODEL.IF_WITH_CENTER", "1", ["yes or no", "use for example no"]),
-        ("INPUT.SIZE_TRAIN", "256", ["height and width", "use for example [256,128]"]),
-        ("INPUT.SIZE_TRAIN", "256,128,3", ["height and width"]),
+        ("MODEL.DEVICE", "cuda:0", ["auto, cuda, cpu", "cuda?"]),
+        ("MODEL.NAME", "resnet51", ["resnet18, resnet34, resnet50, resnet101, resnet152", "resnet50?"]),
+        ("MODEL.NAME", "vit", ["resnet18", "example resnet50"]),
+        ("MODEL.LAST_STRIDE", "3", ["from 1 to 2", "example 1"]),
+        ("MODEL.NECK", "BNNeck", ["bnneck, no", "bnneck?"]),
+        ("MODEL.PRETRAIN_CHOICE", "None", ["imagenet, self, finetune, none", "none?"]),
+        ("MODEL.IF_LABELSMOOTH", "maybe", ["yes or no", "example yes"]),
+        ("MODEL.IF_WITH_CENTER", "1", ["yes or no", "example no"]),
+        ("INPUT.SIZE_TRAIN", "256", ["width", "example [256,128]"]),
+        ("INPUT.SIZE_TRAIN", "256,128,3", ["width"]),
         ("INPUT.SIZE_TRAIN", "256,4", [">= 8"]),
         ("INPUT.SIZE_TEST", "256,128.0", ["whole numbers"]),
-        ("INPUT.PROB", "1.5", ["a number from 0 to 1", "use for example 0.5"]),
-        ("INPUT.RE_PROB", "-0.5", ["a number from 0 to 1"]),
+        ("INPUT.PROB", "1.5", ["from 0 to 1", "example 0.5"]),
+        ("INPUT.RE_PROB", "-0.5", ["from 0 to 1"]),
         ("INPUT.PIXEL_MEAN", "0.5", ["three numbers"]),
         ("INPUT.PIXEL_MEAN", "a,b,c", ["three numbers", "[0.485,0.456,0.406]"]),
-        ("INPUT.PIXEL_STD", "1,1,0", ["three numbers > 0"]),
-        ("INPUT.PADDING", "-1", ["a whole number >= 0", "use for example 10"]),
-        ("TEST.DATASETS", "market1502", ["a list of market1501, dukemtmc,", "did you mean market1501?"]),
-        ("DATASETS.NAMES", "market1502", ["a list of market1501, dukemtmc,", "did you mean market1501?"]),
-        ("DATASETS.NAMES", "DukeMTMC-reID", ["did you mean dukemtmc?"]),
-        ("DATASETS.NAMES", "dukemtmcreid", ["did you mean dukemtmc?"]),
-        ("DATASETS.NAMES", "Market-1501", ["did you mean market1501?"]),
-        ("DATASETS.NAMES", "VeRi-776", ["did you mean veri?"]),
-        ("DATASETS.NAMES", "occ_duke", ["did you mean occluded_duke?"]),
-        ("DATASETS.NAMES", "CUHK03-NP", ["did you mean cuhk03?"]),
-        ("DATASETS.NAMES", "(market1501,msmt)", ["got '(market1501,msmt)'", "'msmt': did you mean msmt17?"]),
-        ("DATASETS.NAMES", "veri,msmt17,veri", ["a list without repetition", "use [veri,msmt17]"]),
-        ("DATASETS.NAMES", "people.xlsx", ["paths of .csv or .parquet tables"]),
-        ("DATASETS.NAMES", "", ["a list of", "use for example [market1501]"]),
-        ("DATASETS.VEHICLEID.TEST", "1000", ["one of 800, 1600, 2400, 3200, 6000, 13164"]),
-        ("DATASETS.VEHICLEID.TEST", "800.0", ["one of 800", "use 800"]),
-        ("DATASETS.CUHK03.SPLIT", "20", ["a whole number from 0 to 19"]),
-        ("DATASETS.MSMT17.TRAIN", "val", ["one of train, train+val"]),
-        ("DATASETS.SYNTHETIC.NUM_CAMERAS", "1", ["a whole number >= 2", "use for example 4"]),
-        ("DATALOADER.NUM_WORKERS", "2.5", ["a whole number >= 0"]),
+        ("INPUT.PIXEL_STD", "1,1,0", ["numbers > 0"]),
+        ("INPUT.PADDING", "-1", [">= 0", "example 10"]),
+        ("TEST.DATASETS", "market1502", ["market1501, dukemtmc,", "market1501?"]),
+        ("DATASETS.NAMES", "market1502", ["market1501, dukemtmc,", "market1501?"]),
+        ("DATASETS.NAMES", "DukeMTMC-reID", ["dukemtmc?"]),
+        ("DATASETS.NAMES", "dukemtmcreid", ["dukemtmc?"]),
+        ("DATASETS.NAMES", "Market-1501", ["market1501?"]),
+        ("DATASETS.NAMES", "VeRi-776", ["veri?"]),
+        ("DATASETS.NAMES", "occ_duke", ["occluded_duke?"]),
+        ("DATASETS.NAMES", "CUHK03-NP", ["cuhk03?"]),
+        ("DATASETS.NAMES", "(market1501,msmt)", ["'(market1501,msmt)'", "'msmt'", "msmt17?"]),
+        ("DATASETS.NAMES", "veri,msmt17,veri", ["repetition", "use [veri,msmt17]"]),
+        ("DATASETS.NAMES", "people.xlsx", [".parquet"]),
+        ("DATASETS.NAMES", "", ["a list", "example [market1501]"]),
+        ("DATASETS.VEHICLEID.TEST", "1000", ["800, 1600, 2400, 3200, 6000, 13164"]),
+        ("DATASETS.VEHICLEID.TEST", "800.0", ["use 800"]),
+        ("DATASETS.CUHK03.SPLIT", "20", ["from 0 to 19"]),
+        ("DATASETS.MSMT17.TRAIN", "val", ["train, train+val"]),
+        ("DATASETS.SYNTHETIC.NUM_CAMERAS", "1", [">= 2", "example 4"]),
+        ("DATALOADER.NUM_WORKERS", "2.5", [">= 0"]),
         (
             "DATALOADER.SAMPLER",
             "softmax-triplet",
-            ["softmax, triplet, softmax_triplet", "did you mean softmax_triplet?"],
+            ["softmax, triplet, softmax_triplet", "softmax_triplet?"],
         ),
-        ("DATALOADER.NUM_INSTANCE", "0", ["a whole number >= 1", "use for example 4"]),
-        ("SOLVER.OPTIMIZER_NAME", "adam", ["Adam, AdamW, SGD", "did you mean Adam?"]),
-        ("SOLVER.MAX_EPOCHS", "0", ["a whole number >= 1", "use for example 120"]),
-        ("SOLVER.BASE_LR", "0", ["a number > 0", "use for example 0.00035"]),
-        ("SOLVER.BASE_LR", "fast", ["a number > 0"]),
-        ("SOLVER.BASE_LR", "nan", ["a number > 0"]),
-        ("SOLVER.BASE_LR", "inf", ["a number > 0"]),
-        ("SOLVER.BASE_LR", "1e999", ["a number > 0"]),
-        ("SOLVER.BASE_LR", "1" + 400 * "0", ["a number > 0"]),
-        ("SOLVER.BASE_LR", "True", ["a number > 0"]),
-        ("SOLVER.BASE_LR", "None", ["a number > 0"]),
-        ("SOLVER.BASE_LR", "1+2j", ["a number > 0"]),
-        ("SOLVER.BASE_LR", "", ["a number > 0"]),
-        ("SOLVER.MOMENTUM", "1.1", ["from 0 to 1", "use for example 0.9"]),
-        ("SOLVER.MARGIN", "-0.3", ["a number >= 0 or None", "use for example 0.3"]),
-        ("SOLVER.CENTER_LR", "0", ["a number > 0"]),
-        ("SOLVER.CENTER_LOSS_WEIGHT", "0", ["a number > 0", "use for example 0.0005"]),
-        ("SOLVER.WEIGHT_DECAY", "-1", ["a number >= 0"]),
-        ("SOLVER.WEIGHT_DECAY_BIAS", "-1", ["a number >= 0"]),
-        ("SOLVER.GAMMA", "0", ["a number > 0"]),
-        ("SOLVER.STEPS", "70,40", ["increasing whole numbers >= 0", "use [40,70]"]),
-        ("SOLVER.STEPS", "40,40", ["increasing whole numbers >= 0", "use [40]"]),
-        ("SOLVER.STEPS", "40,x", ["increasing whole numbers >= 0", "use for example [40,70]"]),
-        ("SOLVER.STEPS", "-1,2", ["increasing whole numbers >= 0"]),
-        ("SOLVER.STEPS", "None", ["increasing whole numbers >= 0"]),
-        ("SOLVER.STEPS", "40.0", ["increasing whole numbers >= 0", "use 40"]),
+        ("DATALOADER.NUM_INSTANCE", "0", [">= 1", "example 4"]),
+        ("SOLVER.OPTIMIZER_NAME", "adam", ["Adam, AdamW, SGD", "Adam?"]),
+        ("SOLVER.MAX_EPOCHS", "0", [">= 1", "example 120"]),
+        ("SOLVER.BASE_LR", "0", ["> 0", "example 0.00035"]),
+        ("SOLVER.BASE_LR", "fast", ["> 0"]),
+        ("SOLVER.BASE_LR", "nan", ["> 0"]),
+        ("SOLVER.BASE_LR", "inf", ["> 0"]),
+        ("SOLVER.BASE_LR", "1e999", ["> 0"]),
+        ("SOLVER.BASE_LR", "1" + 400 * "0", ["> 0"]),
+        ("SOLVER.BASE_LR", "True", ["> 0"]),
+        ("SOLVER.BASE_LR", "None", ["> 0"]),
+        ("SOLVER.BASE_LR", "1+2j", ["> 0"]),
+        ("SOLVER.BASE_LR", "", ["> 0"]),
+        ("SOLVER.MOMENTUM", "1.1", ["from 0 to 1", "example 0.9"]),
+        ("SOLVER.MARGIN", "-0.3", [">= 0 or None", "example 0.3"]),
+        ("SOLVER.CENTER_LR", "0", ["> 0"]),
+        ("SOLVER.CENTER_LOSS_WEIGHT", "0", ["> 0", "example 0.0005"]),
+        ("SOLVER.WEIGHT_DECAY", "-1", [">= 0"]),
+        ("SOLVER.WEIGHT_DECAY_BIAS", "-1", [">= 0"]),
+        ("SOLVER.GAMMA", "0", ["> 0"]),
+        ("SOLVER.STEPS", "70,40", ["increasing", "use [40,70]"]),
+        ("SOLVER.STEPS", "40,40", ["increasing", "use [40]"]),
+        ("SOLVER.STEPS", "40,x", ["increasing", "example [40,70]"]),
+        ("SOLVER.STEPS", "-1,2", ["increasing"]),
+        ("SOLVER.STEPS", "None", ["increasing"]),
+        ("SOLVER.STEPS", "40.0", ["increasing", "use 40"]),
         ("SOLVER.WARMUP_FACTOR", "2", ["from 0 to 1"]),
-        ("SOLVER.WARMUP_ITERS", "-1", ["a whole number >= 0"]),
+        ("SOLVER.WARMUP_ITERS", "-1", [">= 0"]),
         ("SOLVER.WARMUP_METHOD", "cosine", ["linear, constant"]),
-        ("SOLVER.LOG_PERIOD", "0", ["a whole number >= 1", "use for example 20"]),
-        ("SOLVER.EVAL_PERIOD", "0", ["a whole number >= 1"]),
-        ("SOLVER.CHECKPOINT_PERIOD", "0", ["a whole number >= 1"]),
-        ("SOLVER.IMS_PER_BATCH", "64.0", ["a whole number >= 1", "use 64"]),
-        ("SOLVER.IMS_PER_BATCH", "-64.0", ["a whole number >= 1", "use for example 64"]),
-        ("SOLVER.IMS_PER_BATCH", "True", ["a whole number >= 1"]),
-        ("SOLVER.IMS_PER_BATCH", "9" * 6000, ["a whole number >= 1"]),
+        ("SOLVER.LOG_PERIOD", "0", [">= 1", "example 20"]),
+        ("SOLVER.EVAL_PERIOD", "0", [">= 1"]),
+        ("SOLVER.CHECKPOINT_PERIOD", "0", [">= 1"]),
+        ("SOLVER.IMS_PER_BATCH", "64.0", [">= 1", "use 64"]),
+        ("SOLVER.IMS_PER_BATCH", "-64.0", [">= 1", "example 64"]),
+        ("SOLVER.IMS_PER_BATCH", "True", [">= 1"]),
+        ("SOLVER.IMS_PER_BATCH", "9" * 6000, [">= 1"]),
         ("SOLVER.PRECISION", "float32", ["fp32, fp64, bf16, fp16"]),
-        ("SOLVER.TIMEOUT_MINUTES", "1e300", ["a number from 0.01 to 10080", "use for example 30.0"]),
-        ("TEST.IMS_PER_BATCH", "0", ["a whole number >= 1", "use for example 128"]),
+        ("SOLVER.TIMEOUT_MINUTES", "1e300", ["from 0.01 to 10080", "example 30.0"]),
+        ("TEST.IMS_PER_BATCH", "0", [">= 1", "example 128"]),
         ("TEST.NECK_FEAT", "bn", ["after, before"]),
-        ("TEST.FPR", "[0.1,1]", ["numbers between 0 and 1, as [0.0001,0.001,0.01]", "got '[0.1,1]'"]),
-        ("TEST.FPR", "0", ["numbers between 0 and 1", "got '0'"]),
-        ("TEST.FPR", "[nan]", ["numbers between 0 and 1"]),
-        ("TEST.SINGLE_GALLERY_SHOT", "maybe", ["one of auto, yes, no", "use for example auto"]),
+        ("TEST.FPR", "[0.1,1]", ["[0.0001,0.001,0.01]", "'[0.1,1]'"]),
+        ("TEST.FPR", "0", ["between 0 and 1", "'0'"]),
+        ("TEST.FPR", "[nan]", ["between 0 and 1"]),
+        ("TEST.SINGLE_GALLERY_SHOT", "maybe", ["auto, yes, no", "example auto"]),
         ("OUTPUT_DIR", "None", ["text", "use ''"]),
-        ("WANDB.PROJECT", "my/project", ["without any of /\\#?%:", "use for example reid-strong-baseline"]),
+        ("WANDB.PROJECT", "my/project", ["/\\#?%:", "example reid-strong-baseline"]),
         ("WANDB.PROJECT", "p" * 129, ["to 128 characters"]),
         ("WANDB.TAGS", "['']", ["1 to 64 characters"]),
-        ("WANDB.TAGS", "t" * 65, ["1 to 64 characters", "use for example []"]),
-        ("WANDB.TAGS", "[1, 2]", ["a list of texts"]),
-        ("WANDB.MODE", "onlin", ["one of '', online, offline, disabled", "did you mean online?"]),
-        ("WANDB.INIT_TIMEOUT", "0", ["a number from 0.1 to 3600", "use for example 20.0"]),
+        ("WANDB.TAGS", "t" * 65, ["1 to 64 characters", "example []"]),
+        ("WANDB.TAGS", "[1, 2]", ["texts"]),
+        ("WANDB.MODE", "onlin", ["'', online, offline, disabled", "online?"]),
+        ("WANDB.INIT_TIMEOUT", "0", ["from 0.1 to 3600", "example 20.0"]),
     ],
 )
 def test_a_wrong_value_on_the_command_line(key, word, parts):
-    message = refusal(None, [key, word])
     got = repr(word) if len(repr(word)) <= 80 else repr(word)[:77] + "..."
-    assert message.startswith(f"{key} must be ")
-    assert f", got {got} on the command line; " in message
-    for part in parts:
-        assert part in message
-    assert refusal(None, [f"{key}={word}"]) == message
+    for overrides in ([key, word], [f"{key}={word}"]):
+        assert_refused(None, overrides, key, got, "command line", *parts)
 
 
 @pytest.mark.parametrize(
     ("key", "yaml_value", "parts"),
     [
-        ("MODEL.NAME", "null", ["one of resnet18", "got None"]),
-        ("MODEL.NAME", "[resnet50]", ["one of resnet18", "got ['resnet50']"]),
-        ("MODEL.NAME", "no", ["one of resnet18", "got False"]),
+        ("MODEL.NAME", "null", ["resnet18", "got None"]),
+        ("MODEL.NAME", "[resnet50]", ["resnet18", "got ['resnet50']"]),
+        ("MODEL.NAME", "no", ["resnet18", "got False"]),
         ("MODEL.IF_LABELSMOOTH", "null", ["yes or no", "got None"]),
         ("MODEL.IF_LABELSMOOTH", "1", ["yes or no", "got 1"]),
         ("MODEL.IF_LABELSMOOTH", "[yes]", ["yes or no", "got [True]"]),
-        ("SOLVER.IMS_PER_BATCH", "true", ["a whole number >= 1", "got True"]),
-        ("SOLVER.IMS_PER_BATCH", "64.0", ["a whole number >= 1", "got 64.0", "use 64"]),
-        ("SOLVER.IMS_PER_BATCH", "{a: 1}", ["a whole number >= 1", "got {'a': 1}"]),
-        ("SOLVER.IMS_PER_BATCH", "null", ["got None", "use for example 64"]),
-        ("SOLVER.BASE_LR", "yes", ["a number > 0", "got True"]),
-        ("SOLVER.BASE_LR", ".nan", ["a number > 0", "got nan"]),
-        ("SOLVER.BASE_LR", ".inf", ["a number > 0", "got inf"]),
-        ("SOLVER.BASE_LR", "[0.1]", ["a number > 0", "got [0.1]"]),
-        ("SOLVER.MARGIN", "[]", ["a number >= 0 or None", "got []"]),
-        ("SOLVER.STEPS", "{40: 70}", ["increasing whole numbers", "got {40: 70}"]),
-        ("SOLVER.STEPS", "[true]", ["increasing whole numbers", "got [True]"]),
-        ("WANDB.NAME", "123", ["text", "got 123", "put it in quotes"]),
-        ("WANDB.NAME", "2024-01-02", ["text", "got datetime.date(2024, 1, 2)", "put it in quotes"]),
-        ("WANDB.NAME", "no", ["text", "got False", "put it in quotes"]),
+        ("SOLVER.IMS_PER_BATCH", "true", [">= 1", "got True"]),
+        ("SOLVER.IMS_PER_BATCH", "64.0", [">= 1", "got 64.0", "use 64"]),
+        ("SOLVER.IMS_PER_BATCH", "{a: 1}", [">= 1", "got {'a': 1}"]),
+        ("SOLVER.IMS_PER_BATCH", "null", ["got None", "example 64"]),
+        ("SOLVER.BASE_LR", "yes", ["> 0", "got True"]),
+        ("SOLVER.BASE_LR", ".nan", ["> 0", "got nan"]),
+        ("SOLVER.BASE_LR", ".inf", ["> 0", "got inf"]),
+        ("SOLVER.BASE_LR", "[0.1]", ["> 0", "got [0.1]"]),
+        ("SOLVER.MARGIN", "[]", [">= 0 or None", "got []"]),
+        ("SOLVER.STEPS", "{40: 70}", ["increasing", "got {40: 70}"]),
+        ("SOLVER.STEPS", "[true]", ["increasing", "got [True]"]),
+        ("WANDB.NAME", "123", ["text", "got 123", "quotes"]),
+        ("WANDB.NAME", "2024-01-02", ["text", "got datetime.date(2024, 1, 2)", "quotes"]),
+        ("WANDB.NAME", "no", ["text", "got False", "quotes"]),
         ("WANDB.NAME", "null", ["text", "got None", "use ''"]),
-        ("DATASETS.NAMES", "[]", ["a list of", "got []"]),
-        ("DATASETS.NAMES", "[synthetic, synthetic]", ["without repetition", "use [synthetic]"]),
-        ("DATASETS.NAMES", "null", ["a list of", "got None"]),
-        ("DATASETS.NAMES", "[market1501, 3]", ["a list of", "got ['market1501', 3]"]),
-        ("WANDB.TAGS", "[2024]", ["a list of texts", "got [2024]", "put it in quotes"]),
+        ("DATASETS.NAMES", "[]", ["a list", "got []"]),
+        ("DATASETS.NAMES", "[synthetic, synthetic]", ["repetition", "use [synthetic]"]),
+        ("DATASETS.NAMES", "null", ["a list", "got None"]),
+        ("DATASETS.NAMES", "[market1501, 3]", ["a list", "got ['market1501', 3]"]),
+        ("WANDB.TAGS", "[2024]", ["texts", "got [2024]", "quotes"]),
     ],
 )
 def test_a_wrong_value_in_a_file(key, yaml_value, parts, write):
     section, name = key.split(".")
     file = write(f"# a comment\n{section}:\n  {name}: {yaml_value}\n")
-    message = refusal(file, [])
-    assert message.startswith(f"{key} must be ")
-    assert f" in {file}, line 3; " in message
-    for part in parts:
-        assert part in message
+    assert_refused(file, [], key, f"{file}, line 3", *parts)
 
 
 def test_tensorboard_files_that_are_not_written_cannot_be_copied():
     copying = ["WANDB.SYNC_TENSORBOARD", "yes"]
-    assert refusal(None, copying) == (
-        "WANDB.SYNC_TENSORBOARD must be no where there are no TensorBoard files to copy, got yes with LOG.TENSORBOARD "
-        "no; use WANDB.SYNC_TENSORBOARD no, or LOG.TENSORBOARD yes"
-    )
+    assert_refused(None, copying, "WANDB.SYNC_TENSORBOARD", "LOG.TENSORBOARD yes")
     assert load_config(None, [*copying, "LOG.TENSORBOARD", "yes"]).WANDB.SYNC_TENSORBOARD
     assert not load_config(None, [*copying, "WANDB.ENABLE", "no"]).LOG.TENSORBOARD
 
@@ -540,151 +527,132 @@ def test_tensorboard_files_that_are_not_written_cannot_be_copied():
 )
 def test_an_unknown_key_gets_the_nearest(key, meant):
     for overrides in ([key, "1"], [f"{key}=1"]):
-        message = refusal(None, overrides, UnknownKeyError)
-        assert f"got {key} on the command line; did you mean {meant}?" in message
+        assert_refused(None, overrides, key, "command line", f"{meant}?", kind=UnknownKeyError)
 
 
 def test_an_unknown_key_far_from_all_others():
-    assert "got QQQQ on the command line; the keys are in reid/config.py" in refusal(None, ["QQQQ", "1"], KeyError)
-    assert "got  on the command line" in refusal(None, ["=1"])
+    assert_refused(None, ["QQQQ", "1"], "QQQQ", "command line", "reid/config.py", kind=UnknownKeyError)
+    assert_refused(None, ["=1"], "", "command line", kind=UnknownKeyError)
 
 
 @pytest.mark.parametrize(
     ("text", "line", "key", "meant"),
     [
-        ("SOLVER:\n  LR_BASE: 1\n", 2, "SOLVER.LR_BASE", "SOLVER.BASE_LR"),
-        ("solver:\n  BASE_LR: 1\n", 1, "solver", "SOLVER"),
-        ("SOLVER:\n  MODEL:\n    NAME: x\n", 2, "SOLVER.MODEL", "did you mean"),
+        ("SOLVER:\n  LR_BASE: 1\n", 2, "SOLVER.LR_BASE", "SOLVER.BASE_LR?"),
+        ("solver:\n  BASE_LR: 1\n", 1, "solver", "SOLVER?"),
+        ("SOLVER:\n  MODEL:\n    NAME: x\n", 2, "SOLVER.MODEL", "?"),
     ],
 )
 def test_an_unknown_key_in_a_file(text, line, key, meant, write):
     file = write(text)
-    message = refusal(file, [], UnknownKeyError)
-    assert f"got {key} in {file}, line {line}; " in message
-    assert meant in message.partition(";")[2]
+    assert_refused(file, [], key, f"{file}, line {line}", meant, kind=UnknownKeyError)
 
 
 def test_a_key_without_a_value():
-    assert (
-        "SOLVER.BASE_LR must be followed by its value on the command line, got the end; use SOLVER.BASE_LR=VALUE"
-        in (refusal(None, ["SEED", "1", "SOLVER.BASE_LR"]))
-    )
+    assert_refused(None, ["SEED", "1", "SOLVER.BASE_LR"], "SOLVER.BASE_LR", "the end", "SOLVER.BASE_LR=VALUE")
     for following in ("MODEL.NAME", "MODEL.NAME=resnet18"):
-        message = refusal(None, ["OUTPUT_DIR", following, "resnet50"])
-        assert message.startswith("OUTPUT_DIR must be followed by its value")
-        assert f"got the key {following}; use OUTPUT_DIR=VALUE" in message
+        assert_refused(None, ["OUTPUT_DIR", following, "resnet50"], "OUTPUT_DIR", following, "OUTPUT_DIR=VALUE")
 
 
 def test_a_section_is_no_setting(write):
-    message = "MODEL is a section and takes no value itself, got 'resnet50' {}; set one of its keys, as MODEL.NAME"
-    assert refusal(None, ["MODEL", "resnet50"]) == message.format("on the command line")
-    assert refusal(None, ["MODEL=resnet50"]) == message.format("on the command line")
+    for overrides in (["MODEL", "resnet50"], ["MODEL=resnet50"]):
+        assert_refused(None, overrides, "MODEL", "section", "'resnet50'", "command line", "MODEL.NAME")
     file = write("MODEL: resnet50")
-    assert refusal(file, []) == message.format(f"in {file}, line 1")
-    assert "DATASETS.SYNTHETIC is a section" in refusal(write("DATASETS: {SYNTHETIC: [1]}"), [])
+    assert_refused(file, [], "MODEL", "section", "'resnet50'", f"{file}, line 1", "MODEL.NAME")
+    assert_refused(write("DATASETS: {SYNTHETIC: [1]}"), [], "DATASETS.SYNTHETIC", "section")
 
 
 # ---- refused: files ----
 
 
 def test_a_missing_file(tmp_path):
-    message = refusal(str(tmp_path / "none.yml"), [])
-    assert message == f"{tmp_path}/none.yml must be a file that can be read, got: No such file or directory; " + (
-        "correct --config_file"
-    )
+    with refused(SettingsError, "--config_file", f"{tmp_path}/none.yml", "No such file"):
+        load_config(str(tmp_path / "none.yml"), [])
 
 
 def test_a_folder_and_a_forbidden_file(tmp_path, monkeypatch):
-    assert f"{tmp_path} must be a file that can be read, got: Is a directory" in refusal(str(tmp_path), [])
-    assert "must be a file that can be read" in refusal("a\0b", [])
+    with refused(SettingsError, "--config_file", str(tmp_path), "Is a directory"):
+        load_config(str(tmp_path), [])
+    with refused(SettingsError, "--config_file", "a\0b"):
+        load_config("a\0b", [])
 
     def forbidden(*_, **__):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "read_text", forbidden)
-    assert "x.yml must be a file that can be read, got: Permission denied; correct" in refusal("x.yml", [])
+    with refused(SettingsError, "--config_file", "x.yml", "Permission denied"):
+        load_config("x.yml", [])
 
 
 @pytest.mark.parametrize(
-    ("text", "parts"),
+    ("text", "key", "parts"),
     [
-        (b"SEED: \xff", ["must be UTF-8 text, got the byte 0xff", "save it as UTF-8"]),
-        (b"SEED: 1\nWANDB: \x07", ["must be plain text, got character 0x7 in line 2", "remove it"]),
-        ("MODEL:\n\tNAME: x", ["must be valid YAML", "in line 2, column 1", "correct that line"]),
-        ("MODEL: [1, 2", ["must be valid YAML", "line 1, column 13"]),
-        ("SEED: 1\n---\nSEED: 2", ["must be valid YAML", "line 2"]),
-        ("SEED: !!python/object:os.system 1", ["must be valid YAML", "line 1, column 7"]),
-        ("SOLVER:\n  STEPS: &a [*a]", ["must be valid YAML", "line 2"]),
-        ("MODEL: &a\n  MODEL: *a", ["must be valid YAML", "line 1, column 8"]),
-        ("SEED: *x", ["must be valid YAML", "line 1, column 7"]),
-        ("SEED: {[1]: 2}", ["must be valid YAML", "line 1"]),
-        ("- SEED", ["must hold KEY: VALUE lines, got ['SEED']", "write for example SEED: 0"]),
-        ("SEED", ["must hold KEY: VALUE lines, got 'SEED'"]),
-        ("SEED: 2024-13-45", ["SEED must have a value that YAML can read", "line 1", "quote it"]),
-        ("SEED: " + "9" * 6000, ["SEED must have a value that YAML can read", "line 1", "quote it"]),
-        ("SEED: 1\nMODEL: {}\nSEED: 2", ["SEED must be given once", "line 3 and line 1", "remove one"]),
-        ("SOLVER:\n  GAMMA: 1\n  GAMMA: 1\n", ["SOLVER.GAMMA must be given once", "line 3 and line 2"]),
-        ("SOLVER: {GAMMA: 1, GAMMA: 1}", ["SOLVER.GAMMA must be given once", "line 1 and line 1"]),
-        ("SOLVER: {GAMMA: 1}\nSOLVER: {BASE_LR: 1}", ["SOLVER must be given once", "line 2 and line 1"]),
-        ("SOLVER: {GAMMA: 1}\nSOLVER.GAMMA: 1", ["SOLVER.GAMMA must be given once"]),
-        ("SOLVER:\n  5: 1", ["a key must be text, got 5", "line 2"]),
-        ("no: 1", ["a key must be text, got no", "line 1"]),
-        ("[1]: 1", ["a key must be text, got a list or mapping", "line 1"]),
-        ("SOLVER:\n  <<: {GAMMA: 1}", ["a key must be text, got <<", "line 2"]),
+        (b"SEED: \xff", "--config_file", ["0xff", "UTF-8"]),
+        (b"SEED: 1\nWANDB: \x07", "--config_file", ["0x7", "line 2"]),
+        ("MODEL:\n\tNAME: x", "--config_file", ["YAML", "line 2, column 1"]),
+        ("MODEL: [1, 2", "--config_file", ["YAML", "line 1, column 13"]),
+        ("SEED: 1\n---\nSEED: 2", "--config_file", ["YAML", "line 2"]),
+        ("SEED: !!python/object:os.system 1", "--config_file", ["YAML", "line 1, column 7"]),
+        ("SOLVER:\n  STEPS: &a [*a]", "--config_file", ["YAML", "line 2"]),
+        ("MODEL: &a\n  MODEL: *a", "--config_file", ["YAML", "line 1, column 8"]),
+        ("SEED: *x", "--config_file", ["YAML", "line 1, column 7"]),
+        ("SEED: {[1]: 2}", "--config_file", ["YAML", "line 1"]),
+        ("- SEED", "--config_file", ["['SEED']", "SEED: 0"]),
+        ("SEED", "--config_file", ["'SEED'"]),
+        ("SEED: 2024-13-45", "SEED", ["line 1", "quote it"]),
+        ("SEED: " + "9" * 6000, "SEED", ["line 1", "quote it"]),
+        ("SEED: 1\nMODEL: {}\nSEED: 2", "SEED", ["once", "line 3", "line 1"]),
+        ("SOLVER:\n  GAMMA: 1\n  GAMMA: 1\n", "SOLVER.GAMMA", ["once", "line 3", "line 2"]),
+        ("SOLVER: {GAMMA: 1, GAMMA: 1}", "SOLVER.GAMMA", ["once", "line 1"]),
+        ("SOLVER: {GAMMA: 1}\nSOLVER: {BASE_LR: 1}", "SOLVER", ["once", "line 2", "line 1"]),
+        ("SOLVER: {GAMMA: 1}\nSOLVER.GAMMA: 1", "SOLVER.GAMMA", ["once", "line 2", "line 1"]),
+        ("SOLVER:\n  5: 1", "--config_file", ["got 5", "line 2"]),
+        ("no: 1", "--config_file", ["got no", "line 1"]),
+        ("[1]: 1", "--config_file", ["list", "line 1"]),
+        ("SOLVER:\n  <<: {GAMMA: 1}", "--config_file", ["<<", "line 2"]),
     ],
 )
-def test_a_broken_file(text, parts, write):
+def test_a_broken_file(text, key, parts, write):
     file = write(text)
-    message = refusal(file, [])
-    for part in [file, *parts]:
-        assert part in message
+    with refused(SettingsError, key, file, *parts):
+        load_config(file, [])
 
 
 # ---- refused: settings that do not fit together ----
 
 
 @pytest.mark.parametrize(
-    ("overrides", "parts"),
+    ("overrides", "key", "parts"),
     [
-        (
-            ["SOLVER.IMS_PER_BATCH", "66"],
-            ["SOLVER.IMS_PER_BATCH must be a multiple of DATALOADER.NUM_INSTANCE=4, got 66; use 64 or 68"],
-        ),
-        (["SOLVER.IMS_PER_BATCH", "2"], ["must be a multiple of DATALOADER.NUM_INSTANCE=4, got 2; use 8"]),
-        (["SOLVER.IMS_PER_BATCH", "6"], ["got 6; use 8"]),
-        (
-            ["SOLVER.IMS_PER_BATCH", "4"],
-            [
-                "SOLVER.IMS_PER_BATCH must hold at least 2 identities of DATALOADER.NUM_INSTANCE=4",
-                "got 4; use 8 or more",
-            ],
-        ),
-        (["DATALOADER.NUM_INSTANCE", "1"], ["DATALOADER.NUM_INSTANCE must be at least 2", "got 1; use 4"]),
+        (["SOLVER.IMS_PER_BATCH", "66"], "SOLVER.IMS_PER_BATCH", ["NUM_INSTANCE=4", "got 66", "64 or 68"]),
+        (["SOLVER.IMS_PER_BATCH", "2"], "SOLVER.IMS_PER_BATCH", ["NUM_INSTANCE=4", "got 2", "use 8"]),
+        (["SOLVER.IMS_PER_BATCH", "6"], "SOLVER.IMS_PER_BATCH", ["got 6", "use 8"]),
+        (["SOLVER.IMS_PER_BATCH", "4"], "SOLVER.IMS_PER_BATCH", ["2 identities", "NUM_INSTANCE=4", "got 4", "use 8"]),
+        (["DATALOADER.NUM_INSTANCE", "1"], "DATALOADER.NUM_INSTANCE", ["at least 2", "got 1", "use 4"]),
         (
             ["SOLVER.PRECISION", "fp16", "MODEL.DEVICE", "cpu"],
-            ["SOLVER.PRECISION must be fp32, fp64 or bf16 when MODEL.DEVICE is cpu, got fp16; use fp32"],
+            "SOLVER.PRECISION",
+            ["MODEL.DEVICE", "cpu", "got fp16", "use fp32"],
         ),
         (
             ["MODEL.IF_WITH_CENTER", "yes"],
-            [
-                "MODEL.METRIC_LOSS_TYPE must be center or triplet_center",
-                "IF_WITH_CENTER is yes, got triplet; use triplet_center",
-            ],
+            "MODEL.METRIC_LOSS_TYPE",
+            ["MODEL.IF_WITH_CENTER", "got triplet", "use triplet_center"],
         ),
         (
             ["MODEL.METRIC_LOSS_TYPE", "center"],
-            ["MODEL.METRIC_LOSS_TYPE must be triplet", "MODEL.IF_WITH_CENTER is no, got center; use triplet"],
+            "MODEL.METRIC_LOSS_TYPE",
+            ["got center", "use triplet,", "MODEL.IF_WITH_CENTER yes"],
         ),
         (
             ["MODEL.METRIC_LOSS_TYPE", "triplet_center", "DATALOADER.SAMPLER", "triplet"],
-            ["MODEL.METRIC_LOSS_TYPE must be triplet", "got triplet_center", "MODEL.IF_WITH_CENTER yes"],
+            "MODEL.METRIC_LOSS_TYPE",
+            ["got triplet_center", "MODEL.IF_WITH_CENTER yes"],
         ),
     ],
 )
-def test_settings_that_do_not_fit_together(overrides, parts):
-    message = refusal(None, overrides)
-    for part in parts:
-        assert part in message
+def test_settings_that_do_not_fit_together(overrides, key, parts):
+    assert_refused(None, overrides, key, *parts)
 
 
 @pytest.mark.parametrize(
@@ -717,22 +685,21 @@ def test_ranks_that_divide_the_identities(num_ranks):
 @pytest.mark.parametrize(
     ("overrides", "num_ranks", "parts"),
     [
-        ([], 3, ["=64 / DATALOADER.NUM_INSTANCE=4", "got 16 on 3 ranks; use SOLVER.IMS_PER_BATCH 60 or 72,"]),
-        ([], 3, ["or one of 1, 2, 4, 8, 16 ranks"]),
-        ([], 32, ["use SOLVER.IMS_PER_BATCH 128,"]),
-        (["DATALOADER.SAMPLER", "softmax"], 3, ["SOLVER.IMS_PER_BATCH=64 must be", "63 or 66", "16, 32, 64 ranks"]),
+        ([], 3, ["NUM_INSTANCE=4", "16 on 3 ranks", "60 or 72"]),
+        ([], 3, ["1, 2, 4, 8, 16 ranks"]),
+        ([], 32, ["IMS_PER_BATCH 128,"]),
+        (["DATALOADER.SAMPLER", "softmax"], 3, ["IMS_PER_BATCH=64", "63 or 66", "16, 32, 64 ranks"]),
         (
             ["DATALOADER.SAMPLER", "softmax", "SOLVER.IMS_PER_BATCH", "2"],
             3,
-            ["got 2 on 3 ranks; use SOLVER.IMS_PER_BATCH 3,"],
+            ["2 on 3 ranks", "IMS_PER_BATCH 3,"],
         ),
     ],
 )
 def test_ranks_that_cannot_share_the_batch(overrides, num_ranks, parts):
-    with pytest.raises(SettingsError) as caught:
-        check_training(load_config(None, overrides), num_ranks)
-    for part in parts:
-        assert part in str(caught.value)
+    cfg = load_config(None, overrides)
+    with refused(SettingsError, "SOLVER.IMS_PER_BATCH", *parts):
+        check_training(cfg, num_ranks)
 
 
 @pytest.mark.parametrize(
@@ -743,7 +710,7 @@ def test_the_most_nodes_that_can_share_a_batch_of_16_people(num_nodes, ranks_per
 
 
 def test_ranks_of_one_node_that_cannot_share_the_batch_are_refused_as_they_are():
-    with pytest.raises(SettingsError, match="got 16 on 3 ranks"):
+    with refused(SettingsError, "SOLVER.IMS_PER_BATCH", "16 on 3 ranks"):
         fitting_nodes(load_config(None, []), 4, 3)
 
 
@@ -838,11 +805,12 @@ def test_any_word_is_accepted_or_refused_in_one_sentence(key, word):
     try:
         load_config(None, [f"{key}={word}"])
     except SettingsError as error:
-        message = str(error)
+        message, named = str(error), error.key
     else:
         return
+    assert named in SETTINGS
     assert "\n" not in message
-    assert "; " in message
+    assert re.search("; |Fix: ", message)  # what would work
     assert any(name in message for name in key.split("."))
 
 
@@ -863,47 +831,34 @@ def test_the_plain_dict_holds_plain_types_only():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (
-            ["INPUT.PADDING=129"],
-            "INPUT.PADDING must not exceed the smaller side of INPUT.SIZE_TRAIN=(256, 128), got 129",
-        ),
-    ],
+    ("overrides", "key", "parts"),
+    [(["INPUT.PADDING=129"], "INPUT.PADDING", ["INPUT.SIZE_TRAIN=(256, 128)", "got 129"])],
 )
-def test_settings_that_make_no_sense_together_are_refused(overrides, words):
-    with pytest.raises(SettingsError) as error:
+def test_settings_that_make_no_sense_together_are_refused(overrides, key, parts):
+    with refused(SettingsError, key, *parts):
         load_config(None, overrides)
-    assert str(error.value).startswith(words)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "parts"),
     [
-        (["MODEL.PRETRAIN_CHOICE=none", "MODEL.PRETRAIN_PATH=x.pth"], "MODEL.PRETRAIN_PATH must be '' when MODEL"),
-        (
-            ["MODEL.PRETRAIN_CHOICE=self"],
-            "MODEL.PRETRAIN_PATH must name a checkpoint when MODEL.PRETRAIN_CHOICE is self",
-        ),
+        (["MODEL.PRETRAIN_CHOICE=none", "MODEL.PRETRAIN_PATH=x.pth"], ["'x.pth'", "none"]),
+        (["MODEL.PRETRAIN_CHOICE=self"], ["''", "self"]),
     ],
 )
-def test_what_training_starts_from_matters_to_training_only(overrides, words):
+def test_what_training_starts_from_matters_to_training_only(overrides, parts):
     cfg = load_config(None, overrides)
-    with pytest.raises(SettingsError) as error:
+    with refused(SettingsError, "MODEL.PRETRAIN_PATH", "MODEL.PRETRAIN_CHOICE", *parts):
         check_training(cfg, 1)
-    assert str(error.value).startswith(words)
 
 
 @pytest.mark.parametrize(
-    ("batch", "num_ranks", "sync_bn", "words"),
-    [
-        (1, 1, "yes", "SOLVER.IMS_PER_BATCH must be at least 2, as BatchNorm needs, got 1; use 64"),
-        (4, 4, "no", "SOLVER.IMS_PER_BATCH must hold at least 2 images for each of 4 ranks when SOLVER.SYNC_BN is no"),
-    ],
+    ("batch", "num_ranks", "sync_bn", "parts"),
+    [(1, 1, "yes", ["at least 2", "got 1", "use 64"]), (4, 4, "no", ["4 ranks", "got 4", "use 8", "SYNC_BN yes"])],
 )
-def test_batchnorm_needs_two_images(batch, num_ranks, sync_bn, words):
+def test_batchnorm_needs_two_images(batch, num_ranks, sync_bn, parts):
     options = ["DATALOADER.SAMPLER=softmax", f"SOLVER.IMS_PER_BATCH={batch}", f"SOLVER.SYNC_BN={sync_bn}"]
-    with pytest.raises(SettingsError) as error:
-        check_training(load_config(None, options), num_ranks)
-    assert str(error.value).startswith(words)
+    cfg = load_config(None, options)
+    with refused(SettingsError, "SOLVER.IMS_PER_BATCH", *parts):
+        check_training(cfg, num_ranks)
     check_training(load_config(None, [*options, "SOLVER.IMS_PER_BATCH=8"]), num_ranks)

@@ -7,6 +7,7 @@ import h5py
 import numpy as np
 import pytest
 from PIL import Image
+from refusals import refused
 from scipy.io import savemat
 
 from reid.data.cuhk03 import cuhk03, prepare_cuhk03
@@ -108,11 +109,14 @@ def images_of(people) -> list[tuple[tuple[int, int], int]]:
     return [(person, place) for person in people for place in PEOPLE[person]]
 
 
-def message_of(root_dir: Path, options=DEFAULTS, error=DataError, parts=("train", "test")) -> str:
-    with pytest.raises(error) as caught:
-        cuhk03(root_dir, options, parts)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+def assert_refused(
+    root_dir: Path, *keywords: str, options=DEFAULTS, key: str = "DATASETS.ROOT_DIR", kind=DataError
+) -> None:
+    """The error is about this setting and is one line."""
+    with refused(kind, key, *keywords):
+        with pytest.raises(kind, match=r"\A[^\n]+\Z") as caught:
+            cuhk03(root_dir, options)
+        raise caught.value
 
 
 def test_images_are_extracted_once(root):
@@ -170,14 +174,15 @@ def test_the_classic_protocol(root, split):
 
 def test_a_classic_split_that_is_not_there(root):
     options = BenchmarkOptions(cuhk03_protocol="classic", cuhk03_split=2)
-    assert "DATASETS.CUHK03.SPLIT must be one of the 2 splits" in message_of(root.parent, options)
+    assert_refused(root.parent, "the 2 splits", "got 2", "0 to 1", options=options, key="DATASETS.CUHK03.SPLIT")
 
 
 def test_extracted_images_need_no_release_in_the_new_protocol(root):
     cuhk03(root.parent)
     shutil.rmtree(root / "cuhk03_release")
     assert len(cuhk03(root.parent).query) == 6
-    assert "cuhk-03.mat must be there when DATASETS.CUHK03.PROTOCOL is classic" in message_of(root.parent, CLASSIC)
+    protocol = "DATASETS.CUHK03.PROTOCOL"
+    assert_refused(root.parent, "cuhk-03.mat", f"{protocol} new", options=CLASSIC, key=protocol)
 
 
 def test_the_configuration_may_lie_with_the_release(root):
@@ -188,7 +193,8 @@ def test_the_configuration_may_lie_with_the_release(root):
 
 def test_a_missing_configuration(root):
     (root / "cuhk03_new_protocol_config_detected.mat").unlink()
-    assert "must hold cuhk03_new_protocol_config_detected.mat" in message_of(root.parent)
+    name, protocol = "cuhk03_new_protocol_config_detected.mat", "DATASETS.CUHK03.PROTOCOL"
+    assert_refused(root.parent, name, f"{protocol} classic", key=protocol)
     assert len(cuhk03(root.parent, CLASSIC).query) == 8
 
 
@@ -205,23 +211,23 @@ def test_a_missing_configuration(root):
 def test_a_configuration_of_another_kind(root, change):
     file = root / "cuhk03_new_protocol_config_detected.mat"
     write_config(file, **change)
-    assert f"{file} must be the configuration of CUHK03's new protocol" in message_of(root.parent)
+    assert_refused(root.parent, str(file), "train_idx")
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense" * 100])
 def test_broken_files(root, content):
     (root / "cuhk03_new_protocol_config_detected.mat").write_bytes(content)
-    assert "must be the configuration of CUHK03's new protocol" in message_of(root.parent)
+    assert_refused(root.parent, "cuhk03_new_protocol_config_detected.mat", "train_idx")
     (root / "cuhk03_release" / "cuhk-03.mat").write_bytes(content)
-    assert "must be the file of the CUHK03 release" in message_of(root.parent, BenchmarkOptions(cuhk03_boxes="labeled"))
-    assert "must be the file of the CUHK03 release" in message_of(root.parent, CLASSIC)
+    for options in (BenchmarkOptions(cuhk03_boxes="labeled"), CLASSIC):
+        assert_refused(root.parent, "cuhk-03.mat", "testsets", options=options)
     assert not list(root.glob(".*"))
 
 
 def test_another_file_of_this_kind(root):
     with h5py.File(root / "cuhk03_release" / "cuhk-03.mat", "w") as content:
         content["something"] = 1
-    assert "must be the file of the CUHK03 release" in message_of(root.parent)
+    assert_refused(root.parent, "cuhk-03.mat", "testsets")
     assert not (root / "images_detected").exists()
 
 
@@ -233,16 +239,14 @@ def test_images_of_another_kind(root, image):
         del content[name]
         content[name] = image
         content[content["detected"][0][0]][0, 0] = content[name].ref
-    assert "an image is" in message_of(root.parent)
+    assert_refused(root.parent, "cuhk-03.mat", "an image is")
     assert not (root / "images_detected").exists()
 
 
 def test_images_that_were_not_all_extracted(root):
     cuhk03(root.parent)
     (root / "images_detected" / "2_002_2_10.png").unlink()
-    message = message_of(root.parent)
-    assert "1 of 16 are not" in message
-    assert f"remove {root / 'images_detected'} and start again" in message
+    assert_refused(root.parent, "1 of 16", "2_002_2_10.png", f"remove {root / 'images_detected'}")
 
 
 def test_extraction_that_is_interrupted_leaves_nothing(root, monkeypatch):
@@ -257,7 +261,7 @@ def test_extraction_that_is_interrupted_leaves_nothing(root, monkeypatch):
 
     before = sorted(root.iterdir())
     monkeypatch.setattr(Image.Image, "save", fail_at_the_third)
-    assert "No space left on device" in message_of(root.parent, error=WorldError)
+    assert_refused(root.parent, str(root), "No space left on device", kind=WorldError)
     assert sorted(root.iterdir()) == before
     monkeypatch.undo()
     assert len(cuhk03(root.parent).query) == 6
@@ -280,7 +284,8 @@ def test_another_process_may_be_faster(root, monkeypatch):
 def test_a_package_that_is_not_installed(root, monkeypatch, package, options):
     prepare_cuhk03(root.parent, options)
     monkeypatch.setitem(sys.modules, package, None)
-    assert "uv sync --extra cuhk03" in message_of(root.parent, options, WorldError)
+    install = "uv sync --extra cuhk03"
+    assert_refused(root.parent, install, options=options, key="DATASETS.NAMES", kind=WorldError)
 
 
 def test_the_layout_of_cuhk03_np(tmp_path):
@@ -301,7 +306,7 @@ def test_the_layout_of_cuhk03_np(tmp_path):
         assert benchmark.train.camids.tolist() == [0, 1, 0]
         assert (benchmark.query.pids.tolist(), benchmark.gallery.camids.tolist()) == ([3], [1])
         assert not benchmark.single_gallery_shot
-    assert "must hold cuhk03_release/cuhk-03.mat" in message_of(tmp_path, CLASSIC)
+    assert_refused(tmp_path, "lacks cuhk03_release/cuhk-03.mat ", options=CLASSIC)
     assert prepare_cuhk03(tmp_path, DEFAULTS) is None
 
 
@@ -315,8 +320,7 @@ def test_parts_of_cuhk03(root):
 
 def test_nothing_of_cuhk03(tmp_path):
     (tmp_path / "cuhk03").mkdir()
-    message = message_of(tmp_path)
-    assert f"{tmp_path / 'cuhk03'} must hold cuhk03_release/cuhk-03.mat" in message
+    assert_refused(tmp_path, str(tmp_path / "cuhk03"), "lacks cuhk03_release/cuhk-03.mat ")
 
 
 def test_no_path_of_this_machine_is_kept(root, tmp_path):

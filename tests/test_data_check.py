@@ -89,7 +89,10 @@ def test_a_benchmark_that_is_asked_for_must_be_there(whole, capsys):
     code, out = check(capsys, "market1501", "veri", "--root", whole)
     assert code == 2
     assert section(out, "market1501")[-1] == "fine"
-    assert section(out, "veri")[-1].startswith(f"wrong: {whole} must hold image_train, image_query, image_test")
+    wrong = section(out, "veri")[-1]
+    assert wrong.startswith(f"wrong: {whole} ")
+    assert "image_train, image_query, image_test" in wrong
+    assert "DATASETS.ROOT_DIR" in wrong
 
 
 def test_the_part_that_is_whole_is_said(whole, capsys):
@@ -98,7 +101,7 @@ def test_the_part_that_is_whole_is_said(whole, capsys):
     assert code == 2
     said = section(out, "market1501")
     wrong = next(place for place, line in enumerate(said) if line.startswith("wrong:"))
-    assert "but lacks query" in said[wrong]
+    assert "lacks query " in said[wrong]
     assert said[wrong + 1] == f"but what train needs is in {whole / 'market1501'}:"
     assert said[-1].split()[:3] == ["train", "2", "2"]
 
@@ -110,7 +113,8 @@ def test_images_are_opened_only_when_asked(whole, capsys):
     code, out = check(capsys, "market1501", "--root", whole, "--images")
     assert code == 2
     (fault,) = [line for line in section(out, "market1501") if line.startswith("wrong:")]
-    assert fault.startswith(f"wrong: 1 of 5 images cannot be read: {bad} (")
+    assert "1 of 5" in fault
+    assert f"{bad} (" in fault
     Image.new("RGB", (4, 8)).save(bad)
     assert check(capsys, "market1501", "--images", "--root", whole)[0] == 0
 
@@ -127,7 +131,8 @@ def test_a_table(tmp_path, capsys):
     (tmp_path / "d.png").unlink()
     code, out = check(capsys, table)
     assert code == 2
-    assert "1 of 1 are not" in out
+    assert "1 of 1" in out
+    assert str(tmp_path / "d.png") in out
 
 
 def test_settings_choose_the_form(tmp_path, capsys):
@@ -141,19 +146,20 @@ def test_settings_choose_the_form(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "part"),
+    ("arguments", "key", "part"),
     [
-        (["market"], "did you mean market1501?"),
-        (["market1501", "veri", "market1501"], "a list without repetition"),
-        (["market1501", "DATASETS.VEHICLEID.TEST=7"], "DATASETS.VEHICLEID.TEST must be one of 800"),
-        (["DATASETS.ROOT=x"], "got DATASETS.ROOT on the command line; did you mean"),
+        (["market"], "DATASETS.NAMES", "market1501?"),
+        (["market1501", "veri", "market1501"], "DATASETS.NAMES", "[market1501,veri]"),
+        (["market1501", "DATASETS.VEHICLEID.TEST=7"], "DATASETS.VEHICLEID.TEST", "800, "),
+        (["DATASETS.ROOT=x"], "DATASETS.ROOT ", "?"),
     ],
 )
-def test_a_wrong_command_line_is_one_sentence(capsys, arguments, part):
+def test_a_wrong_command_line_is_one_sentence(capsys, arguments, key, part):
     assert main(["check", *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ")
+    assert key in captured.err
     assert part in captured.err
     assert captured.err.count("\n") == 1
 

@@ -184,7 +184,7 @@ def test_plans_repeat_exactly_and_differ_between_seeds_and_epochs(build):
 
 
 def test_too_few_identities_are_refused():
-    with pytest.raises(ValueError, match="a batch of 4 identities needs as many, the data has 3"):
+    with pytest.raises(ValueError, match=r"4 identities.* 3"):
         IdentityPlan(pids_of([9] * 3), num_pids=4, num_instances=2, seed=0)
 
 
@@ -228,7 +228,7 @@ def test_a_shuffle_leaves_out_every_image_equally_often():
 
 
 def test_too_few_images_are_refused():
-    with pytest.raises(ValueError, match="a batch of 8 images needs as many, the data has 7"):
+    with pytest.raises(ValueError, match=r"8 images.* 7"):
         ShufflePlan(7, batch_size=8, seed=0)
 
 
@@ -268,7 +268,7 @@ def test_every_rank_knows_the_first_global_batch(plan, num_ranks):
 
 def test_a_batch_that_cannot_be_shared_out_is_refused():
     assert rank_part(12, 2, 3) == slice(8, 12)
-    with pytest.raises(ValueError, match="a global batch of 12 cannot be shared out among 5 ranks"):
+    with pytest.raises(ValueError, match=r"12 .* 5 ranks"):
         rank_part(12, 0, 5)
 
 

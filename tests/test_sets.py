@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from program import TINY, Place, names, newest, records
+from refusals import refused
 
 from reid.config import load_config
 from reid.data.sets import DataSets, join_training, open_data_sets
@@ -137,7 +138,8 @@ def test_a_run_may_go_on_with_other_test_sets_but_not_with_other_training_sets(p
     settings = ("OUTPUT_DIR", "two", "SOLVER.MAX_EPOCHS", 3)
     ended = place.run("train", *settings)
     assert ended[0].code == 1
-    assert "DATASETS.NAMES was ['synthetic', 'market1501'] and is now ['synthetic']" in ended[0].err
+    for keyword in ("DATASETS.NAMES", "['synthetic', 'market1501']", " ['synthetic']"):
+        assert keyword in ended[0].err
     two(place, "train", *settings, "TEST.DATASETS", "market1501")
     assert "datasets" not in json.loads((trained[1] / "result.json").read_text())
 
@@ -146,5 +148,5 @@ def test_two_tables_of_one_name_cannot_be_told_apart(monkeypatch):
     monkeypatch.setattr("reid.data.sets.load_benchmark", lambda *_, **__: benchmark_of("same", [0, 1], [0, 1]))
     cfg = load_config(None, ["DATASETS.NAMES=market1501", "TEST.DATASETS=synthetic", "MODEL.PRETRAIN_CHOICE=none"])
     monkeypatch.setattr("reid.data.sets.synthetic.generate", lambda *_, **__: None)
-    with pytest.raises(SettingsError, match="market1501 and synthetic, both called same"):
+    with refused(SettingsError, "DATASETS.NAMES", "market1501 and synthetic", "same"):
         open_data_sets(cfg, train=True)

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import time
 
 import pytest
 import torch
+from refusals import refused
 from torch.utils.data import Dataset
 
 from reid.data import workers
@@ -76,14 +76,14 @@ def fail_as_the_other_dies(pid):
 @pytest.mark.parametrize(
     ("fourth", "num_workers", "words"),
     [
-        (ended_by_sigkill, 1, "ended by SIGKILL"),
+        (ended_by_sigkill, 1, "SIGKILL"),
         (exit_code_3, 2, "exit code 3"),
-        (FailsAsItIsHandedOver, 2, "ended by SIGKILL"),
+        (FailsAsItIsHandedOver, 2, "SIGKILL"),
     ],
 )
 def test_a_lost_process_is_named_where_its_batch_is_missing(fourth, num_workers, words):
     found = []
-    with pytest.raises(WorldError, match=f"rank 0 has lost a loader process, {words}; often"):
+    with refused(WorldError, "DATALOADER.NUM_WORKERS", "rank 0", words):
         found.extend(int(batch[0, 0]) for batch in loader(fourth, num_workers))
     assert found == [0, 1, 2][: len(found)]  # it takes away what it has not handed over yet
 
@@ -96,7 +96,7 @@ def test_a_lost_process_raises_nothing_anywhere_else():
     (worker,) = set(multiprocessing.active_children()) - others
     worker.kill()
     worker.join()
-    with pytest.raises(WorldError, match="ended by SIGKILL"):
+    with refused(WorldError, "DATALOADER.NUM_WORKERS", "rank 0", "SIGKILL"):
         list(batches)
 
 
@@ -130,7 +130,7 @@ def test_a_process_that_is_gone_as_soon_as_it_is_started_is_named(monkeypatch):
         process.join()
 
     monkeypatch.setattr(multiprocessing.context.ForkProcess, "start", start_and_lose)
-    with pytest.raises(WorldError, match="rank 0 has lost a loader process, as it started; often"):
+    with refused(WorldError, "DATALOADER.NUM_WORKERS", "rank 0", "as it started"):
         iter(loader())
 
 
@@ -154,6 +154,6 @@ def test_processes_that_cannot_be_started_are_said_in_a_sentence(monkeypatch):
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr(os, "fork", fork)
-    words = "rank 0 cannot start 2 loader processes: Resource temporarily unavailable; lower DATALOADER.NUM_WORKERS"
-    with pytest.raises(WorldError, match=re.escape(words)):
+    reason = "Resource temporarily unavailable"
+    with refused(WorldError, "DATALOADER.NUM_WORKERS", "rank 0", "2 loader processes", reason, "NUM_WORKERS"):
         iter(loader())

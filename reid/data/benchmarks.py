@@ -68,7 +68,8 @@ def read_benchmark(name: str, root_dir: Path, options: BenchmarkOptions, parts: 
     if name not in BENCHMARKS:
         raise SettingsError(
             f"DATASETS.NAMES must be one of {', '.join(BENCHMARKS)}, or the path of a .csv or .parquet table, "
-            f"got {name!r}; choose one of these"
+            f"got {name!r}; choose one of these",
+            key="DATASETS.NAMES",
         )
     return BENCHMARKS[name](root_dir, options, parts)
 

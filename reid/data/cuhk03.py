@@ -70,7 +70,8 @@ def cuhk03(root_dir: Path, options: BenchmarkOptions = DEFAULTS, parts: Sequence
     images = prepare_cuhk03(root_dir, options)
     if images is None:
         raise DataError(
-            f"{root} must hold {_MAT} or images_{boxes} (it holds {shown(list_names(root))}); {CORRECT_ROOT}"
+            f"{root} must hold {_MAT} or images_{boxes} (it holds {shown(list_names(root))}); {CORRECT_ROOT}",
+            key="DATASETS.ROOT_DIR",
         )
     if is_new:
         source = _find_config(root, boxes)
@@ -114,7 +115,8 @@ def prepare_cuhk03(root_dir: Path, options: BenchmarkOptions) -> Path | None:
     except OSError as error:
         raise WorldError(
             f"{root} must be writable and its disk have 1 GB free, got: {error}; free the space, change its "
-            f"permissions, or extract {folder.name} elsewhere and copy it there"
+            f"permissions, or extract {folder.name} elsewhere and copy it there",
+            key="DATASETS.ROOT_DIR",
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -145,7 +147,8 @@ def _find_config(root: Path, boxes: str) -> Path:
             return place
     raise DataError(
         f"{root} must hold {name} when DATASETS.CUHK03.PROTOCOL is new (it holds {shown(list_names(root))}); "
-        "get it from the authors of the new protocol, or use DATASETS.CUHK03.PROTOCOL classic"
+        "get it from the authors of the new protocol, or use DATASETS.CUHK03.PROTOCOL classic",
+        key="DATASETS.CUHK03.PROTOCOL",
     )
 
 
@@ -168,7 +171,8 @@ def _split_as_configured(source: Path, images: Path, parts: Sequence[Part]) -> d
     except Exception as error:  # a broken file makes the reader raise nearly anything
         raise DataError(
             f"{source} must be the configuration of CUHK03's new protocol (filelist, labels, train_idx, query_idx, "
-            f"gallery_idx), got: {type(error).__name__}: {error}; get it again from the authors of the new protocol"
+            f"gallery_idx), got: {type(error).__name__}: {error}; get it again from the authors of the new protocol",
+            key="DATASETS.ROOT_DIR",
         ) from error
     return raw
 
@@ -185,7 +189,8 @@ def _split_classically(images: Path, test_set: set[tuple[int, int]], parts: Sequ
     if any(len(split) == 0 for split in raw.values()):
         raise DataError(
             f"{images} must hold images named PAIR_PERSON_VIEW_IMAGE.png of people to train and to test, but has "
-            f"{len(names)} images and {len(test)} to test; remove it to have it extracted again"
+            f"{len(names)} images and {len(test)} to test; remove it to have it extracted again",
+            key="DATASETS.ROOT_DIR",
         )
     return raw
 
@@ -223,7 +228,8 @@ def _read_test_set(mat: Path, split: int) -> set[tuple[int, int]]:
     if not is_file(mat):
         raise DataError(
             f"{mat} must be there when DATASETS.CUHK03.PROTOCOL is classic, as it holds the 20 splits; unpack it, or "
-            "use DATASETS.CUHK03.PROTOCOL new"
+            "use DATASETS.CUHK03.PROTOCOL new",
+            key="DATASETS.CUHK03.PROTOCOL",
         )
     with _open(mat) as content:
         try:
@@ -231,7 +237,8 @@ def _read_test_set(mat: Path, split: int) -> set[tuple[int, int]]:
             if split >= len(references):
                 raise DataError(
                     f"DATASETS.CUHK03.SPLIT must be one of the {len(references)} splits in {mat}, got {split}; "
-                    f"use 0 to {len(references) - 1}"
+                    f"use 0 to {len(references) - 1}",
+                    key="DATASETS.CUHK03.SPLIT",
                 )
             return {(int(pair), int(person)) for pair, person in content[references[split]][:].T}
         except DataError:
@@ -254,9 +261,13 @@ def _open(mat: Path) -> Any:
 def _unreadable(mat: Path, error: Exception) -> DataError:
     return DataError(
         f"{mat} must be the file of the CUHK03 release (detected, labeled, testsets), got: "
-        f"{type(error).__name__}: {error}; unpack it again"
+        f"{type(error).__name__}: {error}; unpack it again",
+        key="DATASETS.ROOT_DIR",
     )
 
 
 def _missing_package(error: ModuleNotFoundError, file: Path) -> WorldError:
-    return WorldError(f"the package {error.name}, which reads {file}, is not installed; run: uv sync --extra cuhk03")
+    return WorldError(
+        f"the package {error.name}, which reads {file}, is not installed; run: uv sync --extra cuhk03",
+        key="DATASETS.NAMES",
+    )

@@ -186,7 +186,8 @@ def _read_folder(folder: Path) -> Split:
         raise DataError(
             f"images in {folder} must be named PID_cCAMERA..., such as 0002_c1s1_000451_03.jpg, with cameras counted "
             f"from 1, but {len(misnamed)} of {len(names)} are not ({shown(misnamed)}); "
-            "rename or remove them, or correct DATASETS.ROOT_DIR"
+            "rename or remove them, or correct DATASETS.ROOT_DIR",
+            key="DATASETS.ROOT_DIR",
         )
     return make_split((folder / name, *ids) for name, ids in parsed.items() if ids is not None)
 
@@ -196,7 +197,8 @@ def _image_names(folder: Path) -> list[str]:
     if not names:
         raise DataError(
             f"{folder} must hold images ({', '.join(sorted(IMAGE_SUFFIXES))}), but has none "
-            f"(it holds {shown(list_names(folder))}); {CORRECT_ROOT}"
+            f"(it holds {shown(list_names(folder))}); {CORRECT_ROOT}",
+            key="DATASETS.ROOT_DIR",
         )
     return names
 
@@ -220,7 +222,8 @@ def _read_distractors(root: Path) -> Split:
         raise DataError(
             f"{root} must hold the 500,000 distractors in one of the folders {', '.join(DISTRACTOR_FOLDERS)} when "
             f"DATASETS.MARKET1501.DISTRACTORS is yes (it holds {shown(list_names(root))}); unpack them there, or use "
-            "DATASETS.MARKET1501.DISTRACTORS no"
+            "DATASETS.MARKET1501.DISTRACTORS no",
+            key="DATASETS.MARKET1501.DISTRACTORS",
         )
     return make_split(
         (folder / name, DISTRACTOR_PID, (parse_name(name) or (JUNK_PID, 0))[1]) for name in _image_names(folder)

@@ -103,7 +103,10 @@ def vehicleid(root_dir: Path, options: BenchmarkOptions = DEFAULTS, parts: Seque
         raw["query"], raw["gallery"] = _divide_vehicles(_read_vehicles(file, root / "image"))
         places["query"] = places["gallery"] = file
         if len(raw["query"]) == 0:
-            raise DataError(f"{file} must list two images or more of a vehicle, but lists one of each; {CORRECT_ROOT}")
+            raise DataError(
+                f"{file} must list two images or more of a vehicle, but lists one of each; {CORRECT_ROOT}",
+                key="DATASETS.ROOT_DIR",
+            )
     return build_benchmark("vehicleid", root, raw, places)
 
 
@@ -126,11 +129,14 @@ def _read_list(file: Path) -> Iterator[Line]:
         pid = words[-1]
         digits = pid.removeprefix("-")
         if len(words) != 2 or not (digits.isascii() and digits.isdigit()) or not -1 <= int(pid) <= INT64_MAX:
-            raise DataError(f"a line of {file} must be {form}, got {line.strip()!r} in line {number}; {CORRECT_ROOT}")
+            raise DataError(
+                f"a line of {file} must be {form}, got {line.strip()!r} in line {number}; {CORRECT_ROOT}",
+                key="DATASETS.ROOT_DIR",
+            )
         is_empty = False
         yield Line(f"{file}, line {number}", words[0].strip(), int(pid))
     if is_empty:
-        raise DataError(f"{file} must hold lines {form}, but is empty; {CORRECT_ROOT}")
+        raise DataError(f"{file} must hold lines {form}, but is empty; {CORRECT_ROOT}", key="DATASETS.ROOT_DIR")
 
 
 def _text_of(file: Path) -> str:
@@ -138,7 +144,9 @@ def _text_of(file: Path) -> str:
         return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError(f"{file} must be a list that can be read, got: {reason}; {CORRECT_ROOT}") from error
+        raise DataError(
+            f"{file} must be a list that can be read, got: {reason}; {CORRECT_ROOT}", key="DATASETS.ROOT_DIR"
+        ) from error
 
 
 def _pid_of_each(lines: Iterable[Line]) -> dict[str, int]:
@@ -148,7 +156,8 @@ def _pid_of_each(lines: Iterable[Line]) -> dict[str, int]:
         if pids.setdefault(line.name, line.pid) != line.pid:
             raise DataError(
                 f"an image must have one pid, but {line.name} has {pids[line.name]} and {line.pid} ({line.where}); "
-                f"{CORRECT_ROOT}"
+                f"{CORRECT_ROOT}",
+                key="DATASETS.ROOT_DIR",
             )
     return pids
 
@@ -169,7 +178,8 @@ def _msmt17_camera(line: Line) -> int:
     if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= INT64_MAX:
         raise DataError(
             f"an image of MSMT17 must be named PID_NUMBER_CAMERA_..., with cameras counted from 1, got {line.name!r} "
-            f"in {line.where}; {CORRECT_ROOT}"
+            f"in {line.where}; {CORRECT_ROOT}",
+            key="DATASETS.ROOT_DIR",
         )
     return int(text)
 

@@ -132,15 +132,15 @@ def build_stores(cfg: CfgNode, data: DataSets) -> None:
     ]
 
     def build() -> None:
-        faults = []
+        faults: list[DataError] = []
         for name, split, size in needed:
             file = _store_file(cfg, name, split, tuple(size))
             try:
                 store.build_store(file, split.paths, tuple(size), progress=distributed.is_main())
             except DataError as error:
-                faults.append(str(error))
+                faults.append(error)
         if faults:
-            raise DataError("; ".join(faults))
+            raise DataError("; ".join(map(str, faults)), key=faults[0].key)
 
     distributed.once_per_node(build)
 
@@ -222,7 +222,8 @@ def _build_plan(cfg: CfgNode, train: Split) -> IdentityPlan | ShufflePlan:
         if len(train) < batch_size:
             raise DataError(
                 f"SOLVER.IMS_PER_BATCH={batch_size} needs at least as many training images, but DATASETS.NAMES has "
-                f"{len(train)}; lower SOLVER.IMS_PER_BATCH"
+                f"{len(train)}; lower SOLVER.IMS_PER_BATCH",
+                key="SOLVER.IMS_PER_BATCH",
             )
         return ShufflePlan(len(train), batch_size=batch_size, seed=cfg.SEED)
     num_pids, num_train_pids = batch_size // num_instances, len(np.unique(train.pids))
@@ -230,7 +231,8 @@ def _build_plan(cfg: CfgNode, train: Split) -> IdentityPlan | ShufflePlan:
         raise DataError(
             f"SOLVER.IMS_PER_BATCH={batch_size} with DATALOADER.NUM_INSTANCE={num_instances} needs {num_pids} training "
             f"identities, but DATASETS.NAMES has {num_train_pids}; lower SOLVER.IMS_PER_BATCH to "
-            f"{num_train_pids * num_instances} or less, or raise DATALOADER.NUM_INSTANCE"
+            f"{num_train_pids * num_instances} or less, or raise DATALOADER.NUM_INSTANCE",
+            key="SOLVER.IMS_PER_BATCH",
         )
     return IdentityPlan(train.pids, num_pids=num_pids, num_instances=num_instances, seed=cfg.SEED)
 

@@ -90,7 +90,8 @@ def _check_names(opened: Mapping[str, Benchmark]) -> None:
             raise shared(
                 SettingsError(
                     f"DATASETS.NAMES and TEST.DATASETS must name benchmarks with names of their own, got {other} and "
-                    f"{setting}, both called {benchmark.name}; rename one of them"
+                    f"{setting}, both called {benchmark.name}; rename one of them",
+                    key="DATASETS.NAMES",
                 )
             )
 

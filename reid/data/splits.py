@@ -147,6 +147,7 @@ def build_benchmark(
     places: Mapping[str, object],
     *,
     remedy: str = CORRECT_ROOT,
+    key: str = "DATASETS.ROOT_DIR",
     single_gallery_shot: bool = False,
 ) -> Benchmark:
     """Drops junk (pid -1) everywhere, numbers the identities to train, and checks what will be used.
@@ -157,6 +158,7 @@ def build_benchmark(
         raw: the splits that were read, with the pids on disk; those not read are missing.
         places: where each of them was read, for messages.
         remedy: what to do about a split that cannot be used.
+        key: Setting that the errors are about.
         single_gallery_shot: of the benchmark.
 
     Raises:
@@ -168,18 +170,20 @@ def build_benchmark(
         if len(images) == 0:
             raise DataError(
                 f"{places[split]} must hold images of people, but has none: junk (pid -1) does not count, "
-                f"nor do distractors in training; {remedy}"
+                f"nor do distractors in training; {remedy}",
+                key=key,
             )
     if "train" in splits:
         train = splits["train"]
         pids, labels = np.unique(train.pids, return_inverse=True)
         if len(pids) < 2:
-            raise DataError(f"{places['train']} must hold at least 2 identities, got {len(pids)}; {remedy}")
+            raise DataError(f"{places['train']} must hold at least 2 identities, got {len(pids)}; {remedy}", key=key)
         splits["train"] = Split(train.paths, labels.astype(np.int64), train.camids)
     if "query" in splits and not _any_match(splits["query"], splits["gallery"]):
         raise DataError(
             f"a query in {places['query']} must have a match in {places['gallery']} (same pid, another camera), "
-            f"but none of the {len(splits['query'])} queries has one; {remedy}"
+            f"but none of the {len(splits['query'])} queries has one; {remedy}",
+            key=key,
         )
     nothing = make_split(())
     train, query, gallery = (splits.get(split, nothing) for split in ("train", "query", "gallery"))
@@ -207,7 +211,8 @@ def find_layout(root_dir: Path, layouts: Sequence[Layout]) -> Layout:
     """
     if not is_folder(root_dir):
         raise DataError(
-            f"DATASETS.ROOT_DIR must be a folder that can be read, got {root_dir}; point it at your data sets"
+            f"DATASETS.ROOT_DIR must be a folder that can be read, got {root_dir}; point it at your data sets",
+            key="DATASETS.ROOT_DIR",
         )
     for layout in layouts:
         if not layout.missing():
@@ -217,7 +222,8 @@ def find_layout(root_dir: Path, layouts: Sequence[Layout]) -> Layout:
     raise DataError(
         f"{nearest.root} must hold {', '.join(nearest.needs)}, but lacks {', '.join(nearest.missing())} "
         f"(it holds {shown(list_names(nearest.root))}); unpack the data set to {layouts[0].root} "
-        f"or point DATASETS.ROOT_DIR at the folder that holds {layouts[0].root.name}"
+        f"or point DATASETS.ROOT_DIR at the folder that holds {layouts[0].root.name}",
+        key="DATASETS.ROOT_DIR",
     )
 
 
@@ -248,11 +254,14 @@ def list_names(folder: Path, *, images_only: bool = False) -> list[str]:
             return sorted(entry.name for entry in visible)
     except OSError as error:
         raise DataError(
-            f"{folder} must be readable, but is not ({error.strerror}); change its permissions or DATASETS.ROOT_DIR"
+            f"{folder} must be readable, but is not ({error.strerror}); change its permissions or DATASETS.ROOT_DIR",
+            key="DATASETS.ROOT_DIR",
         ) from error
 
 
-def check_present(source: object, paths: Sequence[Path], remedy: str = CORRECT_ROOT) -> None:
+def check_present(
+    source: object, paths: Sequence[Path], remedy: str = CORRECT_ROOT, *, key: str = "DATASETS.ROOT_DIR"
+) -> None:
     """Refuses a list of images when some of them are not on disk; each folder is listed once.
 
     Raises:
@@ -269,11 +278,12 @@ def check_present(source: object, paths: Sequence[Path], remedy: str = CORRECT_R
     if missing:
         raise DataError(
             f"the images that {source} lists must be there, but {len(missing)} of {len(paths)} are not "
-            f"({shown(missing)}); {remedy}"
+            f"({shown(missing)}); {remedy}",
+            key=key,
         )
 
 
-def check_once(source: object, paths: Sequence[Path], remedy: str) -> None:
+def check_once(source: object, paths: Sequence[Path], remedy: str, *, key: str) -> None:
     """Refuses a split that names an image twice.
 
     Raises:
@@ -282,7 +292,8 @@ def check_once(source: object, paths: Sequence[Path], remedy: str) -> None:
     twice = [str(path) for path, times in Counter(paths).items() if times > 1]
     if twice:
         raise DataError(
-            f"{source} must name an image of a split once, but names {len(twice)} again ({shown(twice)}); {remedy}"
+            f"{source} must name an image of a split once, but names {len(twice)} again ({shown(twice)}); {remedy}",
+            key=key,
         )
 
 

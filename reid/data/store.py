@@ -87,7 +87,9 @@ def build_store(
         WorldError: the file cannot be written, or there is no room for it.
     """
     if not paths:
-        raise DataError(f"{file} must hold at least one image, got none; correct DATASETS.ROOT_DIR")
+        raise DataError(
+            f"{file} must hold at least one image, got none; correct DATASETS.ROOT_DIR", key="DATASETS.ROOT_DIR"
+        )
     if _fault(file, len(paths), size) is None:
         return
     num_threads = num_threads or len(os.sched_getaffinity(0))
@@ -103,7 +105,7 @@ def build_store(
         write_at(descriptor, header, 0)
         bad = _write_images(descriptor, len(header), paths, size, num_threads, bar.update)
         if bad:
-            raise DataError(_describe(bad, len(paths), file.with_suffix(".unreadable.txt")))
+            raise DataError(_describe(bad, len(paths), file.with_suffix(".unreadable.txt")), key="DATASETS.ROOT_DIR")
     logger.info("%s: %d images in %.1f s, %.1f MB", file, len(paths), time.monotonic() - start, num_bytes / 1e6)
 
 
@@ -123,7 +125,10 @@ def open_store(file: Path, num_images: int, size: tuple[int, int]) -> np.ndarray
     """
     fault = _fault(file, num_images, size)
     if fault is not None:
-        raise WorldError(f"{file} must be a whole store, but {fault}; start again to rebuild it in DATASETS.CACHE_DIR")
+        raise WorldError(
+            f"{file} must be a whole store, but {fault}; start again to rebuild it in DATASETS.CACHE_DIR",
+            key="DATASETS.CACHE_DIR",
+        )
     images: np.ndarray = np.load(file, mmap_mode="r")
     return images
 
@@ -200,13 +205,15 @@ def _disk_errors(file: Path, num_bytes: int) -> Iterator[None]:
         if error.errno not in _NO_SPACE:
             raise WorldError(
                 f"DATASETS.CACHE_DIR must be a folder that can be written, but {file.parent} is not "
-                f"({error.strerror}); point DATASETS.CACHE_DIR at another folder"
+                f"({error.strerror}); point DATASETS.CACHE_DIR at another folder",
+                key="DATASETS.CACHE_DIR",
             ) from error
         existing = next(folder for folder in file.absolute().parents if folder.exists())
         free = shutil.disk_usage(existing).free
         raise WorldError(
             f"the store {file} needs {num_bytes:,} bytes, but {free:,} bytes are free ({error.strerror}); "
-            "make room or point DATASETS.CACHE_DIR at another disk"
+            "make room or point DATASETS.CACHE_DIR at another disk",
+            key="DATASETS.CACHE_DIR",
         ) from error
 
 

@@ -62,7 +62,8 @@ class Parameters(NamedTuple):
         for name, value, minimum in zip(self._fields, self, least, strict=True):
             if value < minimum:
                 raise SettingsError(
-                    f"{name} of a synthetic benchmark must be at least {minimum}, got {value}; raise it"
+                    f"{name} of a synthetic benchmark must be at least {minimum}, got {value}; raise it",
+                    key=f"DATASETS.SYNTHETIC.{name.upper()}",
                 )
 
     def manifest(self) -> dict[str, int]:
@@ -135,11 +136,14 @@ def _is_complete(root: Path, params: Parameters) -> bool:
         found = json.loads((root / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         must = "must be absent, empty or a synthetic benchmark"
-        raise DataError(f"{root} {must}, and has no readable {MANIFEST}; choose another folder") from error
+        raise DataError(
+            f"{root} {must}, and has no readable {MANIFEST}; choose another folder", key="DATASETS.ROOT_DIR"
+        ) from error
     wanted = params.manifest()
     if found != wanted:
         raise DataError(
-            f"{root} must hold the benchmark {wanted}, and holds {found}; remove it or choose another folder"
+            f"{root} must hold the benchmark {wanted}, and holds {found}; remove it or choose another folder",
+            key="DATASETS.ROOT_DIR",
         )
     return True
 
@@ -185,7 +189,9 @@ def generate(
     except OSError as error:
         megabytes = 1 + (num_train_pids + num_test_pids) * images_per_pid * KILOBYTES_PER_IMAGE // 1000
         must = f"must be writable and its disk have {megabytes} MB free"
-        raise WorldError(f"{root} {must}, got: {error}; free the space or choose another folder") from error
+        raise WorldError(
+            f"{root} {must}, got: {error}; free the space or choose another folder", key="DATASETS.ROOT_DIR"
+        ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

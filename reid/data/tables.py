@@ -26,6 +26,7 @@ COLUMNS = ("path", "pid", "camid", "split")
 SPLITS = ("train", "query", "gallery")
 _SEPARATORS = ",;\t"
 _REMEDY = "correct the table"
+_KEY = "DATASETS.NAMES"  # of every error here: the setting that names tables
 _LARGEST = 2**31  # numbers above it are taken as text
 _JUNK = ("-1", "-1.0")
 
@@ -71,15 +72,19 @@ def read_table(name: str, root_dir: Path, parts: Sequence[Part] = PARTS) -> Benc
         chosen = [row for row in rows if row.split == split]
         if not chosen:
             wanted = ", ".join(splits_of(parts))
-            raise DataError(f"{table} must have rows of the splits {wanted}, but has none of {split}; {_REMEDY}")
+            raise DataError(
+                f"{table} must have rows of the splits {wanted}, but has none of {split}; {_REMEDY}", key=_KEY
+            )
         paths = [table.parent / row.path for row in chosen]
-        check_once(f"{table} ({split})", paths, _REMEDY)
-        check_present(f"{table} ({split})", paths, "paths are relative to the table's folder; correct the table")
+        check_once(f"{table} ({split})", paths, _REMEDY, key=_KEY)
+        check_present(
+            f"{table} ({split})", paths, "paths are relative to the table's folder; correct the table", key=_KEY
+        )
         raw[split] = make_split(
             (path, pids[row.pid], camids[row.camid]) for path, row in zip(paths, chosen, strict=True)
         )
     places = {split: f"{table} ({split})" for split in SPLITS}
-    return build_benchmark(re.sub(r"[^\w.-]", "_", table.stem), table, raw, places, remedy=_REMEDY)
+    return build_benchmark(re.sub(r"[^\w.-]", "_", table.stem), table, raw, places, remedy=_REMEDY, key=_KEY)
 
 
 def _find(name: str, root_dir: Path) -> Path:
@@ -89,7 +94,8 @@ def _find(name: str, root_dir: Path) -> Path:
             return place.absolute()
     raise DataError(
         f"DATASETS.NAMES must name a table that is there, got {name}, which is neither {places[0].absolute()} nor "
-        f"{places[1].absolute()}; correct its path"
+        f"{places[1].absolute()}; correct its path",
+        key=_KEY,
     )
 
 
@@ -105,18 +111,20 @@ def _numbers(texts: Iterable[str]) -> dict[str, int]:
 
 def _check(table: Path, rows: Sequence[Row]) -> None:
     if not rows:
-        raise DataError(f"{table} must have a row for each image, but has none; {_REMEDY}")
+        raise DataError(f"{table} must have a row for each image, but has none; {_REMEDY}", key=_KEY)
     for column in COLUMNS:
         empty = [row.where for row in rows if not getattr(row, column)]
         if empty:
             raise DataError(
-                f"every row of {table} must have a {column}, but {len(empty)} have none ({shown(empty)}); {_REMEDY}"
+                f"every row of {table} must have a {column}, but {len(empty)} have none ({shown(empty)}); {_REMEDY}",
+                key=_KEY,
             )
     unknown = [f"{row.split!r} in {row.where}" for row in rows if row.split not in SPLITS]
     if unknown:
         raise DataError(
             f"the split of a row of {table} must be one of {', '.join(SPLITS)}, but {len(unknown)} are not "
-            f"({shown(unknown)}); {_REMEDY}"
+            f"({shown(unknown)}); {_REMEDY}",
+            key=_KEY,
         )
 
 
@@ -125,11 +133,12 @@ def _check_columns(table: Path, header: Sequence[str], note: str = "") -> None:
     if missing:
         raise DataError(
             f"{table} must have the columns {', '.join(COLUMNS)}, but lacks {', '.join(missing)} (it has "
-            f"{shown([name or 'one without a name' for name in header])}{note}); {_REMEDY}"
+            f"{shown([name or 'one without a name' for name in header])}{note}); {_REMEDY}",
+            key=_KEY,
         )
     twice = [column for column in COLUMNS if list(header).count(column) > 1]
     if twice:
-        raise DataError(f"{table} must have each column once, but has {', '.join(twice)} again; remove one")
+        raise DataError(f"{table} must have each column once, but has {', '.join(twice)} again; remove one", key=_KEY)
 
 
 # ---- CSV ----
@@ -152,12 +161,15 @@ def _read_csv(table: Path) -> list[Row]:
             if len(cells) != len(header):
                 raise DataError(
                     f"every row of {table} must have {len(header)} cells, got {len(cells)} in {where}; "
-                    "put a cell that holds the separator in double quotes"
+                    "put a cell that holds the separator in double quotes",
+                    key=_KEY,
                 )
             path, pid, camid, split = (cells[place].strip() for place in places)
             rows.append(Row(where, path, pid, camid, split.lower()))
     except csv.Error as error:
-        raise DataError(f"{table} must be a CSV table, got: {error} in line {reader.line_num}; {_REMEDY}") from error
+        raise DataError(
+            f"{table} must be a CSV table, got: {error} in line {reader.line_num}; {_REMEDY}", key=_KEY
+        ) from error
     return rows
 
 
@@ -165,16 +177,19 @@ def _text_of(table: Path) -> str:
     try:
         content = table.read_bytes()
     except OSError as error:
-        raise DataError(f"{table} must be a table that can be read, got: {error.strerror}; {_REMEDY}") from error
+        raise DataError(
+            f"{table} must be a table that can be read, got: {error.strerror}; {_REMEDY}", key=_KEY
+        ) from error
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{table} must be UTF-8 text, got the byte {content[error.start]:#x} in line {line}; save it as UTF-8"
+            f"{table} must be UTF-8 text, got the byte {content[error.start]:#x} in line {line}; save it as UTF-8",
+            key=_KEY,
         ) from error
     if "\0" in text:
-        raise DataError(f"{table} must be UTF-8 text, got a zero byte; save it as UTF-8")
+        raise DataError(f"{table} must be UTF-8 text, got a zero byte; save it as UTF-8", key=_KEY)
     return text
 
 
@@ -187,7 +202,7 @@ def _read_parquet(table: Path) -> list[Row]:
         from pyarrow import parquet
     except ModuleNotFoundError as error:
         raise WorldError(
-            f"the package pyarrow, which reads {table}, is not installed; run: uv sync --extra parquet"
+            f"the package pyarrow, which reads {table}, is not installed; run: uv sync --extra parquet", key=_KEY
         ) from error
     try:
         file = parquet.ParquetFile(table)
@@ -198,7 +213,9 @@ def _read_parquet(table: Path) -> list[Row]:
         columns = [content.column(name).to_pylist() for name in own_names]
     except (arrow.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{table} must be a Parquet table that can be read, got: {reason}; write it again") from error
+        raise DataError(
+            f"{table} must be a Parquet table that can be read, got: {reason}; write it again", key=_KEY
+        ) from error
     rows = []
     for number, cells in enumerate(zip(*columns, strict=True), 1):
         path, pid, camid, split = (
@@ -216,6 +233,7 @@ def _cell(table: Path, column: str, number: int, value: Any) -> str:
         value = int(value)
     if isinstance(value, bool | bytes) or not isinstance(value, str | int | float):
         raise DataError(
-            f"the {column} of a row of {table} must be text or a number, got {value!r:.80} in row {number}; {_REMEDY}"
+            f"the {column} of a row of {table} must be text or a number, got {value!r:.80} in row {number}; {_REMEDY}",
+            key=_KEY,
         )
     return str(value).strip()

@@ -64,7 +64,8 @@ class BatchLoader(DataLoader[B]):
         except OSError as error:
             raise WorldError(
                 f"rank {distributed.rank()} cannot start {self.num_workers} loader processes: {error.strerror}; "
-                "lower DATALOADER.NUM_WORKERS, or raise what the machine allows"
+                "lower DATALOADER.NUM_WORKERS, or raise what the machine allows",
+                key="DATALOADER.NUM_WORKERS",
             ) from error
         finally:
             if signal.getsignal(signal.SIGCHLD) != handler:
@@ -102,7 +103,8 @@ def _handed_over(batches: Iterator[B], workers: Sequence[BaseProcess]) -> Iterat
 def _lost(how: str) -> WorldError:
     return WorldError(
         f"rank {distributed.rank()} has lost a loader process, {how}; often the memory or /dev/shm was full: lower "
-        "DATALOADER.NUM_WORKERS; the same command goes on from the last checkpoint"
+        "DATALOADER.NUM_WORKERS; the same command goes on from the last checkpoint",
+        key="DATALOADER.NUM_WORKERS",
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from reid import distributed
 from reid.checkpoint_files import BackgroundWriter, checkpoints_in, host_copy, save_atomically
 from reid.config import dump
-from reid.errors import TakenOverError, UnsavedError, WorldError
+from reid.errors import NonFiniteError, TakenOverError, UnsavedError, WorldError
 from reid.handlers.meters import TrainMeter
 from reid.handlers.records import Progress, Records, SavedCheckpoint
 from reid.model import ReIDModel
@@ -289,7 +289,7 @@ def _check_finite(weights: dict[str, Tensor]) -> None:
     are_finite = torch.stack([value.isfinite().all() for value in weights.values()]).tolist()  # waits for the device
     broken = [name for name, is_finite in zip(weights, are_finite, strict=True) if not is_finite]
     if broken:
-        raise FloatingPointError(
+        raise NonFiniteError(
             f"{len(broken)} of {len(weights)} entries of the model stopped being finite ({broken[0]} first); no "
             "checkpoint holds them; lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, or use SOLVER.PRECISION fp32"
         )

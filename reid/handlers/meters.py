@@ -11,7 +11,7 @@ from ignite.engine import Engine, Events
 from torch import Tensor
 
 from reid import distributed
-from reid.errors import shared
+from reid.errors import NonFiniteError, shared
 from reid.handlers.records import Records
 
 
@@ -120,7 +120,7 @@ class TrainMeter:
         # The others are this rank's shares, which say nothing by themselves.
         broken = [(name, value) for name, value in zip(self._names, values, strict=True) if not math.isfinite(value)]
         terms = ", ".join(f"{name} {value:g}" for name, value in broken)
-        error = FloatingPointError(
+        error = NonFiniteError(
             f"the loss stopped being finite at iteration {int(iteration)} (epoch {trainer.state.epoch}): {terms}; no "
             "checkpoint holds these weights; lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, or use "
             "SOLVER.PRECISION fp32"
