@@ -229,7 +229,7 @@ def test_a_damaged_one_makes_room_for_the_one_before_with_a_warning_that_names_b
 
 
 @given(data=st.data())
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_flipped_bit_is_ever_taken_for_training(tmp_path, data):
     """Those that are let through lie where nothing is stored."""
     for leftover in tmp_path.iterdir():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from refusals import refused
 
@@ -715,7 +715,6 @@ def test_ranks_of_one_node_that_cannot_share_the_batch_are_refused_as_they_are()
 
 
 @given(st.integers(2, 40), st.integers(2, 6), st.integers(1, 40))
-@settings(deadline=None)
 def test_the_batch_sizes_and_rank_counts_of_the_message_would_do(pids, images, num_ranks):
     def cfg_of(batch):
         return load_config(None, [f"SOLVER.IMS_PER_BATCH={batch}", f"DATALOADER.NUM_INSTANCE={images}"])
@@ -785,7 +784,6 @@ TEXTS = st.text(st.characters(codec="utf-8"), max_size=20) | st.sampled_from(
 
 
 @given(TEXTS, st.floats(1e-300, 1e300), st.lists(st.integers(0, 999), unique=True), st.none() | st.floats(0, 9), TEXTS)
-@settings(deadline=None)
 def test_every_dump_is_read_back(tmp_path_factory, notes, rate, steps, margin, tag):
     overrides = ["WANDB.NOTES", notes, "SOLVER.BASE_LR", str(rate), "SOLVER.STEPS", str(sorted(steps))]
     overrides += ["SOLVER.MARGIN", str(margin), "WANDB.TAGS", repr([tag or "x"])]
@@ -800,7 +798,6 @@ def test_every_dump_is_read_back(tmp_path_factory, notes, rate, steps, margin, t
 
 
 @given(st.sampled_from(sorted(SETTINGS)), TEXTS | st.from_regex(r"[-+(\['\"]*[0-9.e]+[)\]'\",0-9]*", fullmatch=True))
-@settings(deadline=None)
 def test_any_word_is_accepted_or_refused_in_one_sentence(key, word):
     try:
         load_config(None, [f"{key}={word}"])

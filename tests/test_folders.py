@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from refusals import refused
 
@@ -359,7 +359,6 @@ def test_unreadable_folder_is_one_sentence(tmp_path, monkeypatch):
     assert_refused(tmp_path, "Permission denied")
 
 
-@settings(deadline=None)
 @given(
     pid=st.integers(-1, 2**63 - 1),
     camera=st.integers(1, 2**63 - 1),
@@ -371,7 +370,6 @@ def test_well_formed_names(pid, camera, zeros, rest):
     assert parse_name(f"{text}_c{camera}{rest}") == (pid, camera - 1)
 
 
-@settings(deadline=None)
 @given(st.text(max_size=30) | st.from_regex(r"-?\w{0,20}_c?\w{0,20}", fullmatch=True))
 def test_any_name_is_parsed_from_its_own_start_or_refused(name):
     parsed = parse_name(name)

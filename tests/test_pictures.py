@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -100,7 +100,6 @@ def test_green_and_red_differ_in_brightness_too():
     assert abs(weights @ np.array(RIGHT) - weights @ np.array(WRONG)) > 50
 
 
-@settings(max_examples=25)
 @given(
     st.integers(1, 300),
     st.integers(1, 300),
@@ -132,7 +131,6 @@ def test_the_batch_shows_every_image_in_order_with_those_of_an_identity_together
     assert gaps == [2, 2, 2, 16, 2, 2, 2, 16, 2, 2, 2]
 
 
-@settings(max_examples=15)
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(8, 100), st.integers(8, 400))
 def test_batches_of_any_size_fit_on_a_page(num_pids, num_instances, height, width):
     images = np.zeros((num_pids * num_instances, height, width, 3), np.uint8)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -77,7 +77,6 @@ KINDS = {
 }
 
 
-@settings(max_examples=200)
 @given(
     kind=st.sampled_from(sorted(KINDS)),
     num_queries=st.integers(1, 8),

@@ -156,16 +156,16 @@ def test_market_sized_epochs_are_as_long_as_the_originals_and_use_the_same_ident
 def test_identities_are_drawn_uniformly_among_those_that_are_left():
     plan = IdentityPlan(pids_of([4] * 3 + [16] * 3), num_pids=2, num_instances=2, seed=0)
     pids = pids_of([4] * 3 + [16] * 3)
-    first = np.stack([pids[plan(epoch)[0]] for epoch in range(1, 801)])[:, ::2]
+    first = np.stack([pids[plan(epoch)[0]] for epoch in range(1, 401)])[:, ::2]
     counts = np.array([(first == pid).sum(0) for pid in np.unique(pids)])  # [6, 2] by place in the batch
-    np.testing.assert_allclose(counts / 800, 1 / 6, atol=5 * np.sqrt(5 / 36 / 800))
+    np.testing.assert_allclose(counts / 400, 1 / 6, atol=5 * np.sqrt(5 / 36 / 400))
 
 
 def test_every_image_of_an_identity_is_as_likely_in_every_place():
     plan = IdentityPlan(np.array([0] * 6 + [1] * 6), num_pids=2, num_instances=2, seed=0)
-    first = np.stack([plan(epoch)[0] for epoch in range(1, 801)])
+    first = np.stack([plan(epoch)[0] for epoch in range(1, 401)])
     counts = np.array([(first == image).sum() for image in range(12)])
-    np.testing.assert_allclose(counts / 800, 1 / 3, atol=5 * np.sqrt(2 / 9 / 800))
+    np.testing.assert_allclose(counts / 400, 1 / 3, atol=5 * np.sqrt(2 / 9 / 400))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from refusals import refused
@@ -75,7 +75,6 @@ def test_images_are_colour_jpegs_of_about_128_x_64(benchmark_root):
     assert 110 <= min(heights) < max(heights) <= 150
 
 
-@settings(deadline=None)
 @given(
     st.builds(
         Parameters,
