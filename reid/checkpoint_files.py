@@ -49,7 +49,9 @@ def host_copy(content: Any, used: Any = None) -> Any:
     return content
 
 
-def save_atomically(file: Path, content: dict[str, Any], check: Callable[[], None] = lambda: None) -> None:
+def save_atomically(
+    file: Path, content: dict[str, Any], check: Callable[[], None] = lambda: None, *, key: str = "OUTPUT_DIR"
+) -> None:
     """The whole file under that name, or what stood there before.
 
     torch.save writes a zip archive with a CRC-32 of every tensor, which `weights.read_file` checks.
@@ -58,6 +60,7 @@ def save_atomically(file: Path, content: dict[str, Any], check: Callable[[], Non
         file: to write.
         content: of it.
         check: raises where the file must not appear after all; called last of all.
+        key: Setting or argument that names the place, for the error.
 
     Raises:
         WorldError: the disk is full or not writable.
@@ -78,7 +81,9 @@ def save_atomically(file: Path, content: dict[str, Any], check: Callable[[], Non
         reason = error if isinstance(error, OSError) else error.__context__ or error
         if not isinstance(reason, OSError):
             raise reason from None
-        raise WorldError(f"the checkpoint {file} cannot be written: {reason.strerror}; free some space") from error
+        raise WorldError(
+            f"the checkpoint {file} cannot be written: {reason.strerror}; free some space", key=key
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

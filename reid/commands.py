@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -27,7 +28,10 @@ class Parser(argparse.ArgumentParser):
         self._form = form
 
     def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"the command line must be {self._form}, got: {message}; correct it")
+        # argparse has made a text of its own error by now, in which the argument's name comes first.
+        named = re.search(r"(?<!\S)-{1,2}\w[\w-]*|\b(FOLDER|IMAGE)\b", message)
+        key = named[0] if named else None
+        raise SettingsError(f"the command line must be {self._form}, got: {message}; correct it", key=key)
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def weights_in(path: Path) -> tuple[str, dict[str, Tensor]]:
     """
     if not path.is_file():
         raise WorldError(
-            f"IN must be a file that torch.save has written, but there is none at {path}; correct the path"
+            f"IN must be a file that torch.save has written, but there is none at {path}; correct the path", key="IN"
         )
     try:
         _refuse_other_archives(path)
@@ -111,7 +111,8 @@ def weights_in(path: Path) -> tuple[str, dict[str, Tensor]]:
     except Exception as error:  # a damaged file makes the unpickler raise nearly anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise WorldError(
-            f"IN={path} cannot be read as a file of torch.save's, it is damaged or none: {reason}; give another file"
+            f"IN={path} cannot be read as a file of torch.save's, it is damaged or none: {reason}; give another file",
+            key="IN",
         ) from error
 
 
@@ -123,7 +124,9 @@ def _refuse_other_archives(path: Path) -> None:
             scripted = any(Path(name).name == "constants.pkl" for name in archive.namelist())
     if scripted or tarfile.is_tarfile(path):
         what = "TorchScript" if scripted else "an archive of PyTorch 0.1"
-        raise WorldError(f"IN={path} must be a file that torch.save has written, and it is {what}; give another file")
+        raise WorldError(
+            f"IN={path} must be a file that torch.save has written, and it is {what}; give another file", key="IN"
+        )
 
 
 def _model_in(content: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
@@ -133,7 +136,8 @@ def _model_in(content: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
     if isinstance(held, dict) and ("param_groups" in held or is_optimizer(held)):
         raise WorldError(
             f"IN={path} must hold a model, and it holds an optimiser, {what or 'its state'}, which is not taken over: "
-            "training goes on with a new one; give the file with the model, NAME_model_N.pth"
+            "training goes on with a new one; give the file with the model, NAME_model_N.pth",
+            key="IN",
         )
     if isinstance(content, _Inert) and isinstance(held, dict) and "_modules" in held:
         return what, {name.removeprefix("module."): value for name, value in _entries(content)}
@@ -144,7 +148,7 @@ def _model_in(content: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
         state = {name: value for name, value in content.items() if isinstance(value, Tensor) and isinstance(name, str)}
         if state:
             return "state dict", {name.removeprefix("module."): value.clone() for name, value in state.items()}
-    raise WorldError(f"IN={path} must hold a model, got {what or type(content).__name__}; give another file")
+    raise WorldError(f"IN={path} must hold a model, got {what or type(content).__name__}; give another file", key="IN")
 
 
 def _entries(module: _Inert, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -167,10 +171,12 @@ def convert(source: Path, target: Path) -> None:
         WorldError: the source holds no model, or the target is there already or cannot be written.
     """
     if target.exists():
-        raise WorldError(f"OUT must be a new file, but there is one at {target}; choose another name or folder")
+        raise WorldError(
+            f"OUT must be a new file, but there is one at {target}; choose another name or folder", key="OUT"
+        )
     what, state = weights_in(source)
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_atomically(target, state)
+    save_atomically(target, state, key="OUT")
     backbone, classifier = likely_backbone(state), state.get("classifier.weight")
     logger.info(
         "%s: %d entries of a %s (MODEL.NAME %s%s), a state dict that MODEL.PRETRAIN_PATH and TEST.WEIGHT take",

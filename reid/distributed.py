@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from reid.config import SETTINGS
 from reid.errors import ReidError, WorldError, shared
 from reid.preemption import Preempted
 from reid.world import World
@@ -68,7 +69,8 @@ def _on_gpu(world: World, device: str) -> bool:
     if not torch.cuda.is_available():
         if device == "cuda":
             error = WorldError(
-                "MODEL.DEVICE is cuda, but torch finds no GPU on this machine; use MODEL.DEVICE auto or cpu"
+                "MODEL.DEVICE is cuda, but torch finds no GPU on this machine; use MODEL.DEVICE auto or cpu",
+                key="MODEL.DEVICE",
             )
             raise error if world.local_rank == 0 else shared(error)
         return False
@@ -76,7 +78,8 @@ def _on_gpu(world: World, device: str) -> bool:
     if world.local_rank >= num_gpus:
         error = WorldError(
             f"every process needs a GPU of its own, but {num_gpus + 1} or more processes were started on a node with "
-            f"{num_gpus}; lower --nproc_per_node, or set MODEL.DEVICE cpu"
+            f"{num_gpus}; lower --nproc_per_node, or set MODEL.DEVICE cpu",
+            key="--nproc_per_node",
         )
         raise error if world.local_rank == num_gpus else shared(error)
     return True
@@ -109,7 +112,8 @@ def _check_same_world(library: str, num_ranks: int, own_rank: int, world: World)
         raise WorldError(
             f"{library} must see rank {world.rank} of {world.num_ranks} as the launcher made it, but it sees rank "
             f"{own_rank} of {num_ranks}, and the processes would train side by side; start them with torchrun, and "
-            "unset other variables that speak of ranks"
+            "unset other variables that speak of ranks",
+            key="WORLD_SIZE",
         )
 
 
@@ -145,11 +149,12 @@ def together(work: Callable[[], T]) -> T:
     return cast("T", result)
 
 
-def agree(facts: Mapping[str, object]) -> None:
+def agree(facts: Mapping[str, object], *, key: str | None = None) -> None:
     """Refuses to go on where the ranks do not know the same facts.
 
     Args:
         facts: name -> value, with the same meaning on every rank.
+        key: Key of the error where the facts are no settings; a setting that differs goes by its own.
 
     Raises:
         WorldError: on every rank; names the first rank that differs from rank 0, its host, and the differences.
@@ -159,12 +164,12 @@ def agree(facts: Mapping[str, object]) -> None:
         names = sorted(name for name in first[1].keys() | theirs.keys() if first[1].get(name) != theirs.get(name))
         if names:
             differences = "; ".join(f"{name} is {theirs.get(name)!r}, not {first[1].get(name)!r}" for name in names)
-            raise shared(
-                WorldError(
-                    f"rank {other} on {host} does not agree with rank 0 on {first[0]}: {differences}; start all ranks "
-                    "with the same command, code, packages and data"
-                )
+            error = WorldError(
+                f"rank {other} on {host} does not agree with rank 0 on {first[0]}: {differences}; start all ranks "
+                "with the same command, code, packages and data",
+                key=next((name for name in names if name in SETTINGS), key),
             )
+            raise shared(error)
 
 
 def once_per_node(work: Callable[[], object]) -> None:
@@ -174,12 +179,10 @@ def once_per_node(work: Callable[[], object]) -> None:
 
 def on_main(work: Callable[[], T]) -> T:
     """What the work gives on rank 0, on every rank; errors as in `together`."""
-    result = together(lambda: work() if is_main() else None)
+    box = [together(lambda: work() if is_main() else None)]
     if num_ranks() > 1:
-        box = [result]
         dist.broadcast_object_list(box, src=0)
-        result = box[0]
-    return cast("T", result)
+    return cast("T", box[0])
 
 
 def gather_objects(own: T) -> list[T]:
@@ -238,12 +241,8 @@ class Noticeboard:
     def __init__(self, topic: str, patience: float) -> None:
         # torchrun may keep the store for the next group; its own count of them differs between nodes.
         attempt = on_main(lambda: secrets.token_hex(4))
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=timedelta(seconds=patience),
-        )
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=patience))  # type: ignore[attr-defined]
         self._store = dist.PrefixStore(f"reid/{topic}/{attempt}", store)  # type: ignore[attr-defined]
 
     def put_up(self, text: str) -> None:

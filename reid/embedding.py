@@ -73,7 +73,9 @@ def embed(
     del signals
     root = Path(folder)
     names = distributed.together(lambda: list_images(root))
-    distributed.agree({f"the images in {folder}": hashlib.sha256(os.fsencode("\0".join(names))).hexdigest()})
+    distributed.agree(
+        {f"the images in {folder}": hashlib.sha256(os.fsencode("\0".join(names))).hexdigest()}, key="FOLDER"
+    )
     trained = load_trained(cfg, accelerator)
     out = Path(output) if output else Path(cfg.OUTPUT_DIR) / "galleries" / root.resolve().name
     watchdog = Watchdog(cfg.SOLVER.TIMEOUT_MINUTES)
@@ -103,7 +105,8 @@ def list_images(root: Path) -> list[str]:
     def fail(error: OSError) -> NoReturn:
         raise DataError(
             f"FOLDER must be a folder of images that can be read, got {error.filename} ({error.strerror}); correct the "
-            "path or its permissions"
+            "path or its permissions",
+            key="FOLDER",
         ) from error
 
     found, entered = [], set()
@@ -115,7 +118,9 @@ def list_images(root: Path) -> list[str]:
         images = [name for name in files if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")]
         found += [Path(here, name).as_posix() for name in images]
     if not found:
-        raise DataError(f"{root} must hold images ({', '.join(sorted(SUFFIXES))}), but has none; give another FOLDER")
+        raise DataError(
+            f"{root} must hold images ({', '.join(sorted(SUFFIXES))}), but has none; give another FOLDER", key="FOLDER"
+        )
     return sorted(found)
 
 
@@ -182,7 +187,9 @@ class ImageEmbedder:
             return Rows(prepare_embeddings(embedding, self._distance), unreadable)
         except ValueError as error:
             raise shared(
-                NonFiniteError(f"the model's {error}; its weights or BatchNorm statistics are broken")
+                NonFiniteError(
+                    f"the model's {error}; its weights or BatchNorm statistics are broken", key="TEST.WEIGHT"
+                )
             ) from error
 
     def _decoded(self, paths: Sequence[Path], batches: EvaluationBatches, pool: ThreadPoolExecutor) -> Iterator[Batch]:
@@ -246,7 +253,9 @@ def _tell_unreadable(out: Path, folder: str, names: Sequence[str], unreadable: d
     more = f" and {len(lines) - _NUM_SHOWN} more" if len(lines) > _NUM_SHOWN else ""
     words = f"{len(lines)} of {len(names)} images in {folder} cannot be read: {shown}{more}, all listed in {file}"
     if strict or len(lines) == len(names):
-        raise DataError(f"{words}; copy them again or remove them{', or leave --strict out' if strict else ''}")
+        raise DataError(
+            f"{words}; copy them again or remove them{', or leave --strict out' if strict else ''}", key="FOLDER"
+        )
     logger.warning("warning: %s; they are left out", words)
 
 

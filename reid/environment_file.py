@@ -29,7 +29,9 @@ def read_environment_file(file: Path, environment: MutableMapping[str, str]) -> 
     except FileNotFoundError:
         return
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{file} cannot be read ({type(error).__name__}); correct or remove it") from error
+        raise SettingsError(
+            f"{file} cannot be read ({type(error).__name__}); correct or remove it", key=file.name
+        ) from error
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
@@ -37,6 +39,7 @@ def read_environment_file(file: Path, environment: MutableMapping[str, str]) -> 
         if match is None:
             raise SettingsError(
                 f"line {number} of {file} must be NAME=VALUE, with quotes around a value that has spaces or quotes in "
-                "it; correct it"
+                "it; correct it",
+                key=file.name,
             )
         environment.setdefault(match["name"], match["single"] or match["double"] or match["bare"] or "")

@@ -11,7 +11,7 @@ class ReidError(Exception):
     Args:
         message: What must hold, what it got, and the fix, in one line.
         key: Full key of the setting that the message is about, such as "SOLVER.BASE_LR"; for what is no setting, the
-            option ("--output") or environment variable ("WORLD_SIZE"); None where the user has set nothing wrong.
+            option ("--output") or environment variable ("WANDB_API_KEY"); None where the user has set nothing wrong.
 
     Attributes:
         is_shared: Whether every rank raises this error, so that only rank 0 reports it.

@@ -70,6 +70,7 @@ class Evaluator:
         on_scored: Callable[[TestData, Distances, RetrievalScores], None] = lambda *compared: None,
     ) -> None:
         self._model, self._data = model, data
+        self._key_of_weights = "TEST.WEIGHT" if cfg.TEST.WEIGHT else "SOLVER.BASE_LR"  # for errors
         self._beat, self._is_stopped, self._on_scored = beat, is_stopped, on_scored
         self._distance: Distance = "cosine" if cfg.TEST.FEAT_NORM else "euclidean"
         self._num_features = model.num_features
@@ -110,7 +111,9 @@ class Evaluator:
             embedding = prepare_embeddings(embedding, self._distance)
         except ValueError as error:
             raise shared(
-                NonFiniteError(f"the model's {error}; its weights or BatchNorm statistics are broken")
+                NonFiniteError(
+                    f"the model's {error}; its weights or BatchNorm statistics are broken", key=self._key_of_weights
+                )
             ) from error
         queries, gallery = embedding[:num_queries], embedding[num_queries:]
         if self._re_ranking is None:
@@ -230,7 +233,9 @@ def score_queries(
             single_gallery_shot=single_gallery_shot,
         )
     except NoMatchError as error:
-        raise shared(DataError(f"{error}; check the camera and identity numbers in the file names")) from error
+        raise shared(
+            DataError(f"{error}; check the camera and identity numbers in the file names", key="DATASETS.ROOT_DIR")
+        ) from error
 
 
 def _gather(own: QueryScores, own_blocks: Sequence[slice], num_queries: int, device: torch.device) -> QueryScores:

@@ -73,7 +73,7 @@ def export(
     trained = load_trained(cfg, accelerator)
     weight = trained.file
     folder = Path(output) if output else weight.parent
-    with disk_errors(folder):
+    with disk_errors(folder, key="--output"):
         folder.mkdir(parents=True, exist_ok=True)
     metadata = describe(cfg, trained)
     if "safetensors" in to:
@@ -90,7 +90,7 @@ def export(
     undo = _to_pixels(cfg) if uint8 else nn.Identity()
     for writer in writers:
         file = folder / f"{weight.stem}{writer.suffix}"
-        with appearing(file) as temporary:
+        with appearing(file, key="--output") as temporary:
             with _quiet(f"{file} cannot be made by torch {torch.__version__}"):
                 run = writer.write(temporary, program, metadata | {"input": _INPUTS[uint8]})
             told = "not checked"
@@ -184,15 +184,17 @@ def _build_comparison(cfg: CfgNode, accelerator: Accelerator, model: ReIDModel, 
 def _write_weights(file: Path, weight: Path, trained: Trained, metadata: dict[str, str]) -> None:
     if file.resolve() == weight.resolve():
         raise SettingsError(
-            f"{file} must be another file than TEST.WEIGHT, which would be overwritten; add --output FOLDER"
+            f"{file} must be another file than TEST.WEIGHT, which would be overwritten; add --output FOLDER",
+            key="--output",
         )
-    with appearing(file) as temporary:
+    with appearing(file, key="--output") as temporary:
         write_safetensors(temporary, weights.state_dict_of(trained.content), metadata)
-        checksum = weights.checksum(weights.read_file(temporary, "the file"))
+        checksum = weights.checksum(weights.read_file(temporary, "the file", key="--output"))
         if checksum != trained.checksum:
             raise WorldError(
                 f"{file} must hold what was written, checksum {trained.checksum}, but came back with {checksum}; "
-                "choose another disk by --output"
+                "choose another disk by --output",
+                key="--output",
             )
         size = temporary.stat().st_size
     logger.info("%s: %.1f MB, checksum %s as in the source", file, size / 1e6, checksum)
@@ -228,7 +230,8 @@ def _check_packages() -> None:
     if missing:
         raise WorldError(
             f"--to onnx needs {', '.join(_ONNX_PACKAGES)}, but {', '.join(missing)} is missing; install them with: "
-            "uv sync --extra export"
+            "uv sync --extra export",
+            key="--to",
         )
 
 
@@ -249,7 +252,7 @@ def _quiet(failure: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise WorldError(f"{failure}: {reason}; choose other formats by --to") from error
+        raise WorldError(f"{failure}: {reason}; choose other formats by --to", key="--to") from error
     finally:
         logging.disable(disabled)
 

@@ -130,6 +130,7 @@ class Comparison:
         if not is_close or any(abs(mAP - self._scores[key]) > MAP_TOLERANCE for key, mAP in scores.items()):
             raise WorldError(
                 f"{name} must compute what the model does, to {TOLERANCE:g} of its values and {100 * MAP_TOLERANCE:g} "
-                f"points of mAP, but: {', '.join(words)}; it is not kept; use another format or version of torch"
+                f"points of mAP, but: {', '.join(words)}; it is not kept; use another format or version of torch",
+                key="--to",
             )
         return ", ".join(words)

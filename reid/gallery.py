@@ -23,6 +23,7 @@ EMBEDDINGS, IMAGES, FACTS, UNREADABLE = "embeddings.npy", "images.csv", "gallery
 
 _COLUMNS = ("path", "pid", "camid")
 _REMEDY = "make the gallery with launch/embed.py"
+_WRITTEN_BY, _READ_BY = "--output", "--gallery"  # options that name the folder
 
 
 class GalleryImage(NamedTuple):
@@ -93,7 +94,7 @@ class EmbeddingFile:
         Raises:
             WorldError: they cannot be written.
         """
-        with disk_errors(Path(self._file.name).parent):
+        with disk_errors(Path(self._file.name).parent, key=_WRITTEN_BY):
             self._file.write(np.ascontiguousarray(rows, dtype="<f4").tobytes())
         self._num_rows += len(rows)
 
@@ -117,11 +118,11 @@ def writing_embeddings(folder: Path, num_features: int) -> Iterator[EmbeddingFil
     Raises:
         WorldError: the folder cannot be written to.
     """
-    with disk_errors(folder):
+    with disk_errors(folder, key=_WRITTEN_BY):
         folder.mkdir(parents=True, exist_ok=True)
         for unfinished in folder.glob(".embeddings.*.tmp.npy"):
             unfinished.unlink(missing_ok=True)  # of a process that was killed while it wrote
-    with appearing(folder / EMBEDDINGS) as temporary:
+    with appearing(folder / EMBEDDINGS, key=_WRITTEN_BY) as temporary:
         with temporary.open("wb") as stream:
             file = EmbeddingFile(stream, num_features)
             yield file
@@ -136,21 +137,21 @@ def write_gallery(folder: Path, paths: Sequence[str], facts: Facts) -> None:
         WorldError: the folder cannot be written to.
     """
     rows = [GalleryImage.of(path) for path in paths]
-    with appearing(folder / IMAGES) as temporary, _open_text(temporary, "w") as stream:
+    with appearing(folder / IMAGES, key=_WRITTEN_BY) as temporary, _open_text(temporary, "w") as stream:
         writer = csv.writer(stream, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
         writer.writerow(_COLUMNS)
         writer.writerows(rows)
-    with appearing(folder / FACTS) as temporary:
+    with appearing(folder / FACTS, key=_WRITTEN_BY) as temporary:
         temporary.write_text(json.dumps(asdict(facts), indent=2) + "\n", encoding="utf-8")
 
 
 def write_unreadable(folder: Path, lines: Sequence[str]) -> Path:
     """The list of images that are not in the gallery; none where all are."""
     file = folder / UNREADABLE
-    with disk_errors(file):
+    with disk_errors(file, key=_WRITTEN_BY):
         file.unlink(missing_ok=True)
     if lines:
-        with appearing(file) as temporary, _open_text(temporary, "w") as stream:
+        with appearing(file, key=_WRITTEN_BY) as temporary, _open_text(temporary, "w") as stream:
             stream.writelines(f"{line}\n" for line in lines)
     return file
 
@@ -165,15 +166,19 @@ def read_facts(folder: Path) -> Facts:
     try:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if found["format_version"] != FORMAT_VERSION:
-            raise DataError(f"{file} must be of format {FORMAT_VERSION}, got {found['format_version']}; {_REMEDY}")
+            raise DataError(
+                f"{file} must be of format {FORMAT_VERSION}, got {found['format_version']}; {_REMEDY}", key=_READ_BY
+            )
         return Facts(**{field.name: found[field.name] for field in fields(Facts)})
     except OSError as error:
         reason = f"{file} cannot be read ({error.strerror})"
-        raise DataError(f"{folder} must hold a gallery, but {reason}; {_REMEDY}") from error
+        raise DataError(f"{folder} must hold a gallery, but {reason}; {_REMEDY}", key=_READ_BY) from error
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{file} must be what launch/embed.py wrote, but it is damaged ({error}); {_REMEDY}") from error
+        raise DataError(
+            f"{file} must be what launch/embed.py wrote, but it is damaged ({error}); {_REMEDY}", key=_READ_BY
+        ) from error
 
 
 def read_gallery(folder: Path) -> Gallery:
@@ -189,12 +194,15 @@ def read_gallery(folder: Path) -> Gallery:
             rows = list(csv.DictReader(stream))
         images = tuple(GalleryImage(row["path"], _number(row["pid"]), _number(row["camid"])) for row in rows)
     except (OSError, EOFError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise DataError(f"{folder} must hold a whole gallery, but is damaged ({error}); {_REMEDY}") from error
+        raise DataError(
+            f"{folder} must hold a whole gallery, but is damaged ({error}); {_REMEDY}", key=_READ_BY
+        ) from error
     shape = (facts.num_images, facts.num_features)
     if embedding.shape != shape or embedding.dtype != np.float32 or len(images) != len(embedding):
         raise DataError(
             f"{folder} must hold {shape[0]} embeddings (float32) of {shape[1]} features and as many images, but holds "
-            f"{embedding.dtype} {list(embedding.shape)} and {len(images)} images; {_REMEDY}"
+            f"{embedding.dtype} {list(embedding.shape)} and {len(images)} images; {_REMEDY}",
+            key=_READ_BY,
         )
     return Gallery(facts, embedding, images)
 

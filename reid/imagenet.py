@@ -82,7 +82,8 @@ def fetch(name: str) -> Path:
         raise WorldError(
             f"MODEL.PRETRAIN_CHOICE is imagenet, but the weights of {name} cannot be fetched here ({reason}); download "
             f"{url} elsewhere and put it into {place.parent}, or name the file by MODEL.PRETRAIN_PATH, or train from "
-            "scratch with MODEL.PRETRAIN_CHOICE none"
+            "scratch with MODEL.PRETRAIN_CHOICE none",
+            key="MODEL.PRETRAIN_CHOICE",
         ) from error
     return place
 

@@ -143,7 +143,8 @@ def _answer(story: str, description: str, signals: Signals) -> int:
 def _check_alone(story: str, world: World) -> None:
     if COMMANDS[story].one_process and world.num_ranks > 1:
         raise SettingsError(
-            f"launch/{story}.py must be started as one process, got {world.num_ranks}; start it without torchrun"
+            f"launch/{story}.py must be started as one process, got {world.num_ranks}; start it without torchrun",
+            key="WORLD_SIZE",
         )
 
 
@@ -206,7 +207,8 @@ def explain_runtime_error(error: RuntimeError, rank: int, *, lost_another: bool)
     if type(error).__name__ == "OutOfMemoryError":
         return WorldError(
             f"rank {rank} has no GPU memory left: {first_line}; raise SOLVER.ACCUMULATE or the number of ranks, lower "
-            f"SOLVER.IMS_PER_BATCH or TEST.IMS_PER_BATCH, or use SOLVER.PRECISION bf16"
+            f"SOLVER.IMS_PER_BATCH or TEST.IMS_PER_BATCH, or use SOLVER.PRECISION bf16",
+            key="SOLVER.ACCUMULATE",
         )
     return error
 

@@ -66,7 +66,8 @@ class Ownership:
             if not self._start.replaces(former):
                 raise WorldError(
                     f"OUTPUT_DIR={self._folder.path} is in use by another training; wait for its end, or choose "
-                    "another OUTPUT_DIR"
+                    "another OUTPUT_DIR",
+                    key="OUTPUT_DIR",
                 )
             logger.warning(
                 "warning: OUTPUT_DIR=%s is taken over from the start before this one, on %s, which still lives",
@@ -108,5 +109,6 @@ class Ownership:
         which = f"restart {start.restart} of job {start.job}" if start.job else "another training"
         return TakenOverError(
             f"OUTPUT_DIR={self._folder.path} was taken over by {which}, on {owner['host']}; this one, on "
-            f"{platform.node()}, writes no more and ends"
+            f"{platform.node()}, writes no more and ends",
+            key="OUTPUT_DIR",
         )

@@ -271,7 +271,8 @@ def _write_test(path: Path) -> tuple[Path, str, float]:
             file.unlink()
         raise WorldError(
             f"OUTPUT_DIR={path} must be a folder that can be written to, but in {folder}: {error.strerror or error}; "
-            "choose another OUTPUT_DIR"
+            "choose another OUTPUT_DIR",
+            key="OUTPUT_DIR",
         ) from error
     return folder, file.name, time.perf_counter() - start
 

@@ -32,20 +32,22 @@ def of_checkpoint(cfg: CfgNode, own: dict[str, Any]) -> list[Given]:
     if not isinstance(content.get("config"), str):
         logger.info("TEST.WEIGHT=%s holds no settings: those not given are the defaults", cfg.TEST.WEIGHT)
         return []
-    return _settings_in(content["config"], f"TEST.WEIGHT={cfg.TEST.WEIGHT}")
+    return _settings_in(content["config"], f"TEST.WEIGHT={cfg.TEST.WEIGHT}", key="TEST.WEIGHT")
 
 
 def of_gallery(cfg: CfgNode, own: dict[str, Any]) -> list[Given]:
     """The settings that the gallery was made with, its TEST.WEIGHT among them."""
     del cfg
-    return _settings_in(read_facts(Path(own["gallery"])).config, f"--gallery {own['gallery']}")
+    return _settings_in(read_facts(Path(own["gallery"])).config, f"--gallery {own['gallery']}", key="--gallery")
 
 
-def _settings_in(text: str, source: str) -> list[Given]:
+def _settings_in(text: str, source: str, *, key: str) -> list[Given]:
     try:
         nested = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise WorldError(f"the settings in {source} cannot be read; name their file by --config_file") from error
+        raise WorldError(
+            f"the settings in {source} cannot be read; name their file by --config_file", key=key
+        ) from error
     found: list[Given] = []
     _flatten(nested, "", f"in {source}", found)
     return [given for given in found if given.key not in _OF_THE_MACHINE]

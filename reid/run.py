@@ -181,7 +181,8 @@ def open_data(cfg: CfgNode, *, train: bool) -> DataSets:
         {
             "the fingerprint of the training images": data.fingerprint_of_training(),
             "the fingerprint of the test images": data.fingerprint_of_tests(),
-        }
+        },
+        key="DATASETS.ROOT_DIR",
     )
     return data
 
@@ -207,7 +208,9 @@ def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     if not cfg.TEST.WEIGHT:
         found = checkpoints_in(Path(cfg.OUTPUT_DIR) / "checkpoints", "best")
         remedy = f"the best of this run is {found[-1]}" if found else "add TEST.WEIGHT FILE to the command"
-        raise shared(SettingsError(f"TEST.WEIGHT must name the checkpoint to evaluate, got ''; {remedy}"))
+        raise shared(
+            SettingsError(f"TEST.WEIGHT must name the checkpoint to evaluate, got ''; {remedy}", key="TEST.WEIGHT")
+        )
     trained = read_trained(cfg, accelerator)
     folder = RunDirectory(Path(cfg.OUTPUT_DIR))
     data = open_data(cfg, train=False)

@@ -62,7 +62,7 @@ class RunDirectory:
             (self.path / "log.txt").touch()
         except OSError as error:
             raise WorldError(
-                f"OUTPUT_DIR={self.path} cannot be written to: {error}; choose another OUTPUT_DIR"
+                f"OUTPUT_DIR={self.path} cannot be written to: {error}; choose another OUTPUT_DIR", key="OUTPUT_DIR"
             ) from error
         self._log = LogFile(self.path / "log.txt")
         self._log.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -180,7 +180,7 @@ class RunDirectory:
                 with _disk_errors(self._metrics):
                     self._append_unwritten()
             except WorldError as error:
-                raise UnsavedError(str(error)) from error
+                raise UnsavedError(str(error), key=error.key) from error
 
         distributed.together(write)
 
@@ -224,7 +224,7 @@ def _disk_errors(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise WorldError(f"{_cannot_write(file, error)}; free some space and start again") from error
+        raise WorldError(f"{_cannot_write(file, error)}; free some space and start again", key="OUTPUT_DIR") from error
 
 
 def _cannot_write(file: Path, error: OSError) -> str:

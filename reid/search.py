@@ -82,7 +82,9 @@ def search(
     if trained.checksum != opened.facts.checksum:
         raise WorldError(
             f"{trained.source} must hold the weights that the gallery {gallery} was made with (checksum "
-            f"{opened.facts.checksum}), but holds others ({trained.checksum}); give that file, or make the gallery anew"
+            f"{opened.facts.checksum}), but holds others ({trained.checksum}); give that file, or make the gallery "
+            "anew",
+            key="TEST.WEIGHT",
         )
     queries = _embed_queries(ImageEmbedder(trained.model, accelerator, cfg), images)
     distances, places = nearest(
@@ -96,11 +98,11 @@ def search(
     for image, found in zip(images, results, strict=True):
         logger.info("%s", _table(image, found, opened.facts))
     if own["json"]:
-        with appearing(Path(own["json"])) as temporary:
+        with appearing(Path(own["json"]), key="--json") as temporary:
             report = _report(images, results, opened.facts)
             temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     picture = _draw(images, results, opened.facts)
-    with appearing(Path(output)) as temporary:
+    with appearing(Path(output), key="--output") as temporary:
         picture.save(temporary)
     left_out = len(images) > _MOST_ROWS or top > _MOST_COLUMNS
     limits = f" (of the first {_MOST_ROWS} images, and {_MOST_COLUMNS} for each)" if left_out else ""
@@ -109,13 +111,15 @@ def search(
 
 def _check_settings(cfg: CfgNode, facts: Facts, source: str) -> None:
     """The command line may say where and how to compute, but not what."""
-    weights.check_settings({"config": facts.config}, cfg, source)
+    weights.check_settings({"config": facts.config}, cfg, source, key="--gallery")
     made_with, used_with = yaml.safe_load(facts.config), as_plain_dict(cfg)
     for key in ("INPUT.SIZE_TEST", "TEST.NECK_FEAT", "TEST.FEAT_NORM", "TEST.FLIP"):
         section, name = key.split(".")
         before, now = made_with[section][name], used_with[section][name]
         if before != now:
-            raise SettingsError(f"{key} must be {example(before)} as in {source}, got {example(now)}; leave it out")
+            raise SettingsError(
+                f"{key} must be {example(before)} as in {source}, got {example(now)}; leave it out", key=key
+            )
 
 
 def _embed_queries(embedder: ImageEmbedder, images: Sequence[str]) -> NDArray[np.float32]:
@@ -123,7 +127,8 @@ def _embed_queries(embedder: ImageEmbedder, images: Sequence[str]) -> NDArray[np
     if rows.unreadable:
         bad = ", ".join(f"{images[place]} ({reason})" for place, reason in sorted(rows.unreadable.items()))
         raise DataError(
-            f"every IMAGE must be readable, but {len(rows.unreadable)} of {len(images)} are not: {bad}; leave them out"
+            f"every IMAGE must be readable, but {len(rows.unreadable)} of {len(images)} are not: {bad}; leave them out",
+            key="IMAGE",
         )
     return rows.embedding.float().cpu().numpy()
 

@@ -37,7 +37,9 @@ def main() -> int:
         arguments = parser.parse_args()
         read_environment_file(Path(".env"), os.environ)
         if not (arguments.sweep_config or arguments.sweep_id):
-            raise SettingsError("one of --sweep-config and --sweep-id must be given, got neither; add one of them")
+            raise SettingsError(
+                "one of --sweep-config and --sweep-id must be given, got neither; add one of them", key="--sweep-config"
+            )
         sweep = read_sweep(Path(arguments.sweep_config)) if arguments.sweep_config else {}
         _log_in()
         name = arguments.sweep_id or _create(sweep)
@@ -62,13 +64,20 @@ def read_sweep(file: Path) -> dict[str, Any]:
         sweep = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise SettingsError(f"--sweep-config must be a YAML file, got {file}: {reason}; correct it") from error
+        raise SettingsError(
+            f"--sweep-config must be a YAML file, got {file}: {reason}; correct it", key="--sweep-config"
+        ) from error
     missing = [name for name in _NEEDED if not (isinstance(sweep, dict) and sweep.get(name))]
     if missing or not isinstance(sweep["parameters"], dict):
         wanted = ", ".join(missing) or "parameters as KEY: {values: [...]}"
-        raise SettingsError(f"{file} must be a W&B sweep, but lacks {wanted}; see configs/sweeps/softmax_triplet.yaml")
+        raise SettingsError(
+            f"{file} must be a W&B sweep, but lacks {wanted}; see configs/sweeps/softmax_triplet.yaml",
+            key="--sweep-config",
+        )
     if _ARGUMENTS not in sweep["command"]:
-        raise SettingsError(f"command in {file} must pass a trial's settings on, but lacks {_ARGUMENTS}; add it")
+        raise SettingsError(
+            f"command in {file} must pass a trial's settings on, but lacks {_ARGUMENTS}; add it", key="--sweep-config"
+        )
     for key, space in sweep["parameters"].items():
         _check_parameter(str(key), space, file)
     return dict(sweep)
@@ -77,17 +86,23 @@ def read_sweep(file: Path) -> dict[str, Any]:
 def _check_parameter(key: str, space: Any, file: Path) -> None:
     if key not in SETTINGS:
         meant = " or ".join(nearest(key, SETTINGS)) or "a key in reid/config.py"
-        raise UnknownKeyError(f"parameters in {file} must be settings by their full keys, got {key}; use {meant}")
+        raise UnknownKeyError(
+            f"parameters in {file} must be settings by their full keys, got {key}; use {meant}", key=key
+        )
     space = space if isinstance(space, Mapping) else {}
     values = [*space.get("values", []), *(space[name] for name in ("value", "min", "max") if name in space)]
     if not values:
-        raise SettingsError(f"{key} in {file} must say what to try, got nothing; give it values, or min and max")
+        raise SettingsError(
+            f"{key} in {file} must say what to try, got nothing; give it values, or min and max", key=key
+        )
     for value in values:
         try:
             SETTINGS[key][1](value)
         except Refused as refused:
             remedy = refused.remedy or "correct it"
-            raise SettingsError(f"{key} in {file} must be {refused.wanted}, got {shown(value)}; {remedy}") from None
+            raise SettingsError(
+                f"{key} in {file} must be {refused.wanted}, got {shown(value)}; {remedy}", key=key
+            ) from None
 
 
 def _log_in() -> None:
@@ -99,7 +114,9 @@ def _log_in() -> None:
     except Exception as error:  # of wandb's own, pydantic's, and others
         raise _refused("takes part in no sweep", error) from error
     if not has_key:
-        raise WorldError("W&B has no sweep for those without a key; set WANDB_API_KEY, or run: wandb login")
+        raise WorldError(
+            "W&B has no sweep for those without a key; set WANDB_API_KEY, or run: wandb login", key="WANDB_API_KEY"
+        )
 
 
 def _create(sweep: dict[str, Any]) -> str:
@@ -116,4 +133,6 @@ def _create(sweep: dict[str, Any]) -> str:
 
 def _refused(what: str, error: Exception) -> WorldError:
     reason = " ".join(str(error).split())
-    return WorldError(f"W&B {what}: {reason}; see that the key is right and that there is a network")
+    return WorldError(
+        f"W&B {what}: {reason}; see that the key is right and that there is a network", key="WANDB_API_KEY"
+    )

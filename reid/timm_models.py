@@ -80,7 +80,8 @@ def _checked(full_name: str) -> str:
     near = " or ".join(f"{PREFIX}{candidate}" for candidate in difflib.get_close_matches(name, known, n=3))
     raise SettingsError(
         f"MODEL.NAME must be {PREFIX} and the name of a model of timm {timm.__version__}, got {full_name}; "
-        + (f"did you mean {near}?" if near else "timm.list_models() lists them")
+        + (f"did you mean {near}?" if near else "timm.list_models() lists them"),
+        key="MODEL.NAME",
     )
 
 
@@ -107,7 +108,8 @@ def _dry_run(plan: Plan, key: str, size: tuple[int, int]) -> int:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise SettingsError(
             f"{key} must be a size that {PREFIX}{plan.name} takes, got {size} ({reason}); its own is {own}, "
-            "and another model may take any"
+            "and another model may take any",
+            key=key,
         ) from error
     return output.shape[1]
 
@@ -143,7 +145,10 @@ def pretrained(cfg: CfgNode, state: dict[str, Tensor] | None, source: str) -> di
         return _adapted(plan, state)
     except Exception as error:  # each model has its own way to read a file, and to stumble over another's
         reason = " ".join(str(error).split())[:300]
-        raise WorldError(f"{source} does not fit {cfg.MODEL.NAME}: {reason}; give timm's file of that model") from error
+        raise WorldError(
+            f"{source} does not fit {cfg.MODEL.NAME}: {reason}; give timm's file of that model",
+            key="MODEL.PRETRAIN_PATH",
+        ) from error
 
 
 def _adapted(plan: Plan, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -172,7 +177,8 @@ def _fetched(plan: Plan) -> dict[str, Tensor]:
     if not address:
         raise WorldError(
             f"MODEL.PRETRAIN_CHOICE is imagenet, but timm has no weights of {PREFIX}{plan.name}; name a file by "
-            "MODEL.PRETRAIN_PATH, or use MODEL.PRETRAIN_CHOICE none"
+            "MODEL.PRETRAIN_PATH, or use MODEL.PRETRAIN_CHOICE none",
+            key="MODEL.PRETRAIN_CHOICE",
         )
     cached = _in_cache(own)
     if cached is not None:
@@ -186,7 +192,8 @@ def _fetched(plan: Plan) -> dict[str, Tensor]:
         raise WorldError(
             f"MODEL.PRETRAIN_CHOICE is imagenet, but the weights of {PREFIX}{plan.name} cannot be fetched here "
             f"({reason}); download them from {address} elsewhere and name the file by MODEL.PRETRAIN_PATH, or train "
-            "from scratch with MODEL.PRETRAIN_CHOICE none"
+            "from scratch with MODEL.PRETRAIN_CHOICE none",
+            key="MODEL.PRETRAIN_CHOICE",
         ) from error
 
 

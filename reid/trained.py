@@ -29,7 +29,10 @@ class Trained(NamedTuple):
 
 def check_weight_is_named(cfg: CfgNode) -> None:
     if not cfg.TEST.WEIGHT:
-        raise SettingsError("TEST.WEIGHT must name the checkpoint to use, got ''; add TEST.WEIGHT FILE to the command")
+        raise SettingsError(
+            "TEST.WEIGHT must name the checkpoint to use, got ''; add TEST.WEIGHT FILE to the command",
+            key="TEST.WEIGHT",
+        )
 
 
 def load_trained(cfg: CfgNode, accelerator: Accelerator) -> Trained:
@@ -52,9 +55,9 @@ def read_trained(cfg: CfgNode, accelerator: Accelerator) -> Trained:
     """
     source = f"TEST.WEIGHT={cfg.TEST.WEIGHT}"
     file, content = read_weight(cfg)
-    distributed.together(lambda: weights.check_settings(content, cfg, source))
+    distributed.together(lambda: weights.check_settings(content, cfg, source, key="TEST.WEIGHT"))
     checksum = weights.checksum(content)
-    distributed.agree({"the contents of TEST.WEIGHT": checksum})
+    distributed.agree({"the contents of TEST.WEIGHT": checksum}, key="TEST.WEIGHT")
     model = build_model(cfg, num_pids=weights.num_pids_of(content))
     weights.load_for_evaluation(model, content, source)
     place(model, cfg, accelerator)

@@ -33,39 +33,48 @@ _OF_IDENTITIES = ("classifier.", "centers")  # entries that are of use with the 
 _UNUSED = tuple(f"base.{name}" for name in CLASSIFIERS)
 
 
-def read_file(path: Path, setting: str) -> dict[str, Any]:
+def read_file(path: Path, setting: str, *, key: str | None = None) -> dict[str, Any]:
     """What torch.save or safetensors wrote, if it is tensors and plain values only, and whole to the last bit.
 
     Args:
         path: of the file.
-        setting: the full key that names it, for the error.
+        setting: Full key of the setting that names the file, or a description of the file, for the error.
+        key: Key of the error where `setting` is a description.
 
     Raises:
         WorldError: no such file, not such a file, or one that would run code when loaded.
     """
+    key = key or setting
     if not path.is_file():
-        raise WorldError(f"{setting} must name a file with weights, but there is none at {path}; correct the path")
+        raise WorldError(
+            f"{setting} must name a file with weights, but there is none at {path}; correct the path", key=key
+        )
     try:
         content = read_safetensors(path) if path.suffix == ".safetensors" else _unpickled(path)
     except pickle.UnpicklingError as error:
         raise WorldError(
             f"{setting}={path} is refused: it is damaged, or holds Python objects, which could run any code when "
             "loaded, and not a state dict only; where it is a model that reid-strong-baseline has saved as a whole, "
-            f"take out its weights with: python launch/convert.py {path} OUT.pth"
+            f"take out its weights with: python launch/convert.py {path} OUT.pth",
+            key=key,
         ) from error
     except Exception as error:  # a damaged file makes the unpickler raise nearly anything
         reason = "; ".join(str(error).splitlines()[:1]) or type(error).__name__
         raise WorldError(
-            f"{setting}={path} cannot be read as a file of weights, it is damaged or none: {reason}; give another file"
+            f"{setting}={path} cannot be read as a file of weights, it is damaged or none: {reason}; give another file",
+            key=key,
         ) from error
     if isinstance(content, dict) and is_optimizer(content):
         raise WorldError(
             f"{setting}={path} must hold a model, and it holds the state of an optimiser; give the file with the "
-            "model, which reid-strong-baseline calls NAME_model_N.pth"
+            "model, which reid-strong-baseline calls NAME_model_N.pth",
+            key=key,
         )
     state = inner(content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise WorldError(f"{setting}={path} must hold a state dict, got {type(state).__name__}; give another file")
+        raise WorldError(
+            f"{setting}={path} must hold a state dict, got {type(state).__name__}; give another file", key=key
+        )
     return content
 
 
@@ -85,7 +94,14 @@ def state_dict_of(content: dict[str, Any]) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in inner(content).items() if isinstance(value, Tensor)}
 
 
-def load_state(module: nn.Module, state: dict[str, Tensor], source: str, *, optional: tuple[str, ...] = ()) -> None:
+def load_state(
+    module: nn.Module,
+    state: dict[str, Tensor],
+    source: str,
+    *,
+    optional: tuple[str, ...] = (),
+    key: str | None = None,
+) -> None:
     """Copies the state into the module and logs what was loaded and what was not.
 
     Args:
@@ -94,6 +110,7 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: str, *, opti
         source: the setting and file it came from, for the report.
         optional: beginnings of names that may be missing or of another shape, and then keep their values, or that only
             the state has.
+        key: Full key of the setting that names the source, for the error.
 
     Raises:
         WorldError: an entry that is not optional is missing, has another shape, or is one that the module lacks: a
@@ -113,7 +130,8 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: str, *, opti
         raise WorldError(
             f"{source} does not fit this model: of {len(wanted)} entries {len(missing)} are missing and "
             f"{len(mismatched)} have another shape, and {len(unexpected)} are too many ({_some(wrong)}); "
-            f"{_remedy(wrong, state, wanted)}"
+            f"{_remedy(wrong, state, wanted)}",
+            key=key,
         )
     fitting = {
         name: shared_out(value, like=wanted[name])
@@ -175,13 +193,13 @@ def initialise(model: ReIDModel, cfg: CfgNode) -> None:
 def _initialise_whole(model: ReIDModel, cfg: CfgNode) -> None:
     path, source = Path(cfg.MODEL.PRETRAIN_PATH), f"MODEL.PRETRAIN_PATH={cfg.MODEL.PRETRAIN_PATH}"
     content = read_file(path, "MODEL.PRETRAIN_PATH")
-    check_settings(content, cfg, source)
+    check_settings(content, cfg, source, key="MODEL.PRETRAIN_PATH")
     state = state_dict_of(content)
     if cfg.MODEL.PRETRAIN_CHOICE == "self":
-        load_state(model, state, source, optional=("centers", *_UNUSED))
+        load_state(model, state, source, optional=("centers", *_UNUSED), key="MODEL.PRETRAIN_PATH")
         return
     others = {name: value for name, value in state.items() if not name.startswith(_OF_IDENTITIES)}
-    load_state(model, others, source, optional=(*_OF_IDENTITIES, *_UNUSED))
+    load_state(model, others, source, optional=(*_OF_IDENTITIES, *_UNUSED), key="MODEL.PRETRAIN_PATH")
     logger.info(
         "MODEL.PRETRAIN_CHOICE finetune: the classifier is new, for %d identities; that of the file was for %d",
         *(model.classifier.out_features, num_pids_of(content)),
@@ -190,6 +208,7 @@ def _initialise_whole(model: ReIDModel, cfg: CfgNode) -> None:
 
 def _initialise_backbone(model: ReIDModel, cfg: CfgNode) -> None:
     name, path, setting = cfg.MODEL.NAME, cfg.MODEL.PRETRAIN_PATH, "MODEL.PRETRAIN_PATH"
+    key = setting
     if name not in imagenet.SOURCES:
         source = f"{setting}={path}" if path else f"timm's pretrained weights of {name}"
 
@@ -198,17 +217,18 @@ def _initialise_backbone(model: ReIDModel, cfg: CfgNode) -> None:
             return timm_models.pretrained(cfg, content and state_dict_of(content), source)
 
         if not path:
+            key = "MODEL.PRETRAIN_CHOICE"
             distributed.once_per_node(read)
         state = distributed.together(read)
         optional = tuple(set(state) - set(model.base.state_dict()))  # its classifier
-        distributed.together(lambda: load_state(model.base, state, source, optional=optional))
+        distributed.together(lambda: load_state(model.base, state, source, optional=optional, key=key))
         return
     if distributed.on_main(lambda: _takes_own(name, path)):  # nodes may differ in what is there
         distributed.once_per_node(lambda: imagenet.fetch(name))
         path = str(distributed.together(lambda: imagenet.fetch(name)))
-        setting = "MODEL.PRETRAIN_CHOICE imagenet: the file"
-    state = distributed.together(lambda: state_dict_of(read_file(Path(path), setting)))
-    distributed.together(lambda: load_state(model.base, state, f"{setting}={path}", optional=CLASSIFIERS))
+        key, setting = "MODEL.PRETRAIN_CHOICE", "MODEL.PRETRAIN_CHOICE imagenet: the file"
+    state = distributed.together(lambda: state_dict_of(read_file(Path(path), setting, key=key)))
+    distributed.together(lambda: load_state(model.base, state, f"{setting}={path}", optional=CLASSIFIERS, key=key))
 
 
 def _takes_own(name: str, path: str) -> bool:
@@ -228,7 +248,8 @@ def _takes_own(name: str, path: str) -> bool:
     whose = f", and by its name it would be of {owner}" if owner else ""
     raise WorldError(
         f"MODEL.PRETRAIN_PATH must name a file with weights of {name}, but there is none at {path}{whose}; correct the "
-        f"path, or set it to '' for the weights from {imagenet.SOURCES[name].url}"
+        f"path, or set it to '' for the weights from {imagenet.SOURCES[name].url}",
+        key="MODEL.PRETRAIN_PATH",
     )
 
 
@@ -241,8 +262,14 @@ _DECISIVE = (
 )
 
 
-def check_settings(content: dict[str, Any], cfg: CfgNode, source: str) -> None:
+def check_settings(content: dict[str, Any], cfg: CfgNode, source: str, *, key: str) -> None:
     """Compares the settings that one of our checkpoints was made with to those that it is to be used with.
+
+    Args:
+        content: Content of the checkpoint.
+        cfg: The whole configuration.
+        source: Setting and file that the checkpoint came from, for messages.
+        key: Full key or option that names the source, for the error.
 
     Raises:
         WorldError: one of those that decide what the model computes is another.
@@ -257,14 +284,15 @@ def check_settings(content: dict[str, Any], cfg: CfgNode, source: str) -> None:
         return
     made_with, used_with = _decisive(yaml.safe_load(content["config"])), _decisive(as_plain_dict(cfg))
     differences = []
-    for key in _DECISIVE:
-        before, now = made_with[key], used_with[key]
+    for name in _DECISIVE:
+        before, now = made_with[name], used_with[name]
         if before != now:
-            differences.append(f"{key} was {before!r} and is now {now!r}")
+            differences.append(f"{name} was {before!r} and is now {now!r}")
     if differences:
         raise WorldError(
             f"{source} is a model of other settings: {'; '.join(differences)}; use the --config_file that it was "
-            "trained with (config.yaml in its run's folder)"
+            "trained with (config.yaml in its run's folder)",
+            key=key,
         )
 
 
@@ -301,4 +329,6 @@ def checksum(content: dict[str, Any]) -> str:
 def load_for_evaluation(model: ReIDModel, content: dict[str, Any], source: str) -> None:
     """Backbone and neck from a checkpoint, as the classifier plays no part in retrieval; called by all ranks."""
     state = state_dict_of(content)
-    distributed.together(lambda: load_state(model, state, source, optional=(*_OF_IDENTITIES, *_UNUSED)))
+    distributed.together(
+        lambda: load_state(model, state, source, optional=(*_OF_IDENTITIES, *_UNUSED), key="TEST.WEIGHT")
+    )

@@ -42,7 +42,8 @@ def read_world(environment: Mapping[str, str]) -> World:
             raise WorldError(
                 f"{name} says that {environment[name]} processes were started, but {', '.join(missing)} is not set, so "
                 "each would train alone, side by side; start one torchrun on every node (torchrun --nproc_per_node=N "
-                f"launch/train.py ...), or unset {name} to train in a single process"
+                f"launch/train.py ...), or unset {name} to train in a single process",
+                key=name,
             )
     return World()
 
@@ -61,7 +62,8 @@ def _world(
         launcher = "srun" if by_srun else "torchrun"
         raise WorldError(
             f"{rank_name} and {local_name} must be below {count_name}, got {rank} and {local_rank} of {num_ranks}; let "
-            f"{launcher} set them"
+            f"{launcher} set them",
+            key=rank_name if rank >= num_ranks else local_name,
         )
     return World(rank, local_rank, num_ranks, has_group=True, by_srun=by_srun)
 
@@ -102,7 +104,9 @@ def read_start(environment: Mapping[str, str]) -> Start:
 
 def _integer(environment: Mapping[str, str], name: str) -> int:
     if not environment[name].isdecimal():
-        raise WorldError(f"the environment variable {name} must be a whole number, got {environment[name]!r}; unset it")
+        raise WorldError(
+            f"the environment variable {name} must be a whole number, got {environment[name]!r}; unset it", key=name
+        )
     return int(environment[name])
 
 

@@ -44,10 +44,14 @@ def build_accelerator(cfg: CfgNode, *, on_gpu: bool, num_ranks: int) -> Accelera
     """
     precision = cfg.SOLVER.PRECISION
     if precision == "fp16" and not on_gpu:
-        raise SettingsError("SOLVER.PRECISION fp16 needs a GPU, and this run is on a CPU; use fp32 or bf16")
+        raise SettingsError(
+            "SOLVER.PRECISION fp16 needs a GPU, and this run is on a CPU; use fp32 or bf16", key="SOLVER.PRECISION"
+        )
     if cfg.SOLVER.SHARDING == "fsdp" and not (on_gpu and num_ranks > 1):
         got = f"{num_ranks} rank" if on_gpu else "a CPU"
-        raise SettingsError(f"SOLVER.SHARDING fsdp needs several GPUs, and this run is on {got}; use none")
+        raise SettingsError(
+            f"SOLVER.SHARDING fsdp needs several GPUs, and this run is on {got}; use none", key="SOLVER.SHARDING"
+        )
     if precision == "bf16" and not has_bf16(on_gpu=on_gpu):
         device = "GPU" if on_gpu else "CPU"
         logger.info("SOLVER.PRECISION bf16: this %s has no instructions for it, and is slower than with fp32", device)
@@ -181,7 +185,10 @@ def wrap(
     """
     if compiled and accelerator.device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise shared(
-            WorldError("MODEL.COMPILE needs a C++ compiler on a CPU, but there is none; install g++, or set it to no")
+            WorldError(
+                "MODEL.COMPILE needs a C++ compiler on a CPU, but there is none; install g++, or set it to no",
+                key="MODEL.COMPILE",
+            )
         )
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if isinstance(wrapped, nn.parallel.DistributedDataParallel):

@@ -9,6 +9,7 @@ import zipfile
 import pytest
 import torch
 from program import REPOSITORY, TRAIN
+from refusals import refused
 from torch import nn
 
 from reid.config import load_config
@@ -131,10 +132,10 @@ def test_a_file_that_would_run_code_runs_none_and_gives_its_weights(tmp_path, mo
 def test_where_a_file_is_nothing_but_such_a_call_there_is_no_model(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "w.pth").write_bytes(pickle.dumps(malicious()[kind]))
-    with pytest.raises(WorldError, match=r"^IN=.*w\.pth (cannot be read|must hold a model)"):
+    with refused(WorldError, "IN", "w.pth"):
         weights_in(tmp_path / "w.pth")
     saved(tmp_path / "z.pth", malicious()[kind], in_zip=True)
-    with pytest.raises(WorldError, match=r"^IN=.*z\.pth must hold a model, got"):
+    with refused(WorldError, "IN", "z.pth", "model"):
         weights_in(tmp_path / "z.pth")
     assert not (tmp_path / "executed").exists()
 
@@ -144,7 +145,7 @@ def test_an_optimiser_is_refused_as_one(tmp_path, in_zip):
     optimizer = torch.optim.Adam(nn.Linear(2, 2).parameters())
     for content in (optimizer, optimizer.state_dict()):
         file = saved(tmp_path / "resnet50_optimizer_2.pth", content, in_zip=in_zip)
-        with pytest.raises(WorldError, match=r"it holds an optimiser, .*; give the file with the model, NAME"):
+        with refused(WorldError, "IN", str(file), "NAME_model_N.pth"):
             weights_in(file)
 
 
@@ -157,14 +158,14 @@ def test_a_plain_state_dict_comes_out_as_it_is(tmp_path):
 
 @pytest.mark.parametrize("content", [torch.zeros(2), [1, 2], {"a": 1}, {}, random.Random(0), None])
 def test_what_is_no_model_is_refused(tmp_path, content):
-    with pytest.raises(WorldError, match=r"^IN=.*w\.pth must hold a model, got"):
+    with refused(WorldError, "IN", "w.pth", type(content).__name__):
         weights_in(saved(tmp_path / "w.pth", content, in_zip=True))
 
 
 def test_archives_that_another_reader_would_take_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "scripted.pt", "w") as archive:
         archive.writestr("scripted/constants.pkl", b"")
-    with pytest.raises(WorldError, match="it is TorchScript"):
+    with refused(WorldError, "IN", "scripted.pt", "TorchScript"):
         weights_in(tmp_path / "scripted.pt")
 
 
@@ -175,15 +176,16 @@ def test_a_damaged_file_gives_one_sentence(tmp_path, baseline, in_zip):
     draw = random.Random(0)
     for _ in range(30):
         (tmp_path / "w.pth").write_bytes(content[: draw.randrange(len(content))])
-        with pytest.raises(WorldError, match=r"^IN=.*w\.pth [^\n]*$"):
+        with pytest.raises(WorldError, match=r"\A[^\n]*w\.pth[^\n]*\Z") as error:
             weights_in(tmp_path / "w.pth")
+        assert error.value.key == "IN"
 
 
 def test_a_file_is_never_overwritten(tmp_path, baseline):
     file = saved(tmp_path / "w.pth", baseline, in_zip=True)
-    with pytest.raises(WorldError, match=r"^OUT must be a new file, but there is one at .*w\.pth"):
+    with refused(WorldError, "OUT", "w.pth"):
         convert(file, file)
-    with pytest.raises(WorldError, match=r"^IN must be a file .* none at .*gone\.pth"):
+    with refused(WorldError, "IN", "gone.pth"):
         convert(tmp_path / "gone.pth", tmp_path / "new.pth")
 
 
@@ -191,16 +193,17 @@ def test_the_user_is_led_to_the_command_and_the_command_does_what_it_says(place)
     model = build_model(load_config(str(place.folder / "tiny.yml"), []), 8)
     torch.save(model, place.folder / "resnet18_model_120.pth", _use_new_zipfile_serialization=False)
     said = place.refusal("evaluate", "OUTPUT_DIR", "old", "TEST.WEIGHT", "resnet18_model_120.pth", code=1)
+    assert "TEST.WEIGHT" in said
     assert "python launch/convert.py resnet18_model_120.pth OUT.pth" in said
     done = place.command(sys.executable, CONVERT, "resnet18_model_120.pth", "plain.pth")
     assert (done.code, done.err) == (0, "")
-    assert done.out == (
-        "plain.pth: 126 entries of a reid.model.ReIDModel (MODEL.NAME resnet18, 8 identities), a state dict that "
-        "MODEL.PRETRAIN_PATH and TEST.WEIGHT take\n"
-    )
+    facts = ("plain.pth", "126 entries", "reid.model.ReIDModel", "MODEL.NAME resnet18", "8 identities")
+    assert all(fact in done.out for fact in facts), done.out
+    assert done.out.count("\n") == 1
     (evaluated,) = place.run("evaluate", "OUTPUT_DIR", "old", "TEST.WEIGHT", "plain.pth")
     assert evaluated.code == 0, evaluated
-    refused = place.command(sys.executable, CONVERT, TRAIN, "other.pth")
-    assert refused.code == 1
-    assert refused.err.startswith(f"error: IN={TRAIN} cannot be read as a file of torch.save's")
-    assert refused.err.count("\n") == 1
+    no_model = place.command(sys.executable, CONVERT, TRAIN, "other.pth")
+    assert no_model.code == 1
+    assert no_model.err.startswith("error: ")
+    assert f"IN={TRAIN}" in no_model.err
+    assert no_model.err.count("\n") == 1

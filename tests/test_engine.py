@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from ignite.engine import Events
+from refusals import refused
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -90,22 +91,17 @@ def test_bf16_that_the_cpu_cannot_do_is_said(monkeypatch, caplog, has_bf16, is_s
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: has_bf16)
     with caplog.at_level("INFO", logger="reid.wrapping"):
         build_accelerator(load_config(None, ["SOLVER.PRECISION=bf16"]), on_gpu=False, num_ranks=1)
-    words = "SOLVER.PRECISION bf16: this CPU has no instructions for it, and is slower than with fp32"
-    assert caplog.messages == [words] * is_said
+    assert len(caplog.messages) == is_said
+    assert all("SOLVER.PRECISION bf16" in message and "fp32" in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("SOLVER.PRECISION=fp16", "SOLVER.PRECISION fp16 needs a GPU, and this run is on a CPU; use fp32 or bf16"),
-        ("SOLVER.SHARDING=fsdp", "SOLVER.SHARDING fsdp needs several GPUs, and this run is on a CPU; use none"),
-    ],
+    ("key", "value", "remedy"), [("SOLVER.PRECISION", "fp16", "fp32 or bf16"), ("SOLVER.SHARDING", "fsdp", "none")]
 )
-def test_what_accelerate_would_silently_ignore_on_a_cpu_is_refused(override, words):
-    cfg = load_config(None, [override])
-    with pytest.raises(SettingsError) as error:
+def test_what_accelerate_would_silently_ignore_on_a_cpu_is_refused(key, value, remedy):
+    cfg = load_config(None, [f"{key}={value}"])
+    with refused(SettingsError, key, value, "CPU", remedy):
         build_accelerator(cfg, on_gpu=False, num_ranks=2)
-    assert str(error.value) == words
 
 
 # ---- SOLVER.ACCUMULATE ----
@@ -128,16 +124,16 @@ def test_micro_batches_are_normalised_on_their_own_and_still_learn():
 @pytest.mark.parametrize(
     ("overrides", "num_ranks", "words"),
     [
-        (["SOLVER.ACCUMULATE=3"], 1, "ranks (1) times SOLVER.ACCUMULATE=3, got 64; use 63 or 66"),
-        (["SOLVER.ACCUMULATE=8"], 16, "ranks (16) times SOLVER.ACCUMULATE=8, got 64; use 128"),
-        (["SOLVER.ACCUMULATE=64"], 1, "SOLVER.ACCUMULATE must leave at least 2 images for BatchNorm"),
-        (["SOLVER.ACCUMULATE=16", "SOLVER.SYNC_BN=no"], 4, "got 16 with SOLVER.IMS_PER_BATCH=64 on 4 ranks; lower"),
+        (["SOLVER.ACCUMULATE=3"], 1, ("SOLVER.ACCUMULATE=3", "(1)", "got 64", "63 or 66")),
+        (["SOLVER.ACCUMULATE=8"], 16, ("SOLVER.ACCUMULATE=8", "(16)", "got 64", "128")),
+        (["SOLVER.ACCUMULATE=64"], 1, ("SOLVER.ACCUMULATE", "BatchNorm", "got 64")),
+        (["SOLVER.ACCUMULATE=16", "SOLVER.SYNC_BN=no"], 4, ("got 16", "SOLVER.IMS_PER_BATCH=64", "4 ranks")),
     ],
 )
 def test_a_batch_that_cannot_be_cut_is_refused(overrides, num_ranks, words):
     with pytest.raises(SettingsError) as error:
         check_training(load_config(None, overrides), num_ranks)
-    assert words in str(error.value)
+    assert all(word in str(error.value) for word in words), error.value
 
 
 # ---- MODEL.FREEZE_BN ----
@@ -166,7 +162,7 @@ def test_a_compiled_model_learns_the_same():
 
 def test_compiling_needs_a_compiler(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(WorldError, match=r"MODEL\.COMPILE needs a C\+\+ compiler on a CPU, but there is none; install"):
+    with refused(WorldError, "MODEL.COMPILE", "g++"):
         trained("MODEL.COMPILE=yes")
 
 

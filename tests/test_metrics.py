@@ -279,23 +279,19 @@ def inputs(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        pytest.param({"q_embedding": np.eye(3)}, r"Q = 2 and G = 3 pids, got \[3, 3\]", id="more queries than labels"),
-        pytest.param(
-            {"q_embedding": np.eye(3)[:1]}, r"Q = 2 and G = 3 pids, got \[1, 3\]", id="fewer queries than labels"
-        ),
+        pytest.param({"q_embedding": np.eye(3)}, r"got \[3, 3\]", id="more queries than labels"),
+        pytest.param({"q_embedding": np.eye(3)[:1]}, r"got \[1, 3\]", id="fewer queries than labels"),
         pytest.param({"g_embedding": np.eye(3)[:2]}, r"\[2, 3\] and \[2, 3\]", id="fewer gallery images than labels"),
         pytest.param({"g_embedding": np.eye(3)[:1]}, r"\[2, 3\] and \[1, 3\]", id="one gallery image, many labels"),
         pytest.param({"g_embedding": np.eye(4)[:3]}, r"\[2, 3\] and \[3, 4\]", id="features of another length"),
-        pytest.param({"q_embedding": np.ones(2)}, r"\[N, D\], got shape \[2\]", id="a vector"),
-        pytest.param({"g_embedding": np.ones((3, 3, 1))}, r"\[N, D\], got shape \[3, 3, 1\]", id="feature maps"),
+        pytest.param({"q_embedding": np.ones(2)}, r"\[2\]", id="a vector"),
+        pytest.param({"g_embedding": np.ones((3, 3, 1))}, r"\[3, 3, 1\]", id="feature maps"),
         pytest.param({"q_pids": [1]}, "of one length", id="fewer pids than camids"),
         pytest.param({"g_camids": [[1, 1, 1]]}, "of one length", id="a matrix of camids"),
         pytest.param({"q_embedding": np.full((2, 3), np.nan)}, "finite", id="NaN"),
         pytest.param({"g_embedding": np.full((3, 3), -np.inf)}, "finite", id="infinity"),
         pytest.param({"g_embedding": np.full((3, 3), 1e200)}, "squared lengths", id="squares overflow"),
-        pytest.param(
-            {"q_pids": [4, 5]}, "none of 2 queries has an image of its identity on", id="no identity in common"
-        ),
+        pytest.param({"q_pids": [4, 5]}, "none of 2 queries", id="no identity in common"),
         pytest.param({"g_camids": [0, 0, 0]}, "none of 2 queries", id="no other camera"),
         pytest.param({"g_embedding": np.ones((0, 3)), "g_pids": [], "g_camids": []}, "none of 2", id="no gallery"),
         pytest.param({"q_embedding": np.ones((0, 3)), "q_pids": [], "q_camids": []}, "none of 0", id="no queries"),
@@ -309,16 +305,16 @@ def test_embeddings_that_cannot_be_ranked_are_refused(changes, message, distance
 
 
 def test_an_unknown_distance_is_refused():
-    with pytest.raises(ValueError, match="distance must be cosine or euclidean, got 'manhattan'"):
+    with pytest.raises(ValueError, match="'manhattan'"):
         retrieval_scores(**inputs(), distance="manhattan")
 
 
 @pytest.mark.parametrize(
     ("distmat", "message"),
     [
-        (np.ones((3, 2)), r"\[Q, G\] = \[2, 3\], got \[3, 2\]"),
-        (np.ones(3), r"\[Q, G\] = \[2, 3\], got \[3\]"),
-        (np.ones((2, 4)), r"\[Q, G\] = \[2, 3\], got \[2, 4\]"),
+        (np.ones((3, 2)), r"\[2, 3\], got \[3, 2\]"),
+        (np.ones(3), r"\[2, 3\], got \[3\]"),
+        (np.ones((2, 4)), r"\[2, 3\], got \[2, 4\]"),
         ([[0.1, math.nan, 0.2], [0.1, 0.2, 0.3]], "NaN"),
     ],
     ids=["transposed", "a row", "too wide", "NaN"],
@@ -337,5 +333,5 @@ def test_an_array_in_any_layout_will_do():
 
 
 def test_a_curve_without_a_point_is_refused():
-    with pytest.raises(ValueError, match="max_rank must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_rank"):
         scores_from_distmat([[0.0]], [1], [0], [1], [1], max_rank=0)

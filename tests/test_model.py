@@ -1,6 +1,7 @@
 """The model against the published one: names, features, initialisation; and what its settings change."""
 
 import json
+import re
 from pathlib import Path
 
 import golden_weights
@@ -100,8 +101,9 @@ def test_every_backbone_can_be_chosen_and_no_other():
     assert [config(name).MODEL.NAME for name in BACKBONES] == list(BACKBONES)
     with pytest.raises(SettingsError) as error:
         config("resnet50_ibn_b")
-    named = str(error.value).split("one of ")[1].split(", or timm/NAME")[0]
+    named, _, other = re.search(r"(\w+(, \w+)+), or (\S+)", str(error.value)).groups()
     assert named.split(", ") == list(BACKBONES)
+    assert other.startswith("timm/")
 
 
 def test_the_larger_ibn_resnet_is_the_smaller_one_with_more_of_the_same_blocks():
@@ -239,8 +241,8 @@ def test_the_key_of_the_stem_says_what_the_others_have(name, caplog):
     assert config(name, STEM_RELU="yes").MODEL.STEM_RELU is True
     assert caplog.messages == []
     assert config(name, STEM_RELU="no").MODEL.STEM_RELU is True
-    said = f"MODEL.STEM_RELU no has no effect (on the command line): the stem of {name} always has its activation"
-    assert caplog.messages == [said]
+    (said,) = caplog.messages
+    assert all(fact in said for fact in ("MODEL.STEM_RELU no", "command line", name)), said
 
 
 def test_half_of_an_ibn_norm_is_over_each_image_alone():

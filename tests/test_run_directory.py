@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from program import Place
+from refusals import refused
 
 from reid.config import load_config
 from reid.errors import WorldError
@@ -67,7 +68,7 @@ def test_a_write_that_fails_leaves_the_old_text_and_no_other_file(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
     try:
-        with pytest.raises(WorldError, match=f"{file} cannot be written: File too large; free some space"):
+        with refused(WorldError, "OUTPUT_DIR", str(file), "File too large"):
             write_atomically(file, "new" * 100)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -105,6 +106,7 @@ def test_a_second_training_in_the_same_folder_is_refused(place: Place):
     ranks = place.start("train", "OUTPUT_DIR", "busy", "SOLVER.MAX_EPOCHS", 1000)
     ranks.wait_for("epoch 1/1000 step 1/2")
     said = place.refusal("train", "OUTPUT_DIR", "busy", num_ranks=2, code=1)
-    assert said.startswith("OUTPUT_DIR=busy is in use by another training; wait for its end")
+    assert "OUTPUT_DIR=busy" in said
+    assert "in use" in said
     ranks.kill()
     place.train("OUTPUT_DIR", "busy", "SOLVER.MAX_EPOCHS", 1)

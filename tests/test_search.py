@@ -1,6 +1,7 @@
 """Images that are looked for in a gallery, from the command line to the picture."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -61,7 +62,7 @@ def test_the_table_has_the_nearest_first_and_equal_ones_in_the_gallerys_order(sa
         ["7", "1.0000", "nobody.png"],
     ]
     assert lines[lines.index("photos/z03.png") + 2].split() == ["1", "1.0000", "z03.png"]
-    assert lines[-1] == "drawn in found.png"
+    assert "found.png" in lines[-1]
 
 
 def test_the_json_says_the_same(said, folder):
@@ -118,16 +119,19 @@ def test_images_that_are_gone_and_a_gallery_smaller_than_asked_for_do_no_harm(pl
 def test_other_settings_than_the_gallerys_are_refused(place, folder):
     words = (SOUGHT, "--gallery", "g", "TEST.FLIP", "yes")
     told = place.refusal("search", *words, bare=True, folder=folder, code=2)
-    assert told == "TEST.FLIP must be no as in --gallery g, got yes; leave it out"
+    assert all(fact in told for fact in ("TEST.FLIP", "be no", "--gallery g", "got yes")), told
     words = (SOUGHT, "--gallery", "g", "MODEL.LAST_STRIDE=2")
-    assert "MODEL.LAST_STRIDE was 1 and is now 2" in place.refusal("search", *words, bare=True, folder=folder, code=1)
+    told = place.refusal("search", *words, bare=True, folder=folder, code=1)
+    assert "--gallery g" in told
+    assert re.search(r"MODEL\.LAST_STRIDE\D*1\D*2\D", told), told
 
 
 def test_other_weights_than_the_gallerys_are_refused(place, folder):
     untrained(folder / "other.pt", seed=1)
     words = (SOUGHT, "--gallery", "g", "TEST.WEIGHT", "other.pt")
     told = place.refusal("search", *words, bare=True, folder=folder, code=1)
-    assert told.startswith("TEST.WEIGHT=other.pt must hold the weights that the gallery g was made with (checksum ")
+    made_with = read_gallery(folder / "g").facts.checksum
+    assert all(fact in told for fact in ("TEST.WEIGHT=other.pt", "gallery g", made_with)), told
 
 
 def test_weights_that_were_moved_are_named_anew(place, folder):
@@ -139,17 +143,17 @@ def test_images_that_cannot_be_read_are_all_named(place, folder):
     (folder / "torn.jpg").write_bytes(b"\xff\xd8")
     words = ("gone.png", SOUGHT, "torn.jpg", "--gallery", "g")
     told = place.refusal("search", *words, bare=True, folder=folder, code=2)
-    assert told.startswith(
-        "every IMAGE must be readable, but 2 of 3 are not: gone.png (No such file or directory), torn.jpg"
-    )
+    facts = ("IMAGE", "2 of 3", "gone.png (No such file or directory)", "torn.jpg (")
+    assert all(fact in told for fact in facts), told
 
 
 def test_it_is_work_for_one_process(place, folder):
     told = place.refusal("search", SOUGHT, "--gallery", "g", bare=True, folder=folder, num_ranks=2, code=2)
-    assert told == "launch/search.py must be started as one process, got 2; start it without torchrun"
+    assert all(fact in told for fact in ("launch/search.py", "got 2", "torchrun")), told
 
 
 def test_a_picture_that_cannot_be_written_is_named(place, folder):
     words = (SOUGHT, "--gallery", "g", "--output", "no/folder.jpg")
     told = place.refusal("search", *words, bare=True, folder=folder, code=1)
-    assert told.startswith("no/folder.jpg cannot be written: No such file or directory")
+    assert "no/folder.jpg" in told
+    assert "No such file or directory" in told

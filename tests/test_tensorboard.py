@@ -89,7 +89,5 @@ def no_tensorboard() -> None:
 
 def test_without_the_package_the_extra_is_named(place):
     said = place.refusal("train", "OUTPUT_DIR", "tb_none", *ON, num_ranks=2, code=2, before=no_tensorboard)
-    assert said == (
-        "LOG.TENSORBOARD yes needs the package tensorboard, which is not installed; install it with: "
-        "uv sync --extra tensorboard, or use LOG.TENSORBOARD no"
-    )
+    assert "LOG.TENSORBOARD" in said
+    assert "uv sync --extra tensorboard" in said

@@ -115,12 +115,12 @@ def test_the_summary_names_the_rates():
 
 @pytest.mark.parametrize("fpr", [1.0, -0.1, math.nan])
 def test_rates_that_are_none_are_refused(fpr):
-    with pytest.raises(ValueError, match="from 0 to less than 1"):
+    with pytest.raises(ValueError, match="rates"):
         scores_from_distmat(*without_ties(), fprs=[0.1, fpr])
 
 
 def test_counts_without_a_positive_pair_are_refused():
-    with pytest.raises(ValueError, match="a query and a match"):
+    with pytest.raises(ValueError, match="pair"):
         tpr_at_fpr(lambda level, prefixes: torch.ones(1, 2, 4) * torch.tensor([[1], [0]]), [0.1], 2)
 
 

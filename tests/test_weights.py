@@ -4,6 +4,7 @@ import json
 import logging
 import pickle
 import random
+import re
 import shutil
 from pathlib import Path
 from urllib.error import URLError
@@ -12,6 +13,7 @@ import golden_weights
 import pytest
 import torch
 from program import newest, records
+from refusals import refused
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import resnet18, resnext50_32x4d
@@ -70,18 +72,16 @@ class Malicious:
 def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "w.pth").write_bytes(pickle.dumps({"model": Malicious()}))
-    with pytest.raises(WorldError, match=r"w.pth is refused: .* could run any code"):
+    with refused(WorldError, "TEST.WEIGHT", "w.pth", "any code"):
         read_file(tmp_path / "w.pth", "TEST.WEIGHT")
     torch.save({"model": Malicious()}, tmp_path / "zipped.pth")
-    with pytest.raises(WorldError, match=r"zipped.pth is refused: .* could run any code"):
+    with refused(WorldError, "TEST.WEIGHT", "zipped.pth", "any code"):
         read_file(tmp_path / "zipped.pth", "TEST.WEIGHT")
     assert not (tmp_path / "executed").exists()
 
 
 def test_a_missing_file_is_named_with_its_setting(tmp_path):
-    with pytest.raises(
-        WorldError, match=r"MODEL.PRETRAIN_PATH must name a file .* none at .*gone.pth; correct the path"
-    ):
+    with refused(WorldError, "MODEL.PRETRAIN_PATH", "MODEL.PRETRAIN_PATH", str(tmp_path / "gone.pth")):
         read_file(tmp_path / "gone.pth", "MODEL.PRETRAIN_PATH")
 
 
@@ -97,14 +97,14 @@ def test_a_damaged_file_never_gives_anything_but_our_error(tmp_path, seed):
     samples += [b"hello world\n", b"<html>404</html>", b"version https://git-lfs.github.com/spec/v1\n", b""]
     for sample in samples:
         damaged.write_bytes(sample)
-        with pytest.raises(WorldError, match=r"TEST.WEIGHT=.*damaged.pth (is refused|cannot be read)"):
+        with refused(WorldError, "TEST.WEIGHT", f"TEST.WEIGHT={damaged}"):
             read_file(damaged, "TEST.WEIGHT")
 
 
 @pytest.mark.parametrize("content", [torch.zeros(3), [1, 2], {1: torch.zeros(1)}, {"model": "resnet18"}])
 def test_a_file_without_a_state_dict_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(WorldError, match="must hold a state dict, got"):
+    with refused(WorldError, "TEST.WEIGHT", f"TEST.WEIGHT={tmp_path}/w.pth", "state dict"):
         read_file(tmp_path / "w.pth", "TEST.WEIGHT")
 
 
@@ -117,10 +117,9 @@ def test_what_was_loaded_and_what_was_not_is_reported(caplog):
     ones = {"0.weight": (3, 2), "0.bias": (3,), "1.weight": (9, 9), "2.weight": (1,)}
     with caplog.at_level(logging.INFO, "reid.weights"):
         load_state(module, {name: torch.ones(shape) for name, shape in ones.items()}, "FILE", optional=("1.", "2."))
-    assert caplog.messages == [
-        "weights from FILE: 2 of 4 entries loaded, 1 (1.bias) missing, 1 (1.weight) of another shape, 1 (2.weight) not "
-        "used"
-    ]
+    (said,) = caplog.messages
+    facts = ("FILE", "2 of 4", "1 (1.bias) missing", "1 (1.weight) of another shape", "1 (2.weight) not used")
+    assert all(fact in said for fact in facts), said
     assert torch.equal(module[0].weight, torch.ones(3, 2))
     assert torch.equal(module[1].weight, kept)
 
@@ -129,10 +128,9 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
     module = nn.Linear(2, 3)
     before = module.weight.clone()
     state = {"weight": torch.ones(9, 9), "scale": torch.ones(1)}
-    with pytest.raises(
-        WorldError, match=r"1 are missing and 1 have another shape, and 1 are too many \(bias, weight, sc"
-    ):
-        load_state(module, state, "FILE")
+    counts = ("of 2 entries", "1 are missing", "1 have another shape", "1 are too many")
+    with refused(WorldError, "TEST.WEIGHT", "FILE", *counts, "(bias, weight, scale)"):
+        load_state(module, state, "FILE", key="TEST.WEIGHT")
     assert torch.equal(module.weight, before)
 
 
@@ -149,7 +147,8 @@ def test_files_from_before_batches_were_counted_still_load(caplog):
     caplog.set_level(logging.INFO, "reid.weights")
     load_state(target, old, "FILE")
     assert torch.equal(target.running_mean, source.running_mean)
-    assert caplog.messages == ["weights from FILE: 4 of 4 entries loaded, 0 missing, 0 of another shape, 0 not used"]
+    (said,) = caplog.messages
+    assert all(fact in said for fact in ("4 of 4", "0 missing", "0 of another shape", "0 not used")), said
 
 
 # ---- what a training starts from ----
@@ -187,23 +186,23 @@ def test_weights_of_another_architecture_are_refused_by_an_entry_and_their_name(
     with torch.device("meta"):
         file, model = (BACKBONES[name](last_stride=2, stem_relu=True) for name in (of_file, of_model))
         whole_file, whole_model = (build_model(settings(f"MODEL.NAME={name}"), 3) for name in (of_file, of_model))
-    remedy = rf"; by its names and shapes it is of a {of_file}: set MODEL\.NAME {of_file}, or"
-    with pytest.raises(WorldError, match=rf"^X does not fit this model: .*\({entry}.*{remedy}"):
+    remedy = f"MODEL.NAME {of_file},"
+    with refused(WorldError, None, "X ", f"({entry}", remedy):
         load_state(model, file.state_dict(), "X", optional=("fc.",))
-    with pytest.raises(WorldError, match=rf"^X does not fit this model: .*\(base\.{entry}.*{remedy}"):
+    with refused(WorldError, None, "X ", f"(base.{entry}", remedy):
         load_state(whole_model, whole_file.state_dict(), "X", optional=("base.fc.",))
 
 
 @pytest.mark.parametrize(("of_file", "of_model"), [("resnet34", "resnet18"), ("resnet18", "resnet34")])
 def test_a_file_of_another_architecture_is_refused_where_it_is_named(tmp_path, of_file, of_model):
     torch.save(BACKBONES[of_file](last_stride=2, stem_relu=True).state_dict(), tmp_path / "w.pth")
-    with pytest.raises(WorldError, match=rf"^MODEL.PRETRAIN_PATH=.*w.pth does not fit .* set MODEL.NAME {of_file}, or"):
+    with refused(WorldError, "MODEL.PRETRAIN_PATH", f"{tmp_path}/w.pth", f"MODEL.NAME {of_file},"):
         start(f"MODEL.NAME={of_model}", "MODEL.PRETRAIN_CHOICE=imagenet", f"MODEL.PRETRAIN_PATH={tmp_path / 'w.pth'}")
 
 
 def test_a_file_of_no_backbone_of_ours_is_refused_without_a_guess():
     state = resnext50_32x4d(weights=None).state_dict()
-    with pytest.raises(WorldError, match=r"layer1.0.conv1.weight.*; set MODEL\.NAME and MODEL\.NECK to the file's"):
+    with refused(WorldError, None, "layer1.0.conv1.weight", "MODEL.NAME and MODEL.NECK"):
         load_state(BACKBONES["resnet50"](last_stride=1, stem_relu=True), state, "X", optional=("fc.",))
 
 
@@ -238,15 +237,15 @@ def test_every_layout_of_imagenet_weights_fills_the_whole_trunk(tmp_path, caplog
     model = start(f"MODEL.NAME={name}", "MODEL.PRETRAIN_CHOICE=imagenet", f"MODEL.PRETRAIN_PATH={file}")
     loaded = model.base.state_dict()
     assert all(torch.equal(loaded[key], own[key]) for key in own)
-    assert f"weights from MODEL.PRETRAIN_PATH={file}: " in caplog.messages[0]
-    assert ", 0 of another shape, " in caplog.messages[0]
+    assert f"MODEL.PRETRAIN_PATH={file}" in caplog.messages[0]
+    assert " 0 of another shape" in caplog.messages[0]
 
 
 def test_one_missing_entry_is_an_error(imagenet, tmp_path):
     state = dict(imagenet[1])
     del state["layer3.1.bn2.running_mean"]
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(WorldError, match=r"1 are missing .*\(layer3\.1\.bn2\.running_mean\)"):
+    with refused(WorldError, "MODEL.PRETRAIN_PATH", "1 are missing", "(layer3.1.bn2.running_mean)"):
         start("MODEL.PRETRAIN_CHOICE=imagenet", f"MODEL.PRETRAIN_PATH={tmp_path / 'w.pth'}")
 
 
@@ -277,14 +276,9 @@ def test_weights_that_the_machine_has_are_found_under_their_names_without_a_netw
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_without_them_it_is_said_what_to_download_and_where_to_put_it(home, name):
-    with pytest.raises(WorldError) as error:
+    remedies = (SOURCES[name].url, f"{home}/torch/hub/checkpoints", "MODEL.PRETRAIN_PATH", "MODEL.PRETRAIN_CHOICE none")
+    with refused(WorldError, "MODEL.PRETRAIN_CHOICE", f" {name} ", "no network here", *remedies):
         initialise(torch.nn.Module(), settings(f"MODEL.NAME={name}", "MODEL.PRETRAIN_CHOICE=imagenet"))
-    url = SOURCES[name].url
-    assert str(error.value) == (
-        f"MODEL.PRETRAIN_CHOICE is imagenet, but the weights of {name} cannot be fetched here (no network here); "
-        f"download {url} elsewhere and put it into {home}/torch/hub/checkpoints, or name the file by "
-        "MODEL.PRETRAIN_PATH, or train from scratch with MODEL.PRETRAIN_CHOICE none"
-    )
 
 
 def test_the_authors_own_path_means_the_weights_by_that_name(home, imagenet, caplog):
@@ -293,21 +287,16 @@ def test_the_authors_own_path_means_the_weights_by_that_name(home, imagenet, cap
     path = "/home/haoluo/.torch/models/resnet18-5c106cde.pth"
     model = start("MODEL.PRETRAIN_CHOICE=imagenet", f"MODEL.PRETRAIN_PATH={path}")
     assert torch.equal(model.base.conv1.weight, imagenet[1]["conv1.weight"])
-    said = f"MODEL.PRETRAIN_PATH={path} is not there; taking this machine's own copy of these weights"
-    assert caplog.messages[0] == said
+    assert f"MODEL.PRETRAIN_PATH={path} " in caplog.messages[0]
 
 
 @pytest.mark.parametrize(
     ("name", "file", "whose"),
-    [("resnet18", "resnet50-19c8e357.pth", ", and by its name it would be of resnet50"), ("resnet18", "mine.pth", "")],
+    [("resnet18", "resnet50-19c8e357.pth", "of resnet50;"), ("resnet18", "mine.pth", "mine.pth;")],
 )
 def test_a_path_that_is_not_there_is_not_taken_for_anything_else(home, name, file, whose):
-    with pytest.raises(WorldError) as error:
+    with refused(WorldError, "MODEL.PRETRAIN_PATH", f" {name},", f"/home/haoluo/{file}", whose, SOURCES[name].url):
         start(f"MODEL.NAME={name}", "MODEL.PRETRAIN_CHOICE=imagenet", f"MODEL.PRETRAIN_PATH=/home/haoluo/{file}")
-    assert str(error.value) == (
-        f"MODEL.PRETRAIN_PATH must name a file with weights of {name}, but there is none at /home/haoluo/{file}{whose}"
-        f"; correct the path, or set it to '' for the weights from {SOURCES[name].url}"
-    )
 
 
 def test_a_download_is_checked_and_kept(home, imagenet, monkeypatch):
@@ -337,7 +326,7 @@ def test_a_checkpoint_of_the_whole_model_is_taken_with_its_classifier(tmp_path):
 
 def test_a_checkpoint_with_other_identities_is_refused_for_training(tmp_path):
     torch.save(model_of(num_pids=6).state_dict(), tmp_path / "w.pt")
-    with pytest.raises(WorldError, match=r"1 have another shape, .* \(classifier.weight\).*use .* finetune"):
+    with refused(WorldError, "MODEL.PRETRAIN_PATH", "(classifier.weight)", "(6, 512)", "(5, 512)", "finetune"):
         start("MODEL.PRETRAIN_CHOICE=self", f"MODEL.PRETRAIN_PATH={tmp_path / 'w.pt'}")
 
 
@@ -358,12 +347,10 @@ def test_a_checkpoint_with_other_identities_is_taken_for_finetuning_but_for_what
             kept = name in ("classifier.weight", "centers")
             assert torch.equal(value, (fresh if kept else source.state_dict())[name])
         num_entries = len(fresh)
-        assert caplog.messages == [
-            f"weights from {path}: {num_entries - 2} of {num_entries} entries loaded, 2 (centers, classifier.weight) "
-            "missing, 0 of another shape, 0 not used",
-            f"MODEL.PRETRAIN_CHOICE finetune: the classifier is new, for {num_pids} identities; that of the file was "
-            "for 6",
-        ]
+        loaded, new = caplog.messages
+        counts = (f"{num_entries - 2} of {num_entries}", "2 (centers, classifier.weight) missing", "0 not used")
+        assert all(fact in loaded for fact in (path, *counts)), loaded
+        assert re.search(rf"finetune.* {num_pids} identities.* 6$", new)
 
 
 @pytest.mark.parametrize(
@@ -371,13 +358,13 @@ def test_a_checkpoint_with_other_identities_is_taken_for_finetuning_but_for_what
     [
         (
             lambda: model_of("MODEL.NECK=no").state_dict(),
-            r"are missing .*\(.*bottleneck.weight.*; set MODEL\.NECK to the file's",
+            ("bottleneck.weight", "MODEL.NECK"),
         ),
-        (lambda: model_of("MODEL.NAME=resnet34").state_dict(), "set MODEL.NAME resnet34, or"),
-        (lambda: resnet18(weights=None).state_dict(), "it holds no whole model"),
+        (lambda: model_of("MODEL.NAME=resnet34").state_dict(), ("MODEL.NAME resnet34,",)),
+        (lambda: resnet18(weights=None).state_dict(), ("no whole model",)),
         (
             lambda: {name: v for name, v in model_of().state_dict().items() if "layer2" not in name},
-            "base.layer2.0.conv1",
+            ("base.layer2.0.conv1",),
         ),
     ],
     ids=["no neck", "another backbone", "a backbone alone", "not whole"],
@@ -385,14 +372,14 @@ def test_a_checkpoint_with_other_identities_is_taken_for_finetuning_but_for_what
 @pytest.mark.parametrize("choice", ["self", "finetune"])
 def test_backbone_and_neck_must_be_whole(tmp_path, choice, state, words):
     torch.save(state(), tmp_path / "w.pt")
-    with pytest.raises(WorldError, match=words):
+    with refused(WorldError, "MODEL.PRETRAIN_PATH", f"MODEL.PRETRAIN_PATH={tmp_path}/w.pt", *words):
         start(f"MODEL.PRETRAIN_CHOICE={choice}", f"MODEL.PRETRAIN_PATH={tmp_path / 'w.pt'}")
 
 
 def test_the_state_of_an_optimiser_is_no_model(tmp_path):
     model = nn.Linear(1, 1)
     torch.save(torch.optim.Adam(model.parameters()).state_dict(), tmp_path / "resnet50_optimizer_2.pth")
-    with pytest.raises(WorldError, match=r"it holds the state of an optimiser; give .* NAME_model_N\.pth"):
+    with refused(WorldError, "TEST.WEIGHT", "resnet50_optimizer_2.pth", "NAME_model_N.pth"):
         read_file(tmp_path / "resnet50_optimizer_2.pth", "TEST.WEIGHT")
 
 
@@ -401,7 +388,7 @@ def test_safetensors_are_read_too(tmp_path, imagenet):
     model = start("MODEL.PRETRAIN_CHOICE=imagenet", f"MODEL.PRETRAIN_PATH={tmp_path / 'w.safetensors'}")
     assert torch.equal(model.base.conv1.weight, imagenet[1]["conv1.weight"])
     (tmp_path / "w.safetensors").write_bytes(b"no such thing")
-    with pytest.raises(WorldError, match=r"w\.safetensors cannot be read as a file of weights"):
+    with refused(WorldError, "TEST.WEIGHT", f"TEST.WEIGHT={tmp_path}/w.safetensors"):
         read_file(tmp_path / "w.safetensors", "TEST.WEIGHT")
 
 
@@ -439,15 +426,16 @@ def test_weights_that_cannot_be_fetched_are_named_with_the_place_to_put_them(pla
     settings = ("OUTPUT_DIR", "no_weights", "MODEL.PRETRAIN_CHOICE", "imagenet")
     said = place.refusal("train", *settings, environment={"TORCH_HOME": "torch home"}, num_ranks=2, code=1)
     assert "https://download.pytorch.org/models/resnet18-f37072fd.pth" in said
-    assert "put it into torch home/hub/checkpoints" in said
-    assert "name the file by MODEL.PRETRAIN_PATH" in said
+    assert "torch home/hub/checkpoints" in said
+    assert "MODEL.PRETRAIN_CHOICE" in said
+    assert "MODEL.PRETRAIN_PATH" in said
 
 
 def test_evaluating_weights_of_another_architecture_is_refused_once(place):
     file = place.folder / "resnet34.pt"
     torch.save(model_of("MODEL.NAME=resnet34").state_dict(), file)
     said = place.refusal("evaluate", "OUTPUT_DIR", "other", "TEST.WEIGHT", "resnet34.pt", num_ranks=2, code=1)
-    assert said.startswith("TEST.WEIGHT=resnet34.pt does not fit this model")
+    assert "TEST.WEIGHT=resnet34.pt" in said
     assert "base.layer" in said
 
 
@@ -457,7 +445,8 @@ def test_without_a_checkpoint_to_evaluate_the_best_of_the_run_is_offered(place):
     for name in ("best_0099_mAP_0.5000.pt", "best_10000_mAP_0.6000.pt"):
         (folder / name).touch()
     said = place.refusal("evaluate", "OUTPUT_DIR", "offered", num_ranks=2, code=2)
-    assert said.endswith("the best of this run is offered/checkpoints/best_10000_mAP_0.6000.pt")
+    assert "TEST.WEIGHT" in said
+    assert "offered/checkpoints/best_10000_mAP_0.6000.pt" in said
 
 
 def test_reid_strong_baselines_command_to_go_on_from_its_own_file(place):
@@ -467,8 +456,8 @@ def test_reid_strong_baselines_command_to_go_on_from_its_own_file(place):
     choice = ("MODEL.PRETRAIN_CHOICE", "('self')", "MODEL.PRETRAIN_PATH", "('resnet18_model_2.pth')")
     rates = ("SOLVER.WARMUP_ITERS", 5, "SOLVER.WARMUP_FACTOR", 0.01, "SOLVER.BASE_LR", 1e-6, "SOLVER.MAX_EPOCHS", 4)
     ended = place.train("OUTPUT_DIR", "old", *choice, *rates, num_ranks=2)
-    assert "going on behind epoch 2, as resnet18_model_2.pth says, with a new optimiser" in ended.out
-    assert "weights from MODEL.PRETRAIN_PATH=resnet18_model_2.pth: 126 of 126 entries loaded" in ended.out
+    assert re.search(r"\bepoch 2\b.*resnet18_model_2\.pth", ended.out)
+    assert "MODEL.PRETRAIN_PATH=resnet18_model_2.pth: 126 of 126" in ended.out
     assert [(record["epoch"], record["iteration"]) for record in records(place.folder / "old", "train")] == [
         *((3, 5), (3, 6), (4, 7), (4, 8))
     ]
@@ -476,7 +465,7 @@ def test_reid_strong_baselines_command_to_go_on_from_its_own_file(place):
     assert records(place.folder / "old", "train")[0]["lr"] == pytest.approx(1e-6 * (0.01 * (1 - t) + t))
     moved = newest(place.folder / "old")["model"]["base.conv1.weight"] - state["base.conv1.weight"]
     assert 0 < moved.abs().max() < 1e-3  # it began at the file's weights
-    assert "all 4 epochs are done" in place.train("OUTPUT_DIR", "old", *choice, *rates, num_ranks=2).out
+    assert "all 4 epochs" in place.train("OUTPUT_DIR", "old", *choice, *rates, num_ranks=2).out
 
 
 # ---- made with other settings ----
@@ -485,28 +474,25 @@ def test_reid_strong_baselines_command_to_go_on_from_its_own_file(place):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ("MODEL.STEM_RELU=yes", "MODEL.STEM_RELU was False and is now True"),
-        ("MODEL.LAST_STRIDE=2", "MODEL.LAST_STRIDE was 1 and is now 2"),
-        ("INPUT.PIXEL_MEAN=(0,0,0)", "INPUT.PIXEL_MEAN was [0.485, 0.456, 0.406] and is now [0.0, 0.0, 0.0]"),
+        ("MODEL.STEM_RELU=yes", ("MODEL.STEM_RELU", "False", "True")),
+        ("MODEL.LAST_STRIDE=2", ("MODEL.LAST_STRIDE", " 1 ", " 2;")),
+        ("INPUT.PIXEL_MEAN=(0,0,0)", ("INPUT.PIXEL_MEAN", "[0.485, 0.456, 0.406]", "[0.0, 0.0, 0.0]")),
     ],
 )
 def test_a_checkpoint_used_with_settings_that_would_give_nonsense_is_refused(changed, words):
     content = {"model": model_of().state_dict(), "config": dump(settings())}
-    check_settings(content, settings("TEST.NECK_FEAT=before", "INPUT.SIZE_TEST=(64,32)"), "TEST.WEIGHT=x.pt")
-    with pytest.raises(WorldError) as error:
-        check_settings(content, settings(changed), "TEST.WEIGHT=x.pt")
-    assert str(error.value) == (
-        f"TEST.WEIGHT=x.pt is a model of other settings: {words}; use the --config_file that it was trained with "
-        "(config.yaml in its run's folder)"
-    )
+    source = {"source": "TEST.WEIGHT=x.pt", "key": "TEST.WEIGHT"}
+    check_settings(content, settings("TEST.NECK_FEAT=before", "INPUT.SIZE_TEST=(64,32)"), **source)
+    with refused(WorldError, "TEST.WEIGHT", "TEST.WEIGHT=x.pt", *words, "--config_file"):
+        check_settings(content, settings(changed), **source)
 
 
 def test_a_normalisation_left_to_the_backbone_is_compared_as_what_it_is():
     vit = ("MODEL.NAME=timm/test_vit",)
     content = {"config": dump(settings(*vit))}
-    check_settings(content, settings(*vit, "INPUT.PIXEL_MEAN=(.5,.5,.5)", "INPUT.PIXEL_STD=(.5,.5,.5)"), "X")
-    with pytest.raises(WorldError, match=r"INPUT.PIXEL_STD was \[0.5, 0.5, 0.5\] and is now \[0.2, 0.2, 0.2\]"):
-        check_settings(content, settings(*vit, "INPUT.PIXEL_STD=(.2,.2,.2)"), "X")
+    check_settings(content, settings(*vit, "INPUT.PIXEL_MEAN=(.5,.5,.5)", "INPUT.PIXEL_STD=(.5,.5,.5)"), "X", key="X")
+    with refused(WorldError, "X", "INPUT.PIXEL_STD", "[0.5, 0.5, 0.5]", "[0.2, 0.2, 0.2]"):
+        check_settings(content, settings(*vit, "INPUT.PIXEL_STD=(.2,.2,.2)"), "X", key="X")
 
 
 @pytest.mark.parametrize(
@@ -516,27 +502,28 @@ def test_a_normalisation_left_to_the_backbone_is_compared_as_what_it_is():
 def test_a_state_dict_of_others_has_no_settings_to_compare_but_no_relu_in_the_stem(name, relu, num_warnings, caplog):
     cfg = settings(f"MODEL.NAME={name}", f"MODEL.STEM_RELU={relu}")
     with caplog.at_level(logging.WARNING, "reid.weights"):
-        check_settings(model_of().state_dict(), cfg, "TEST.WEIGHT=x.pt")
+        check_settings(model_of().state_dict(), cfg, "TEST.WEIGHT=x.pt", key="TEST.WEIGHT")
     assert len(caplog.messages) == num_warnings
-    assert all("use MODEL.STEM_RELU no, as configs/legacy does" in message for message in caplog.messages)
+    assert all("TEST.WEIGHT=x.pt" in message and "MODEL.STEM_RELU no" in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize(
     ("state", "words"),
     [
-        (lambda: model_of(num_pids=8).state_dict(), r"classifier is \(8, 512\) and the training set's \(5, 512\)"),
-        (lambda: resnet18(weights=None).state_dict(), "it holds no whole model .*: give a checkpoint of one"),
-        (dict, "it holds no whole model .*: give a checkpoint of one"),
+        (lambda: model_of(num_pids=8).state_dict(), ("(8, 512)", "(5, 512)")),
+        (lambda: resnet18(weights=None).state_dict(), ("no whole model", "checkpoint")),
+        (dict, ("no whole model", "checkpoint")),
     ],
 )
 def test_the_remedy_is_one_for_this_file(state, words):
-    with pytest.raises(WorldError, match=words):
-        load_state(model_of(), state(), "MODEL.PRETRAIN_PATH=x.pt")
+    with refused(WorldError, "MODEL.PRETRAIN_PATH", "x.pt", *words):
+        load_state(model_of(), state(), "MODEL.PRETRAIN_PATH=x.pt", key="MODEL.PRETRAIN_PATH")
 
 
 def test_a_whole_model_is_no_backbone():
-    with pytest.raises(WorldError, match=r"it holds a whole model and .*: use MODEL\.PRETRAIN_CHOICE self, or fi"):
-        load_state(model_of().base, model_of().state_dict(), "MODEL.PRETRAIN_PATH=x.pt", optional=("fc.",))
+    source = {"source": "MODEL.PRETRAIN_PATH=x.pt", "key": "MODEL.PRETRAIN_PATH"}
+    with refused(WorldError, "MODEL.PRETRAIN_PATH", "x.pt", "MODEL.PRETRAIN_CHOICE self, or finetune"):
+        load_state(model_of().base, model_of().state_dict(), optional=("fc.",), **source)
 
 
 def test_the_number_of_identities_is_that_of_the_classifier():

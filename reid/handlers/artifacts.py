@@ -180,7 +180,8 @@ def _fetch(value: str, folder: Path) -> Path:
     if not re.fullmatch(r"wandb:[^/:]+/[^/:]+/[^/:]+:[^/:]+", value):
         raise SettingsError(
             f"TEST.WEIGHT must be a file or wandb:ENTITY/PROJECT/NAME:ALIAS, got {value!r}; use for example "
-            "wandb:me/reid-strong-baseline/market1501-resnet50-1a2b3c4d:best"
+            "wandb:me/reid-strong-baseline/market1501-resnet50-1a2b3c4d:best",
+            key="TEST.WEIGHT",
         )
     service = Service()
     service.start(folder)
@@ -191,13 +192,16 @@ def _fetch(value: str, folder: Path) -> Path:
     except Exception as error:  # of wandb's own, pydantic's, and others
         raise WorldError(
             f"TEST.WEIGHT={value} cannot be fetched from W&B: {in_short(error)}; correct the "
-            "name, see that there is a key (wandb login) and a network, or give a file"
+            "name, see that there is a key (wandb login) and a network, or give a file",
+            key="TEST.WEIGHT",
         ) from error
     finally:
         service.end()
     files = sorted(into.glob("*.pt"))
     if len(files) != 1 or sha256(files[0]) != artifact.metadata.get("sha256", sha256(files[0])):
-        raise WorldError(f"TEST.WEIGHT={value} must hold one checkpoint, whole, but it does not; give another one")
+        raise WorldError(
+            f"TEST.WEIGHT={value} must hold one checkpoint, whole, but it does not; give another one", key="TEST.WEIGHT"
+        )
     return Path(files[0])
 
 

@@ -147,7 +147,8 @@ class Checkpoints:
             self._wait()
             if self._lost:
                 raise UnsavedError(
-                    f"{'; '.join(map(str, self._lost.values()))}; then start again, to go on from {self._newest()}"
+                    f"{'; '.join(map(str, self._lost.values()))}; then start again, to go on from {self._newest()}",
+                    key="OUTPUT_DIR",
                 )
 
         distributed.together(wait)
@@ -204,7 +205,9 @@ class Checkpoints:
         content = distributed.on_main(self._read_newest)
         if content is None:
             return False
-        distributed.together(lambda: load_state(self._model, content["model"], f"the checkpoint in {self._folder}"))
+        distributed.together(
+            lambda: load_state(self._model, content["model"], f"the checkpoint in {self._folder}", key="OUTPUT_DIR")
+        )
         load_optimizer(self._optimizer, content["optimizer"])
         if self._scaler is not None:
             self._scaler.load_state_dict(content["scaler"])
@@ -244,20 +247,22 @@ class Checkpoints:
         if damaged:
             raise WorldError(
                 f"one of {self._folder}/last_*.pt must be whole, but none is: {damaged[0][0]} is damaged "
-                f"({damaged[0][1]}); remove them to start anew, or choose another OUTPUT_DIR"
+                f"({damaged[0][1]}); remove them to start anew, or choose another OUTPUT_DIR",
+                key="OUTPUT_DIR",
             )
         return None
 
     def _check_fits(self, file: Path, content: dict[str, Any]) -> None:
         if content.get("format") != _FORMAT:
-            raise WorldError(f"{file} was written in another format; choose another OUTPUT_DIR")
+            raise WorldError(f"{file} was written in another format; choose another OUTPUT_DIR", key="OUTPUT_DIR")
         differences = _differences(yaml.safe_load(content["config"]), yaml.safe_load(dump(self._cfg)))
         if content["dataset"] != self._dataset:
             differences.append("the images of the benchmark are not the same")
         if differences:
             raise WorldError(
                 f"{file} is of another run: {'; '.join(differences)}; give the same settings and data to go on, "
-                "or another OUTPUT_DIR to start anew"
+                "or another OUTPUT_DIR to start anew",
+                key="OUTPUT_DIR",
             )
 
 
@@ -291,5 +296,6 @@ def _check_finite(weights: dict[str, Tensor]) -> None:
     if broken:
         raise NonFiniteError(
             f"{len(broken)} of {len(weights)} entries of the model stopped being finite ({broken[0]} first); no "
-            "checkpoint holds them; lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, or use SOLVER.PRECISION fp32"
+            "checkpoint holds them; lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, or use SOLVER.PRECISION fp32",
+            key="SOLVER.BASE_LR",
         )

@@ -123,7 +123,8 @@ class TrainMeter:
         error = NonFiniteError(
             f"the loss stopped being finite at iteration {int(iteration)} (epoch {trainer.state.epoch}): {terms}; no "
             "checkpoint holds these weights; lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, or use "
-            "SOLVER.PRECISION fp32"
+            "SOLVER.PRECISION fp32",
+            key="SOLVER.BASE_LR",
         )
         raise shared(error)
 

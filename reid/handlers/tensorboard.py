@@ -46,7 +46,8 @@ class TensorBoard:
         if self._is_wanted and distributed.is_main() and not find_spec("tensorboard"):
             raise SettingsError(
                 "LOG.TENSORBOARD yes needs the package tensorboard, which is not installed; install it with: "
-                "uv sync --extra tensorboard, or use LOG.TENSORBOARD no"
+                "uv sync --extra tensorboard, or use LOG.TENSORBOARD no",
+                key="LOG.TENSORBOARD",
             )
 
     def attach(self, trainer: Engine, progress: Progress) -> None:

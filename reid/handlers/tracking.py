@@ -256,7 +256,8 @@ def choose_run(settings: CfgNode, begun_here: str, environment: Mapping[str, str
     if settings.RESUME == "must" and not known:
         raise SettingsError(
             "WANDB.RESUME must needs a run to go on with, but OUTPUT_DIR has begun none and WANDB.RUN_ID is ''; set "
-            "WANDB.RUN_ID, or use WANDB.RESUME allow"
+            "WANDB.RUN_ID, or use WANDB.RESUME allow",
+            key="WANDB.RESUME",
         )
     run_id = known or _new_id()
     is_known = settings.RESUME != "never" and (run_id == begun_here or settings.RESUME == "must")

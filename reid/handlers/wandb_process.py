@@ -50,7 +50,8 @@ class Service:
             reason = " ".join(str(error).split())
             raise SettingsError(
                 f"W&B refuses its settings in the environment or in its settings files: {reason}; correct them, or use "
-                "WANDB.ENABLE no"
+                "WANDB.ENABLE no",
+                key="WANDB.ENABLE",
             ) from error
         processes = services_of(os.getpid())
         if processes and processes[-1] != self._process:

@@ -141,7 +141,8 @@ class Session:
             self._service.end()  # without it the id counts as in use by this process
             if isinstance(error, wandb.errors.UsageError) and self._identity.resume != "allow":
                 raise SettingsError(
-                    f"WANDB.RESUME is {self._identity.resume}, but W&B says: {first_line(error)}; use allow"
+                    f"WANDB.RESUME is {self._identity.resume}, but W&B says: {first_line(error)}; use allow",
+                    key="WANDB.RESUME",
                 ) from error
             return None, _why(error)
 
@@ -149,7 +150,8 @@ class Session:
         if self._settings.ON_FAILURE == "raise":
             raise WorldError(
                 f"W&B cannot be reached: {reason}; WANDB.ON_FAILURE offline records on the disk then, WANDB.MODE "
-                "offline always"
+                "offline always",
+                key="WANDB.ON_FAILURE",
             )
         return "offline" if self._settings.ON_FAILURE == "offline" else "disabled"
 
@@ -310,7 +312,8 @@ class Session:
         if self._complaints and self._settings.ON_FAILURE == "raise":
             raise WorldError(
                 f"W&B lacks a part of this run: {'; '.join(self._complaints)}; the training itself is complete, see "
-                f"{self._folder}; use WANDB.ON_FAILURE offline to take that for a success"
+                f"{self._folder}; use WANDB.ON_FAILURE offline to take that for a success",
+                key="WANDB.ON_FAILURE",
             )
 
 
