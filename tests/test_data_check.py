@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from program import TIMEOUT
 
 from reid.data.names import NAMES
 from reid.data.sources import DOCUMENTED, SOURCES, Count
@@ -175,5 +176,5 @@ except SystemExit as end:
     assert end.code == 2, end.code
 assert not {{"torch", "ignite", "accelerate", "h5py", "scipy", "pyarrow"}} & set(sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT, check=True)
     assert "wrong: train has 2 of 12,936 images and 2 of 751 identities" in done.stdout

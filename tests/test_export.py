@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from program import REPOSITORY, untrained
+from program import REPOSITORY, TIMEOUT, untrained
 from torch import nn
 
 from reid.config import load_config
@@ -251,6 +251,8 @@ def test_pixels_are_normalised_as_evaluation_does():
 @pytest.mark.parametrize("story", ["export", "embed", "search"])
 def test_the_real_commands_explain_themselves(story):
     script = REPOSITORY / "launch" / f"{story}.py"
-    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, script, "--help"], capture_output=True, text=True, check=True, timeout=TIMEOUT
+    )
     assert f"{story}.py" in done.stdout
     assert "settings over those of the file" in done.stdout

@@ -12,6 +12,7 @@ import reference
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from program import TIMEOUT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reid import metrics, neighbours, reranking
@@ -116,7 +117,7 @@ class Ranks:
 
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
-        self._barrier = threading.Barrier(num_ranks, timeout=60)
+        self._barrier = threading.Barrier(num_ranks, timeout=TIMEOUT)
         self._given: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def gather(self, rank: int):

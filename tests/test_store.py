@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from program import TIMEOUT
 from refusals import refused
 
 from reid.data.store import build_store, decode, fault_of_image, open_store, store_file
@@ -72,7 +73,7 @@ def start_child(file: Path, paths: list[Path], limit=resource.RLIM_INFINITY) -> 
 
 
 def answer_of(child: subprocess.Popen) -> list[str]:
-    out, _ = child.communicate(timeout=120)
+    out, _ = child.communicate(timeout=TIMEOUT)
     assert child.returncode == 0
     return json.loads(out)
 
@@ -84,7 +85,7 @@ def stuck_build(file: Path, paths: list[Path]):
     os.mkfifo(pipe)
     with start_child(file, [*paths, pipe]) as child:
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + TIMEOUT
             while not any(any(partial.read_bytes()[128:]) for partial in partials(file.parent)):
                 assert time.monotonic() < deadline
                 assert child.poll() is None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from program import REPOSITORY
+from program import REPOSITORY, TIMEOUT
 from refusals import refused
 
 from reid.errors import SettingsError
@@ -64,7 +64,7 @@ def sweep_refusal(folder: Path, *words: object, code: int, **variables: str) -> 
         [sys.executable, REPOSITORY / "launch" / "sweep.py", *map(str, words)],
         cwd=folder,
         env=foreign | {"HOME": str(folder), **variables},
-        timeout=300,
+        timeout=TIMEOUT,
         capture_output=True,
         text=True,
     )

@@ -1,10 +1,13 @@
 """TensorBoard files: the same numbers as elsewhere, once each, whatever interrupts the run; and W&B beside it."""
 
+import signal
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
+from disturbances import at_step, kill_self_when, signal_self
 from program import Ended, names, records
 
 with warnings.catch_warnings():
@@ -70,10 +73,11 @@ def test_its_names_are_those_of_wandb_and_wandb_copies_them_beside_its_own(place
 def test_killed_and_gone_on_every_step_is_there_once(place):
     folder = place.folder / "tb_killed"
     settings = ("OUTPUT_DIR", folder.name, *ON, "SOLVER.MAX_EPOCHS", 3, "SOLVER.CHECKPOINT_PERIOD", 2)
-    for words in ("epoch 1/3 step 2", "epoch 3/3 step 1"):  # before and behind the first checkpoint
-        ranks = place.start("train", *settings)
-        ranks.wait_for(words)
-        ranks.kill()
+    kill = partial(signal_self, signal.SIGKILL)
+    kill_behind_checkpoint = partial(kill_self_when, f"{folder.name}/checkpoints/last_0002_*.pt")
+    for before in (partial(at_step, 3, kill), partial(at_step, 6, kill_behind_checkpoint)):
+        (ended,) = place.run("train", *settings, before=before)
+        assert ended.code == -signal.SIGKILL
     place.train(*settings)
     assert len(names(folder / "tensorboard")) == 3
     assert_has_every_record_once(folder)

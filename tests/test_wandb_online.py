@@ -71,7 +71,9 @@ def send(place: Place, server: WandbServer, ended: Ended) -> None:
     (command,) = re.findall(r"send it with: (wandb sync .*)", ended.out)
     given = {name: value for name, value in server.environment.items() if value is not None}
     environment = {name: value for name, value in place.environment.items() if name != "WANDB_MODE"} | given
-    subprocess.run(command, shell=True, cwd=place.folder, env=environment, check=True, timeout=100, capture_output=True)
+    subprocess.run(
+        command, shell=True, cwd=place.folder, env=environment, check=True, timeout=TIMEOUT, capture_output=True
+    )
 
 
 # ---- a run on two ranks, and the evaluation of what it has made ----
@@ -412,7 +414,7 @@ def test_real_processes_end_without_a_server_as_well(place, server):
         below = psutil.Process(launcher.pid).children(recursive=True)
         (service,) = (process for process in below if process.name() == "wandb-core")
         server.stop()
-        assert launcher.wait(300) == 0, log.read_text()
+        assert launcher.wait(TIMEOUT) == 0, log.read_text()
     ended = Ended(0, log.read_text(), "")
     assert "Traceback" not in ended.out
     assert len(said(ended)) == 2

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from program import TIMEOUT
 
 from reid.handlers import artifacts
 from reid.handlers.records import SavedCheckpoint
@@ -107,5 +108,5 @@ def test_a_wandb_that_does_not_come_to_an_end_is_ended_with_its_own_process(tmp_
     assert not send(pieces[:1], 2)
     service = int((tmp_path / "pid").read_text())
     with contextlib.suppress(psutil.NoSuchProcess):
-        psutil.Process(service).wait(60)
+        psutil.Process(service).wait(TIMEOUT)
     assert not psutil.pid_exists(service)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import psutil
+from program import TIMEOUT
 
 from reid.handlers import wandb_process
 from reid.handlers.wandb_process import Service, kill, services_of
@@ -32,14 +33,14 @@ def test_what_a_killed_process_leaves_behind_is_ended_and_the_watcher_too():
         service, watcher = map(psutil.Process, map(int, worker.stdout.readline().split()))
         sessions = {os.getsid(process.pid) for process in (worker, service, watcher)}
         worker.kill()
-    gone, alive = psutil.wait_procs([service, watcher], timeout=60)
+    gone, alive = psutil.wait_procs([service, watcher], timeout=TIMEOUT)
     assert (len(gone), alive) == (2, [])
     assert len(sessions) == 3  # Ctrl-C ends neither of them
 
 
 def test_the_watcher_ends_with_what_it_watches():
     with start(1) as worker:
-        out, _ = worker.communicate(timeout=60)
+        out, _ = worker.communicate(timeout=TIMEOUT)
     assert out.endswith("\nthe watcher has ended\n")
 
 
@@ -49,7 +50,7 @@ def test_a_service_that_does_not_end_by_itself_is_killed(monkeypatch):
     service._process = psutil.Process(child.pid)
     monkeypatch.setattr(wandb_process, "_tear_down", child.wait)
     service.end(0.1)
-    assert child.wait(60) == -signal.SIGKILL
+    assert child.wait(TIMEOUT) == -signal.SIGKILL
 
 
 def test_only_wandbs_processes_are_meant():

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from program import TIMEOUT
 from refusals import refused
 from torch.utils.data import Dataset
 
@@ -117,7 +118,7 @@ leave(0)
 
 def test_a_program_ends_while_its_loader_processes_would_go_on():
     words = [sys.executable, "-c", KEEPS_AN_ITERATOR]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
 
 
