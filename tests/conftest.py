@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import settings
-from program import Place
+from program import SMALL, TINY, Place
 
 # The same examples each time, without a deadline, as torch's first call outlasts the usual one. The slow run loads
 # `thorough`.
@@ -36,8 +36,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """Where the tests start the program; what they make there has names of their own."""
-    folder = tmp_path_factory.mktemp("place")
-    yield Place(folder)
+    yield from _place(tmp_path_factory.mktemp("place"), TINY)
+
+
+@pytest.fixture(scope="session")
+def small_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """Another, with a model of a thirtieth of the weights: a short training is mostly writing and reading them."""
+    yield from _place(tmp_path_factory.mktemp("small"), TINY.replace("resnet18", SMALL))
+
+
+def _place(folder: Path, settings: str) -> Iterator[Place]:
+    yield Place(folder, settings)
     for file in folder.rglob("*.pt"):  # hundreds of megabytes; pytest keeps the folders of three runs
         file.unlink()
 

@@ -34,6 +34,8 @@ REPOSITORY = Path(__file__).parent.parent
 TRAIN, EVALUATE = REPOSITORY / "launch" / "train.py", REPOSITORY / "launch" / "evaluate.py"
 TIMEOUT = 900  # seconds; ends a test that hangs, on the slowest machine
 
+SMALL = "timm/test_resnet"
+
 # One batch holds 4 of 8 people; an epoch has 2 batches.
 TINY = """
 MODEL: {NAME: resnet18, PRETRAIN_CHOICE: none, STEM_RELU: yes, DEVICE: cpu}

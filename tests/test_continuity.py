@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from disturbances import (
     signal_self_twice,
     small_files_only,
 )
-from program import TIMEOUT, TINY, TRAIN, Place, largest_difference, names, newest, records, same
+from program import SMALL, TIMEOUT, TRAIN, Place, largest_difference, names, newest, records, same
 
 ADAM = ("SOLVER.OPTIMIZER_NAME", "Adam")  # whose state matters from the second step on
 OFTEN = ("SOLVER.CHECKPOINT_EVERY_MINUTES", 1e-9, "SOLVER.LOG_PERIOD", 2)  # whenever the one before is written
@@ -38,12 +37,8 @@ WITHOUT_TIMM = ("MODEL.NAME", "resnet18")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """With a model of a thirtieth of the weights, as most of what happens here is writing and reading them."""
-    folder = tmp_path_factory.mktemp("continuity")
-    yield Place(folder, TINY.replace("resnet18", "timm/test_resnet"))
-    for file in folder.rglob("*.pt"):
-        file.unlink()
+def place(small_place: Place) -> Place:
+    return small_place
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +124,7 @@ def disturb(place: Place, output_dir: str, settings: tuple, num_ranks: int, num_
         if dice.random() < 0.2:
             time.sleep(dice.uniform(0, 2))
         else:
-            ranks.wait_for("training timm/test_resnet", or_end=True)
+            ranks.wait_for(f"training {SMALL}", or_end=True)
             time.sleep(dice.uniform(0, 1.5))
         victims = dice.choice([(0,), (num_ranks - 1,), (0, num_ranks - 1)])
         for victim in victims:

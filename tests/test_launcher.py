@@ -8,10 +8,16 @@ from functools import partial
 from importlib.metadata import version
 
 import pytest
-from program import EVALUATE, TRAIN, Ended, first_rank_is_slow, free_port, torchvision_is_of_another_torch
+from program import EVALUATE, TRAIN, Ended, Place, first_rank_is_slow, free_port, torchvision_is_of_another_torch
 
 from reid.errors import WorldError
 from reid.launcher import PREEMPTED, explain_import_error
+
+
+@pytest.fixture(scope="module")
+def place(small_place: Place) -> Place:
+    return small_place
+
 
 # ---- wrong settings ----
 

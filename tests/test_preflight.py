@@ -4,7 +4,7 @@ import os
 import re
 
 import pytest
-from program import names
+from program import Place, names
 
 from reid.errors import WorldError, shared
 from reid.link_speed import Link
@@ -12,6 +12,11 @@ from reid.preflight import Report, _duration, _links, _node, _size
 
 # Speeds are of this machine and hour.
 OF_THE_HOUR = re.compile(r"problem \d+: (batches should be there in time|all links should be equally fast)")
+
+
+@pytest.fixture(scope="module")
+def place(small_place: Place) -> Place:
+    return small_place
 
 
 def problems(ended):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from program import REPOSITORY, TRAIN, Ended, Place, names, records
+from program import REPOSITORY, SMALL, TRAIN, Ended, Place, names, records
 
 from reid.config import as_plain_dict, load_config
 
@@ -28,6 +28,11 @@ SLURM_JOB = {
 
 
 # ---- one training on two ranks, started in another folder than the repository ----
+
+
+@pytest.fixture(scope="module")
+def place(small_place: Place) -> Place:
+    return small_place
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +54,7 @@ def test_training_ends_well_without_complaints(first):
 
 def test_rank_0_alone_speaks(first):
     lines = first.out.splitlines()
-    assert sum(line.startswith("training resnet18") for line in lines) == 1
+    assert sum(line.startswith(f"training {SMALL}") for line in lines) == 1
     assert sum(line.startswith("W&B: run") for line in lines) == 1
     assert [line for line in lines if lines.count(line) > 1] == []
 

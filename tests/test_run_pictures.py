@@ -10,7 +10,7 @@ import pytest
 import torch
 from ignite.engine import Engine
 from PIL import Image
-from program import Ended, names, records
+from program import Ended, Place, names, records
 
 from reid.config import load_config
 from reid.data import loaders
@@ -23,6 +23,11 @@ ALL = ["cmc_synthetic.png", "random_queries_synthetic.png", "train_batch.png", "
 
 
 # ---- in the program ----
+
+
+@pytest.fixture(scope="module")
+def place(small_place: Place) -> Place:
+    return small_place
 
 
 @pytest.fixture(scope="module")

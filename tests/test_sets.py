@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from program import TINY, Place, names, newest, records
+from program import SMALL, TINY, Place, names, newest, records
 from refusals import refused
 
 from reid.config import load_config
@@ -71,8 +71,9 @@ def test_the_fingerprint_of_training_is_of_the_training_sets_in_their_order():
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Place:
     """With the generated benchmark, and another one in Market-1501's layout."""
-    place = Place(tmp_path_factory.mktemp("sets"))
-    (place.folder / "two.yml").write_text(TINY.replace("NAMES: synthetic", "NAMES: [synthetic, market1501]"))
+    small = TINY.replace("resnet18", SMALL)
+    place = Place(tmp_path_factory.mktemp("sets"), small)
+    (place.folder / "two.yml").write_text(small.replace("NAMES: synthetic", "NAMES: [synthetic, market1501]"))
     other = ["DATASETS.ROOT_DIR=other", "DATASETS.SYNTHETIC.SEED=7", "DATASETS.SYNTHETIC.NUM_TRAIN_PIDS=5"]
     (place.folder / "data").mkdir()
     open_data_sets(

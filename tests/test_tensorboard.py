@@ -8,13 +8,18 @@ from pathlib import Path
 
 import pytest
 from disturbances import at_step, kill_self_when, signal_self
-from program import Ended, names, records
+from program import Ended, Place, names, records
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ON = ("LOG.TENSORBOARD", "yes")
+
+
+@pytest.fixture(scope="module")
+def place(small_place: Place) -> Place:
+    return small_place
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:

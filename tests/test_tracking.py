@@ -8,12 +8,17 @@ from pathlib import Path
 import pytest
 import wandb_files
 from disturbances import at_step
-from program import Ended, Ranks, wait_for_file
+from program import Ended, Place, Ranks, wait_for_file
 
 from reid.config import SETTINGS
 
 KEY = "0123456789abcdef" * 3
 NO_SERVER = {"WANDB_MODE": None, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+
+
+@pytest.fixture(scope="module")
+def place(small_place: Place) -> Place:
+    return small_place
 
 
 def lines(ended: Ended) -> list[str]:
