@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from program import REPOSITORY, untrained
+from refusals import refused
 
 from reid.config import load_config
 from reid.data.store import decode
@@ -61,7 +62,7 @@ def gallery(place, said):
 
 
 def test_it_says_what_it_made(said):
-    assert re.search(r"^out: 37 images in [\d.]+ s \(\d+ images/s\)$", said, re.MULTILINE)
+    assert re.search(r"^out: .*\b37 images\b.* [\d.]+ s .*\d+ images/s", said, re.MULTILINE)
     assert "warning" not in said
 
 
@@ -139,8 +140,9 @@ def damaged(place, photos):
 
 def test_they_are_left_out_listed_and_counted(place, damaged, weight, gallery):
     told = run(place, damaged, "TEST.WEIGHT", weight, "--output", "rest", num_ranks=2).out
-    assert "warning: 3 of 38 images in" in told
-    assert "b/gone.jpg (No such file or directory), many/03.png (empty or not an image)" in told
+    assert re.search(
+        r"^warning: 3 of 38 .*b/gone\.jpg \(No such file or directory\), many/03\.png \(", told, re.MULTILINE
+    )
     lines = (place.folder / "rest" / "unreadable.txt").read_text().splitlines()
     assert [line.partition(" ")[0] for line in lines] == ["b/gone.jpg", "many/03.png", "many/20.png"]
     rest = read_gallery(place.folder / "rest")
@@ -154,8 +156,8 @@ def test_with_strict_they_are_an_error_and_an_older_gallery_stays(place, damaged
     shutil.copytree(place.folder / "out", place.folder / "strict")
     words = (damaged, "--strict", "TEST.WEIGHT", weight, "--output", "strict")
     told = place.refusal("embed", *words, bare=True, num_ranks=2, code=2)
-    assert told.startswith(f"3 of 38 images in {damaged} cannot be read: b/gone.jpg (")
-    assert told.endswith("all listed in strict/unreadable.txt; copy them again or remove them, or leave --strict out")
+    facts = ("3 of 38", str(damaged), "b/gone.jpg", "strict/unreadable.txt", "--strict")
+    assert all(fact in told for fact in facts), told
     assert np.array_equal(read_gallery(place.folder / "strict").embedding, gallery.embedding)
 
 
@@ -163,7 +165,7 @@ def test_a_folder_of_which_nothing_can_be_read_is_an_error(place, weight):
     (place.folder / "ruins").mkdir()
     (place.folder / "ruins" / "a.jpg").touch()
     told = place.refusal("embed", "ruins", "TEST.WEIGHT", weight, bare=True, code=2)
-    assert told.startswith("1 of 1 images in ruins cannot be read: a.jpg (empty or not an image), all listed in")
+    assert all(fact in told for fact in ("1 of 1", "ruins", "a.jpg (")), told
 
 
 # ---- what is answered in a sentence ----
@@ -171,18 +173,21 @@ def test_a_folder_of_which_nothing_can_be_read_is_an_error(place, weight):
 
 def test_without_a_weight_it_is_asked_for(place, photos):
     told = place.refusal("embed", photos, bare=True, num_ranks=2, code=2)
-    assert told == "TEST.WEIGHT must name the checkpoint to use, got ''; add TEST.WEIGHT FILE to the command"
+    assert "TEST.WEIGHT" in told
+    assert "got ''" in told
 
 
 def test_a_folder_that_is_missing_is_named(place, weight):
     told = place.refusal("embed", "nowhere", "TEST.WEIGHT", weight, bare=True, num_ranks=2, code=2)
-    assert told.startswith("FOLDER must be a folder of images that can be read, got nowhere (No such file")
+    assert "FOLDER" in told
+    assert "nowhere (No such file" in told
 
 
 def test_an_output_that_is_a_file_is_named(place, photos, weight):
     words = (photos, "TEST.WEIGHT", weight, "--output", "tiny.yml")
     told = place.refusal("embed", *words, bare=True, num_ranks=2, code=1)
-    assert told.startswith("tiny.yml cannot be written: File exists")
+    assert "tiny.yml" in told
+    assert "File exists" in told
 
 
 def test_weights_that_are_broken_are_named(place, photos):
@@ -191,14 +196,15 @@ def test_weights_that_are_broken_are_named(place, photos):
     content["model"]["bottleneck.running_var"].fill_(torch.nan)
     torch.save(content, weight)
     told = place.refusal("embed", photos, "TEST.WEIGHT", weight, bare=True, num_ranks=2, code=1)
-    assert told.startswith("the model's embeddings")
-    assert "weights or BatchNorm statistics are broken" in told
+    assert "embeddings" in told
+    assert "BatchNorm" in told
 
 
 def test_a_config_file_of_another_model_is_refused(place, photos, weight):
     words = (photos, "--config_file", "tiny.yml", "TEST.WEIGHT", weight, "MODEL.LAST_STRIDE", 2)
     told = place.refusal("embed", *words, bare=True, code=1)
-    assert "MODEL.LAST_STRIDE was 1 and is now 2" in told
+    assert "TEST.WEIGHT" in told
+    assert re.search(r"MODEL\.LAST_STRIDE\D*1\D*2\D", told), told
 
 
 # ---- which images a folder holds ----
@@ -214,13 +220,13 @@ def test_links_to_folders_are_followed_once(tmp_path):
 
 def test_a_folder_without_images_is_refused(tmp_path):
     (tmp_path / "a.txt").touch()
-    with pytest.raises(DataError, match=r"must hold images \(.bmp, .jpeg, .jpg, .png, .webp\), but has none"):
+    with refused(DataError, "FOLDER", str(tmp_path), ".bmp, .jpeg, .jpg, .png, .webp"):
         list_images(tmp_path)
 
 
 def test_an_image_is_no_folder(tmp_path):
     photograph(tmp_path / "a.jpg", 0)
-    with pytest.raises(DataError, match=r"FOLDER must be a folder .* \(Not a directory\)"):
+    with refused(DataError, "FOLDER", "a.jpg", "Not a directory"):
         list_images(tmp_path / "a.jpg")
 
 

@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from program import REPOSITORY, TIMEOUT, untrained
+from refusals import refused
 from torch import nn
 
 from reid.config import load_config
@@ -62,10 +63,10 @@ def images(num):
 
 
 def test_each_file_is_compared_on_the_evaluation_and_that_is_said(said, folder):
-    told = r"MB, largest difference [\d.e+-]+ of values up to [\d.]+, synthetic mAP ([\d.]+) % by torch and \1 % by "
+    told = r"MB, .*difference [\d.e+-]+ .*synthetic mAP ([\d.]+) % .*torch .*\1 % .*"
     assert re.search(rf"^w.pt2: [\d.]+ {told}torch.export$", said, re.MULTILINE)
     assert re.search(rf"^w.onnx: [\d.]+ {told}onnxruntime$", said, re.MULTILINE)
-    assert re.search(r"^w.safetensors: [\d.]+ MB, checksum \w+ as in the source$", said, re.MULTILINE)
+    assert re.search(r"^w.safetensors: [\d.]+ MB, checksum \w{16}\b", said, re.MULTILINE)
     assert sorted(file.name for file in folder.glob("*w.*")) == ["w.onnx", "w.pt", "w.pt2", "w.safetensors"]
 
 
@@ -138,8 +139,9 @@ def test_pixels_can_go_in_as_they_are(place, folder, model):
 def test_without_the_benchmark_random_images_do_and_that_is_said(place, folder):
     settings = ("DATASETS.NAMES", "market1501", "DATASETS.ROOT_DIR", "nowhere")
     told = run(place, folder, "TEST.WEIGHT", "w.pt", "--to", "torch", "--output", "random", *settings)
-    assert "warning: no evaluation is possible here (DATASETS.ROOT_DIR must be a folder" in told
-    assert re.search(r"w.pt2: [\d.]+ MB, largest difference [\d.e+-]+ of values up to [\d.]+$", told, re.MULTILINE)
+    assert re.search(r"^warning: .*DATASETS\.ROOT_DIR.*nowhere", told, re.MULTILINE)
+    (line,) = re.findall(r"\bw\.pt2: [\d.]+ MB, .*difference [\d.e+-]+ .*$", told, re.MULTILINE)
+    assert "mAP" not in line
 
 
 # ---- what is answered in a sentence ----
@@ -150,7 +152,7 @@ def test_the_weights_themselves_are_never_overwritten(said, place, folder):
     told = place.refusal(
         "export", "TEST.WEIGHT", "w.safetensors", "--to", "safetensors", bare=True, folder=folder, code=2
     )
-    assert told.startswith("w.safetensors must be another file than TEST.WEIGHT")
+    assert all(fact in told for fact in ("w.safetensors", "TEST.WEIGHT", "--output")), told
     assert (folder / "w.safetensors").read_bytes() == before
 
 
@@ -163,10 +165,9 @@ def onnx_is_missing():
 def test_a_missing_package_is_named_with_its_extra(place, folder):
     words = ("TEST.WEIGHT", "w.pt", "--output", "none")
     told = place.refusal("export", *words, bare=True, folder=folder, before=onnx_is_missing, code=1)
-    assert told.startswith(
-        "--to onnx needs onnx, onnxscript, onnxruntime, but onnxscript is missing; install them with:"
-    )
-    assert told.endswith("uv sync --extra export")
+    assert "--to onnx" in told
+    assert re.search(r"onnxscript\b[^,]* missing", told), told
+    assert "uv sync --extra export" in told
 
 
 def export_fails():
@@ -179,8 +180,9 @@ def export_fails():
 def test_a_model_that_torch_cannot_export_is_named(place, folder):
     words = ("TEST.WEIGHT", "w.pt", "--to", "torch", "--check", "none", "--output", "none")
     told = place.refusal("export", *words, bare=True, folder=folder, before=export_fails, code=1)
-    failed = f"MODEL.NAME resnet18 cannot be exported by torch {torch.__version__}"
-    assert told == f"{failed}: this operator; choose other formats by --to"
+    assert all(fact in told for fact in ("MODEL.NAME resnet18", f"torch {torch.__version__}", "--to")), told
+    assert "this operator" in told
+    assert "is unknown" not in told
 
 
 def exported_model_is_another():
@@ -196,13 +198,13 @@ def exported_model_is_another():
 def test_a_model_that_came_out_as_another_one_is_not_kept(place, folder):
     words = ("TEST.WEIGHT", "w.pt", "--uint8", "--to", "torch", "--check", "random", "--output", "wrong")
     told = place.refusal("export", *words, bare=True, folder=folder, before=exported_model_is_another, code=1)
-    assert told.startswith("w.pt2 must compute what the model does, to 0.001 of its values and 0.1 points of mAP, but:")
+    assert all(fact in told for fact in ("w.pt2", "0.001", "difference")), told
     assert list((folder / "wrong").iterdir()) == []
 
 
 def test_it_is_work_for_one_process(place, folder):
     told = place.refusal("export", "TEST.WEIGHT", "w.pt", bare=True, folder=folder, num_ranks=2, code=2)
-    assert told == "launch/export.py must be started as one process, got 2; start it without torchrun"
+    assert all(fact in told for fact in ("launch/export.py", "got 2", "torchrun")), told
 
 
 # ---- the comparison ----
@@ -222,10 +224,10 @@ class Scaled(nn.Module):
 def test_a_comparison_allows_rounding_but_neither_more_nor_nan():
     cfg = load_config(None, ["INPUT.SIZE_TEST=[32,16]"])
     comparison = Comparison(Scaled(), random_pass(cfg))
-    assert comparison.check("F", "L", lambda batch: batch.mean((2, 3)) * (1 + 1e-5)).startswith("largest difference ")
-    with pytest.raises(WorldError, match="F must compute what the model does"):
+    assert "difference" in comparison.check("F", "L", lambda batch: batch.mean((2, 3)) * (1 + 1e-5))
+    with refused(WorldError, "--to", "F ", "difference"):
         comparison.check("F", "L", lambda batch: batch.mean((2, 3)) * 1.002)
-    with pytest.raises(WorldError, match="largest difference nan"):
+    with refused(WorldError, "--to", "F ", "difference nan"):
         comparison.check("F", "L", lambda batch: batch.mean((2, 3)) * torch.nan)
 
 
@@ -238,8 +240,8 @@ def test_a_comparison_fails_where_the_map_is_another():
 
     comparison = Comparison(Scaled(), embed_one)
     model = Scaled()
-    assert "market1501 mAP 50.00 % by torch and 50.08 % by L" in comparison.check("F", "L", model)
-    with pytest.raises(WorldError, match=r"market1501 mAP 50.00 % by torch and 49.85 % by L; it is not kept"):
+    assert re.search(r"market1501 mAP 50\.00 % .*torch .*50\.08 % .*L", comparison.check("F", "L", model))
+    with refused(WorldError, "--to", "market1501", "50.00 %", "49.85 %"):
         comparison.check("F", "L", model)
 
 

@@ -1,6 +1,7 @@
 """What a user reads when something is wrong: one sentence on stderr, once for all ranks, and an exit code."""
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -25,15 +26,15 @@ def place(small_place: Place) -> Place:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["SOLVER.BASELR", "1"], ["SOLVER.BASELR on the command line", "did you mean SOLVER.BASE_LR?"]),
-        (["SOLVER.MAX_EPOCHS"], ["SOLVER.MAX_EPOCHS must be followed by its value", "use SOLVER.MAX_EPOCHS=VALUE"]),
-        (["SOLVER.MAX_EPOCHS", "many"], ["SOLVER.MAX_EPOCHS must be a whole number >= 1", "'many'"]),
-        (["--epochs", "3"], ["got: unrecognized arguments: --epochs"]),
-        (["--config_file"], ["got: argument --config_file", "expected one argument"]),
-        (["--config_file", "gone.yml"], ["gone.yml must be a file that can be read", "correct --config_file"]),
-        (["--config_file", "."], [". must be a file that can be read", "correct --config_file"]),
-        (["--config_file", "bad.yml"], ["bad.yml must be valid YAML", "in line 3, column 1; correct that line"]),
-        (["SOLVER.IMS_PER_BATCH", "12", "DATALOADER.NUM_INSTANCE", "4"], ["got 3 on 2 ranks", "one of 1, 3 ranks"]),
+        (["SOLVER.BASELR", "1"], ["SOLVER.BASELR ", "command line", "SOLVER.BASE_LR?"]),
+        (["SOLVER.MAX_EPOCHS"], ["SOLVER.MAX_EPOCHS=VALUE"]),
+        (["SOLVER.MAX_EPOCHS", "many"], ["SOLVER.MAX_EPOCHS", "'many'"]),
+        (["--epochs", "3"], ["arguments: --epochs"]),
+        (["--config_file"], ["argument --config_file", "expected one"]),
+        (["--config_file", "gone.yml"], ["gone.yml", "--config_file"]),
+        (["--config_file", "."], ["Is a directory", "--config_file"]),
+        (["--config_file", "bad.yml"], ["bad.yml", "line 3, column 1"]),
+        (["SOLVER.IMS_PER_BATCH", "12", "DATALOADER.NUM_INSTANCE", "4"], ["SOLVER.IMS_PER_BATCH", "2 ranks", "1, 3"]),
     ],
 )
 def test_a_wrong_command_is_answered_by_one_sentence_and_code_2(place, settings, words):
@@ -52,12 +53,13 @@ def test_settings_are_answered_without_importing_torch(place):
     ended = place.command(sys.executable, "-c", code)
     assert ended.code == 2, ended
     assert ended.out == "False\n"
-    assert ended.err.startswith("error: SOLVER.MAX_EPOCHS must be")
+    assert ended.err.startswith("error: ")
+    assert "SOLVER.MAX_EPOCHS" in ended.err
 
 
 def test_settings_and_file_may_come_in_any_order(place):
     said = place.refusal("train", "SEED", "1", "--config_file", "gone.yml", "SEED", "2", bare=True, code=2)
-    assert said.startswith("gone.yml must be a file")
+    assert "gone.yml" in said
 
 
 @pytest.mark.parametrize("script", [TRAIN, EVALUATE])
@@ -74,25 +76,24 @@ def test_help_names_both_ways_to_give_settings(place, script):
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
 def test_processes_that_would_train_side_by_side_are_refused_with_code_1(place, name):
     said = place.refusal("train", environment={name: "2"}, code=1)
-    assert said.startswith(f"{name} says that 2 processes were started, but RANK")
+    assert all(fact in said for fact in (name, "2 processes", "RANK")), said
 
 
 def test_a_missing_gpu_is_said_once(place):
     said = place.refusal("train", "MODEL.DEVICE", "cuda", num_ranks=2, environment={"CUDA_VISIBLE_DEVICES": ""}, code=1)
-    assert "torch finds no GPU" in said
-    assert "MODEL.DEVICE auto or cpu" in said
+    assert all(fact in said for fact in ("MODEL.DEVICE", "cuda", "auto or cpu")), said
 
 
 def test_a_precision_that_the_device_lacks_is_said_once(place):
     settings = ("MODEL.DEVICE", "auto", "SOLVER.PRECISION", "fp16")
     said = place.refusal("train", *settings, num_ranks=2, environment={"CUDA_VISIBLE_DEVICES": ""}, code=2)
-    assert said.startswith("SOLVER.PRECISION fp16 needs a GPU")
+    assert "SOLVER.PRECISION fp16" in said
+    assert "GPU" in said
 
 
 def test_output_dir_that_is_a_file_is_refused(place):
     said = place.refusal("train", "OUTPUT_DIR", "tiny.yml", num_ranks=2, code=1)
-    assert said.startswith("OUTPUT_DIR=tiny.yml cannot be written to")
-    assert said.endswith("choose another OUTPUT_DIR")
+    assert "OUTPUT_DIR=tiny.yml" in said
 
 
 # ---- wrong data ----
@@ -102,14 +103,15 @@ def test_without_any_argument_the_missing_data_set_is_named(place):
     folder = place.folder / "empty"
     folder.mkdir()
     said = place.refusal("train", bare=True, folder=folder, num_ranks=2, code=2)
-    assert said == "DATASETS.ROOT_DIR must be a folder that can be read, got data; point it at your data sets"
+    assert "DATASETS.ROOT_DIR" in said
+    assert "got data;" in said
 
 
 def test_too_few_people_are_answered_by_the_batch_sizes_that_would_do(place):
     settings = ("SOLVER.IMS_PER_BATCH", 48, "OUTPUT_DIR", "few")
     said = place.refusal("train", *settings, num_ranks=2, code=2)
-    assert said.startswith("SOLVER.IMS_PER_BATCH=48 with DATALOADER.NUM_INSTANCE=4 needs 12 training identities")
-    assert "has 8; lower SOLVER.IMS_PER_BATCH to 32 or less" in said
+    facts = ("SOLVER.IMS_PER_BATCH=48", "DATALOADER.NUM_INSTANCE=4", "12 ", "has 8", "32 ")
+    assert all(fact in said for fact in facts), said
     assert f"error: {said}" in (place.folder / "few" / "log.txt").read_text()
 
 
@@ -141,8 +143,8 @@ def exploded(place):
 
 def test_a_loss_that_stops_being_finite_is_named_with_step_and_terms(exploded):
     _, said = exploded
-    assert said.startswith("the loss stopped being finite at iteration 2 (epoch 1): id nan, triplet nan, loss nan;")
-    assert "lower SOLVER.BASE_LR" in said
+    facts = ("iteration 2", "epoch 1", "id nan, triplet nan, loss nan", "SOLVER.BASE_LR")
+    assert all(fact in said for fact in facts), said
 
 
 def test_no_checkpoint_holds_what_is_not_finite(exploded):
@@ -158,7 +160,8 @@ def test_wandb_learns_that_the_run_failed(place, exploded):
 
 def test_what_rank_0_says_is_not_cut_off_by_a_faster_rank(place):
     said = place.refusal("train", "SEED", "x", num_ranks=2, before=first_rank_is_slow, code=2)
-    assert said.startswith("SEED must be a whole number")
+    assert "SEED" in said
+    assert "'x'" in said
 
 
 def test_under_torchrun_too_it_is_said_once(place):
@@ -166,7 +169,9 @@ def test_under_torchrun_too_it_is_said_once(place):
     ended = place.command(*words, "SOLVER.IMS_PER_BATCH", 24, "DATALOADER.NUM_INSTANCE", 8)
     assert ended.code == 1
     assert ended.out == ""
-    assert ended.err.startswith("error: SOLVER.IMS_PER_BATCH=24 / DATALOADER.NUM_INSTANCE=8 must be a multiple")
+    assert ended.err.startswith("error: ")
+    assert "SOLVER.IMS_PER_BATCH=24" in ended.err
+    assert "DATALOADER.NUM_INSTANCE=8" in ended.err
     assert ended.err.count("error: ") == 1
 
 
@@ -275,15 +280,14 @@ def test_another_error_that_python_drops_is_printed(place):
 def test_a_missing_package_is_named_with_the_remedy():
     told = explain_import_error(ModuleNotFoundError("No module named 'ignite'", name="ignite"))
     assert isinstance(told, WorldError)
-    assert str(told) == "the package ignite is not installed; install the project's packages with: uv sync"
+    assert told.key is None
+    assert re.search(r"\bignite\b.*: uv sync$", str(told))
 
 
 def test_a_torchvision_of_another_torch_is_named_once_with_both_versions(place):
     said = place.refusal("train", num_ranks=2, before=torchvision_is_of_another_torch, code=1)
     torch, torchvision = version("torch"), version("torchvision")
-    assert said.startswith(
-        f"torch {torch} and torchvision {torchvision} do not belong together (operator torchvision::nms"
-    )
+    assert all(fact in said for fact in (f"torch {torch} ", f"torchvision {torchvision} ", "torchvision::nms")), said
     assert said.endswith("uv sync --reinstall-package torch --reinstall-package torchvision")
 
 

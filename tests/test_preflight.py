@@ -11,7 +11,7 @@ from reid.link_speed import Link
 from reid.preflight import Report, _duration, _links, _node, _size
 
 # Speeds are of this machine and hour.
-OF_THE_HOUR = re.compile(r"problem \d+: (batches should be there in time|all links should be equally fast)")
+OF_THE_HOUR = re.compile(r"problem \d+: .*(DATALOADER\.NUM_WORKERS|GB/s)")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_a_healthy_world_has_no_problems(healthy):
     first, second = healthy
     assert problems(first) == []
     assert first.code in (0, 1)
-    assert ("no problems were found\n" in first.out) == (first.code == 0)
+    assert ("no problems" in first.out) == (first.code == 0)
     assert (second.out, second.err) == ("", "")
 
 
@@ -84,12 +84,9 @@ def test_ranks_that_differ_come_first_and_the_rest_is_looked_at_all_the_same(pla
     first, _ = place.run("check", "OUTPUT_DIR", "d", num_ranks=2, before=other_torchvision_on_rank_1)
     assert first.code == 1
     (problem,) = problems(first)
-    assert "all ranks should have the same versions, but there are " in problem
-    assert "torchvision 0.1" in problem
+    assert re.search(r"versions.*torchvision 0\.1, .*ranks 1\b", problem)
     assert "step " in first.out
-    assert re.fullmatch(
-        r"error: (1 problem was|\d problems were) found before training; see the list above\n", first.err
-    )
+    assert re.fullmatch(r"error: \d problems? [^\n]*\n", first.err)
     report = first.out[first.out.index("problem 1") :]
     assert report.index("problem 1") < report.index("ranks   ")
 
@@ -100,9 +97,9 @@ def test_what_a_training_refuses_is_a_problem(place):
     first, _ = place.run("check", *settings, num_ranks=2, before=another_seed_on_rank_1)
     assert first.code == 1
     settings_differ, other_data, folder = problems(first)
-    assert "SEED is 7, not 0" in settings_differ
+    assert re.search(r"rank 1 .*SEED\b.*\b7\b.*\b0\b", settings_differ)
     assert "holds" in other_data
-    assert "must be a folder that can be written to" in folder
+    assert re.search("OUTPUT_DIR=.*/a_file/run", folder)
     assert "ranks        2 on" in first.out
 
 
@@ -112,7 +109,7 @@ def test_an_output_dir_that_cannot_be_written_to_is_a_problem(place, num_ranks):
     first, *_ = place.run("check", "OUTPUT_DIR", "b_file/run", num_ranks=num_ranks)
     assert first.code == 1
     (problem,) = problems(first)
-    assert "must be a folder that can be written to" in problem
+    assert re.search("OUTPUT_DIR=.*/b_file/run", problem)
 
 
 def test_all_that_is_wrong_is_found_at_once(place):
@@ -121,8 +118,9 @@ def test_all_that_is_wrong_is_found_at_once(place):
     first, _ = place.run("check", "SOLVER.IMS_PER_BATCH", 12, "OUTPUT_DIR", "c_file/run", num_ranks=2)
     assert first.code == 1
     batch, folder = problems(first)
-    assert "SOLVER.IMS_PER_BATCH=12 / DATALOADER.NUM_INSTANCE=4 must be a multiple of the number of ranks" in batch
-    assert "must be a folder that can be written to" in folder
+    assert "SOLVER.IMS_PER_BATCH=12" in batch
+    assert "DATALOADER.NUM_INSTANCE=4" in batch
+    assert re.search("OUTPUT_DIR=.*/c_file/run", folder)
     for title in ("ranks", "all-reduce", "train", "test"):
         assert f"\n{title} " in first.out
 
@@ -135,17 +133,17 @@ NODE = {"host": "n1", "num_gpus": 4, "num_cpus": 16, "num_threads": 4, "gpu_used
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({}, None),
-        ({"num_gpus": 8}, "n1 has 8 GPUs and 4 ranks"),
-        ({"num_threads": 5}, "n1 have 4 x 5 threads for 16 CPUs"),
-        ({"gpu_used": 0.25}, "25 % of the memory of one on n1"),
+        ({}, ()),
+        ({"num_gpus": 8}, ("n1", "8 GPUs", "4 ranks")),
+        ({"num_threads": 5}, ("n1", "4 x 5 threads", "16 CPUs")),
+        ({"gpu_used": 0.25}, ("n1", "GPU", "25 %")),
     ],
 )
 def test_problems_of_a_node(change, words):
     report = Report()
     _node(report, {**NODE, **change}, num_ranks=4)
-    assert len(report.problems) == (words is not None)
-    assert all(words in problem for problem in report.problems)
+    assert len(report.problems) == bool(words)
+    assert all(word in problem for problem in report.problems for word in words), report.problems
 
 
 def test_a_link_slower_than_half_of_the_others_is_named():
@@ -155,7 +153,7 @@ def test_a_link_slower_than_half_of_the_others_is_named():
     assert report.problems == []
     _links(report, [*links, Link("c - a", 2, 1e-4, 2.1)])
     (problem,) = report.problems
-    assert "c - a has 0.02 GB/s and the median is 0.03 GB/s" in problem
+    assert re.search(r"c - a .*0\.02 GB/s.*0\.03 GB/s", problem)
 
 
 def test_errors_of_one_rank_alone_are_no_report(monkeypatch):

@@ -266,7 +266,7 @@ def again(place, first, output_dir) -> tuple[Path, Ended]:
 
 def test_a_finished_training_started_again_says_so_and_changes_nothing(again, output_dir):
     folder, ended = again
-    assert "all 2 epochs are done; raise SOLVER.MAX_EPOCHS to go on" in ended.out
+    assert re.search(r"\ball 2 epochs\b.*SOLVER\.MAX_EPOCHS", ended.out)
     changing = ("log.txt", "owner.json")  # each start says that it was here
     before = [file for file in output_dir.rglob("*") if file.is_file() and file.name not in changing]
     assert {file.relative_to(output_dir): file.read_bytes() for file in before} == {
@@ -278,7 +278,7 @@ def test_a_finished_training_started_again_says_so_and_changes_nothing(again, ou
 
 def test_fewer_epochs_than_are_done_are_done_too(place, again):
     ended = place.train("OUTPUT_DIR", "again", "WANDB.ENABLE", "yes", "SOLVER.MAX_EPOCHS", 1, num_ranks=2)
-    assert "all 1 epochs are done; raise SOLVER.MAX_EPOCHS to go on" in ended.out
+    assert re.search(r"\ball 1 epochs\b.*SOLVER\.MAX_EPOCHS", ended.out)
 
 
 def test_lines_that_are_no_records_do_not_keep_a_run_from_going_on(place, output_dir, first):
@@ -287,7 +287,7 @@ def test_lines_that_are_no_records_do_not_keep_a_run_from_going_on(place, output
     whole = (folder / "metrics.jsonl").read_text()
     (folder / "metrics.jsonl").write_text("\0garbage\n{}\n" + whole + '{"kind": "tra')
     ended = place.train("OUTPUT_DIR", "garbage", "WANDB.ENABLE", "yes", num_ranks=2)
-    assert "warning: garbage/metrics.jsonl had lines that are no records; they are left out" in ended.out
+    assert re.search(r"^warning: .*garbage/metrics\.jsonl", ended.out, re.MULTILINE)
     assert (folder / "metrics.jsonl").read_text() == whole
 
 
@@ -300,7 +300,7 @@ def longer(place, again) -> tuple[Path, Ended]:
 
 def test_with_more_epochs_it_goes_on_where_it_ended(longer, output_dir):
     folder, ended = longer
-    assert "epoch 2, step 2 of 2 is done" in ended.out
+    assert "epoch 2, step 2 of 2" in ended.out
     steps = [record["iteration"] for record in records(folder, "train")]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert [record["epoch"] for record in records(folder, "val")] == [1, 2, 3]
@@ -332,9 +332,9 @@ def test_images_that_cannot_be_read_are_all_named_at_once_whatever_split_they_ar
         file.write_bytes(b"nothing")
     settings = ("DATASETS.NAMES", "market1501", "DATASETS.ROOT_DIR", root.name, "OUTPUT_DIR", "unread")
     said = place.refusal("train", *settings, num_ranks=2, code=2)
-    assert "but 25 of 51 are not" in said
-    assert f"{query.name} (empty or not an image)" in said
-    whole_list = Path(re.search(r"5 more, all listed in (\S+\.txt)", said)[1])
+    assert "25 of 51" in said
+    assert f"{query.name} (" in said
+    whole_list = Path(re.search(r"\b5 more\b.* (\S+\.txt)", said)[1])
     listed = (place.folder / whole_list).read_text()
     assert all(file.name in listed for file in train)
 

@@ -34,8 +34,9 @@ def test_the_parts_of_a_training_become_one_run_and_are_sent_once(place, server)
 
     done = sync(place, "to_sync")
     assert (done.code, done.err) == (0, "")
-    assert done.out.count("left out, as it may still be running: to_sync/a/wandb/offline-run-") == 2
-    assert done.out.endswith("nothing to send in to_sync\n")
+    *left_out, last = done.out.splitlines()
+    assert [line.partition("to_sync/a/wandb/")[2] for line in left_out] == [part.name for part in parts]
+    assert "nothing" in last
 
     for part in parts:
         (file,) = part.glob("run-*.wandb")
@@ -44,9 +45,9 @@ def test_the_parts_of_a_training_become_one_run_and_are_sent_once(place, server)
     server.refuses_files = True
     done = sync(place, "to_sync", environment=environment)
     assert done.code == 1, done
-    assert "not all of it was taken by W&B: " in done.err
+    assert "not all" in done.err
     server.refuses_files = False
-    for last in ("Finished syncing", "nothing to send in to_sync\n"):
+    for last in ("Finished syncing", "nothing"):
         done = sync(place, "to_sync", environment=environment)
         assert done.code == 0, done
         assert last in done.out + done.err
@@ -81,4 +82,6 @@ def test_options_reach_wandb(place):
 
 def test_without_words_all_of_runs_is_meant(place):
     (place.folder / "runs").mkdir(exist_ok=True)
-    assert sync(place).out == "nothing to send in runs\n"
+    (line,) = sync(place).out.splitlines()
+    assert "nothing" in line
+    assert line.endswith(" runs")

@@ -2,11 +2,13 @@
 
 import json
 import logging
+import re
 
 import pytest
 import timm
 import torch
 from program import names, newest, records
+from refusals import refused
 from safetensors.torch import save_file
 from torch import nn
 
@@ -40,22 +42,21 @@ def pictures(*size):
     ],
 )
 def test_a_name_that_timm_does_not_know_is_refused_with_those_like_it(name, near):
-    with pytest.raises(SettingsError) as error:
+    with refused(SettingsError, "MODEL.NAME", f"timm {timm.__version__}", f"got timm/{name};", f" {near}"):
         backbones.check(settings(name))
-    said, meant = str(error.value).split("; did you mean ")
-    assert said == f"MODEL.NAME must be timm/ and the name of a model of timm {timm.__version__}, got timm/{name}"
-    assert near in meant.rstrip("?").split(" or ")
 
 
-@pytest.mark.parametrize("name", ["hf-hub:someone/resnet18", "§§§§"])
-def test_where_nothing_is_like_it_the_list_is_named(name):
-    with pytest.raises(SettingsError, match=r"MODEL\.NAME must be timm/ and the name of a model of timm"):
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("hf-hub:someone/resnet18", "timm/seresnet18"), ("§§§§", "timm.list_models()")]
+)
+def test_where_nothing_is_like_it_the_list_is_named(name, remedy):
+    with refused(SettingsError, "MODEL.NAME", f"got timm/{name}", remedy):
         timm_models.normalisation(f"timm/{name}")
 
 
 def test_the_user_reads_of_a_wrong_name_before_any_data_is_touched(place):
     said = place.refusal("train", "OUTPUT_DIR", "misspelt", "MODEL.NAME", "timm/resnet52", num_ranks=2, code=2)
-    assert "got timm/resnet52; did you mean timm/resnet152 or " in said
+    assert all(fact in said for fact in ("MODEL.NAME", "got timm/resnet52", "timm/resnet152")), said
     assert "misspelt" not in names(place.folder)
 
 
@@ -82,10 +83,9 @@ def test_what_becomes_of_the_last_stride_is_said(caplog):
     backbones.check(settings("test_resnet", "INPUT.SIZE_TRAIN=(40,40)"))
     backbones.check(settings("test_vit", "INPUT.SIZE_TRAIN=(48,48)"))
     backbones.check(settings("test_vit", "INPUT.SIZE_TRAIN=(64,48)", "MODEL.LAST_STRIDE=2"))
-    assert caplog.messages == [
-        "MODEL.LAST_STRIDE 1: timm/test_resnet keeps its map at 1/16 of the image's size, with dilation for stride",
-        "MODEL.LAST_STRIDE 1: timm cannot build timm/test_vit with another stride, so it stays as it is",
-    ]
+    with_dilation, as_it_is = caplog.messages
+    assert re.search(r"MODEL\.LAST_STRIDE 1\b.*timm/test_resnet.*1/16", with_dilation)
+    assert re.search(r"MODEL\.LAST_STRIDE 1\b.*cannot.*timm/test_vit", as_it_is)
 
 
 def test_the_last_stride_is_seen_in_the_map():
@@ -97,12 +97,9 @@ def test_the_last_stride_is_seen_in_the_map():
 
 
 def test_a_size_that_the_model_does_not_take_is_refused():
-    with pytest.raises(SettingsError) as error:
+    facts = ("timm/nest_tiny", "got (64, 32)", "Input height (64) doesn't match", "224x224")
+    with refused(SettingsError, "INPUT.SIZE_TRAIN", *facts):
         backbones.check(settings("nest_tiny", "INPUT.SIZE_TRAIN=(64,32)"))
-    assert str(error.value) == (
-        "INPUT.SIZE_TRAIN must be a size that timm/nest_tiny takes, got (64, 32) (Input height (64) doesn't match "
-        "model (224)); its own is 224x224, and another model may take any"
-    )
 
 
 # ---- what it computes ----
@@ -202,8 +199,14 @@ def test_weights_of_timm_are_made_to_fit_the_size_of_the_images(vit, caplog):
     assert changed == {"pos_embed"}
     assert loaded["pos_embed"].shape == (1, 1 + 4 * 2, 64)
     assert vit[1]["pos_embed"].shape == (1, 1 + 10 * 10, 64)
-    sentence = f"weights from MODEL.PRETRAIN_PATH={vit[0]}: {len(loaded)} of {len(loaded)} entries loaded, 0 missing, "
-    assert caplog.messages[-1].startswith(f"{sentence}0 of another shape, 2 (head.")
+    facts = (
+        f"MODEL.PRETRAIN_PATH={vit[0]}",
+        f"{len(loaded)} of {len(loaded)}",
+        "0 missing",
+        "0 of another",
+        "2 (head.",
+    )
+    assert all(fact in caplog.messages[-1] for fact in facts), caplog.messages
 
 
 @pytest.mark.parametrize("classes", [0, 7])
@@ -230,11 +233,9 @@ def test_the_files_classifier_may_have_any_size_or_be_missing(vit, tmp_path, cla
 def test_weights_that_do_not_fit_are_refused(vit, tmp_path, name, change):
     state = dict(vit[1])
     change(state)
-    with pytest.raises(WorldError) as error:
+    with pytest.raises(WorldError, match=rf"\AMODEL\.PRETRAIN_PATH=[^\n]*w\.pth [^\n]*timm/{name}\b[^\n]*\Z") as error:
         start(name, saved(tmp_path, state))
-    assert str(error.value).startswith(f"MODEL.PRETRAIN_PATH={tmp_path / 'w.pth'} does not fit timm/{name}: ")
-    assert str(error.value).endswith("; give timm's file of that model")
-    assert "\n" not in str(error.value)
+    assert error.value.key == "MODEL.PRETRAIN_PATH"
 
 
 def test_a_whole_model_goes_on_to_other_identities(vit, tmp_path):
@@ -245,21 +246,19 @@ def test_a_whole_model_goes_on_to_other_identities(vit, tmp_path):
 
 def test_a_whole_model_of_another_size_is_refused_with_the_remedy(vit, tmp_path):
     larger = build_model(settings("test_vit"), 3).state_dict()
-    with pytest.raises(WorldError, match=r"\(base.pos_embed\); set INPUT.SIZE_TRAIN to the one that it was"):
+    with refused(WorldError, "MODEL.PRETRAIN_PATH", "(base.pos_embed)", "INPUT.SIZE_TRAIN"):
         start("test_vit", saved(tmp_path, larger), "self")
 
 
 def test_without_a_network_it_is_said_what_to_download(place):
     settings = ("OUTPUT_DIR", "no_weights", "MODEL.NAME", "timm/test_vit", "MODEL.PRETRAIN_CHOICE", "imagenet")
     said = place.refusal("train", *settings, num_ranks=2, code=1)
-    assert said.startswith("MODEL.PRETRAIN_CHOICE is imagenet, but the weights of timm/test_vit cannot be fetched here")
-    assert (
-        "download them from https://huggingface.co/timm/test_vit.r160_in1k elsewhere and name the file by MODEL" in said
-    )
+    assert "MODEL.PRETRAIN_CHOICE" in said
+    assert re.search(r"https://huggingface\.co/timm/test_vit\.r160_in1k .*MODEL\.PRETRAIN_PATH", said), said
 
 
 def test_a_model_without_pretrained_weights_says_so():
-    with pytest.raises(WorldError, match=r"timm has no weights of timm/test_vit4; name a file by MODEL.PRETRAIN_PATH"):
+    with refused(WorldError, "MODEL.PRETRAIN_CHOICE", "timm/test_vit4", "MODEL.PRETRAIN_PATH"):
         start("test_vit4", "")
 
 

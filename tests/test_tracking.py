@@ -41,9 +41,9 @@ def without_key(place) -> Ended:
 
 def test_without_a_key_the_run_is_recorded_offline_and_can_be_sent_later(place, without_key):
     begun, ended = lines(without_key)
-    assert begun == "W&B: run a name (offline, as no W&B key was found; set WANDB_API_KEY or run: wandb login)"
+    assert all(fact in begun for fact in ("run a name ", "offline", "WANDB_API_KEY")), begun
     (folder,) = (place.folder / "no key" / "wandb").glob("offline-run-*")
-    assert ended == f"W&B: recorded offline; send it with: wandb sync '{folder.relative_to(place.folder)}'"
+    assert ended.endswith(f" wandb sync '{folder.relative_to(place.folder)}'")
     assert without_key.err == ""
     assert recorded(place, "no key", "exit")[0]["exit_code"] == 0
 
@@ -82,7 +82,8 @@ def without_server(place) -> Ended:
 def test_without_a_server_the_run_is_recorded_offline_after_bounded_seconds(place, without_server):
     begun, _ = lines(without_server)
     assert begun.startswith("W&B: run ")
-    assert "(offline, as W&B did not answer (CommError: " in begun
+    assert "offline" in begun
+    assert "CommError: " in begun
     assert without_server.err == ""
     rows = [row["item"] for row in recorded(place, "no server", "history")]
     assert len([row for row in rows if "train/loss" in row or "val/mAP" in row]) == 3
@@ -96,7 +97,8 @@ def test_the_key_is_written_nowhere(place, without_server):
 def test_a_key_that_is_none_is_named_and_training_goes_on(place):
     settings = ("OUTPUT_DIR", "bad key", "WANDB.ENABLE", "yes", "SOLVER.MAX_EPOCHS", 1)
     ended = place.train(*settings, environment={"WANDB_MODE": None, "WANDB_API_KEY": "short"})
-    assert "(offline, as W&B refuses the key (WANDB_API_KEY invalid: " in lines(ended)[0]
+    assert "offline" in lines(ended)[0]
+    assert "WANDB_API_KEY invalid: " in lines(ended)[0]
     assert ended.err == ""
 
 
@@ -107,26 +109,26 @@ def test_a_key_that_is_none_is_named_and_training_goes_on(place):
     ("settings", "environment", "said"),
     [
         (["WANDB.ENABLE", "no"], {}, []),
-        (["WANDB.ENABLE", "yes", "WANDB.MODE", "disabled"], {}, ["W&B: disabled, as WANDB.MODE is disabled"]),
+        (["WANDB.ENABLE", "yes", "WANDB.MODE", "disabled"], {}, ["WANDB.MODE is disabled"]),
         (
             ["WANDB.ENABLE", "yes"],
             {"WANDB_MODE": "disabled"},
-            ["W&B: disabled, as the environment's WANDB_MODE is disabled"],
+            ["WANDB_MODE is disabled"],
         ),
     ],
 )
 def test_where_it_is_not_wanted_nothing_is_recorded(place, tmp_path, settings, environment, said):
     ended = place.train("OUTPUT_DIR", tmp_path / "run", "SOLVER.MAX_EPOCHS", 1, *settings, environment=environment)
-    assert lines(ended) == said
+    assert len(lines(ended)) == len(said)
+    assert all(words in line for words, line in zip(said, lines(ended), strict=True))
     assert not (tmp_path / "run" / "wandb").exists()
 
 
 def test_settings_that_wandb_refuses_are_said_once_before_training(place):
     settings = ("OUTPUT_DIR", "refused", "WANDB.ENABLE", "yes")
     said = place.refusal("train", *settings, environment={"WANDB_MODE": "ofline"}, num_ranks=2, code=2)
-    assert said.startswith("W&B refuses its settings in the environment or in its settings files: ")
     assert "'ofline'" in said
-    assert said.endswith("correct them, or use WANDB.ENABLE no")
+    assert "WANDB.ENABLE no" in said
 
 
 # ---- lost on the way ----
@@ -156,8 +158,8 @@ def test_training_outlives_wandbs_own_process(place):
     (ended,) = ranks.ended()
     assert ended.code == 0, ended
     (said,) = (line for line in lines(ended) if "died" in line)
-    assert said.startswith("W&B: its own process has died (Connection")
-    assert said.endswith("; goes on offline, and training goes on")
+    assert "Connection" in said
+    assert "offline" in said
     pieces = sorted((place.folder / "lost" / "wandb").glob("offline-run-*"), key=lambda piece: piece.name)
     assert lines(ended)[-1].endswith(" ".join(str(piece.relative_to(place.folder)) for piece in pieces))
     iterations = [row["iteration"] for piece in pieces for row in wandb_files.rows(piece) if "train/loss" in row]
