@@ -141,7 +141,7 @@ def test_settings_errors_come_before_torch(name):
     assert not {used.split(".")[0] for used in top_level_imports(name)} & {"torch", "torchvision", "ignite", "numpy"}
 
 
-def test_rank_variables_are_read_in_one_place():
+def test_only_few_modules_read_rank_environment_variables():
     variables = re.compile(r"\b(LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|SLURM_\w+)\b")
     readers = {name for name, tree in MODULES.items() for text in _strings(tree) if variables.search(text)}
     # launcher.py asks who speaks for a node before the world is known; distributed.py takes Slurm's away from Ignite.

@@ -72,7 +72,7 @@ def test_crops_are_uniform_over_all_offsets(column, padding):
 
 
 @pytest.mark.parametrize("size", [(256, 128), (384, 128), (32, 16), (8, 24)])
-def test_erased_rectangles_reach_all_edges_and_cover_2_to_40_percent(size):
+def test_erased_areas_reach_all_edges_and_cover_2_to_40_percent(size):
     boxes = drawn(size=size, erasing=1.0)
     height, width = boxes[:, ERASE_HEIGHT], boxes[:, ERASE_WIDTH]
     assert (height >= 1).all()
@@ -213,7 +213,7 @@ def test_the_erased_rectangle_holds_the_mean_after_normalisation():
 
 
 @pytest.mark.parametrize("num_images", [1, 3])
-def test_images_lie_as_the_device_wants_them_and_the_uint8_batch_is_left_as_it_was(num_images):
+def test_memory_format_fits_device_and_input_is_unchanged(num_images):
     images = pictures(num_images, (16, 8))
     before = images.clone()
     choices = draw(recipe(size=(16, 8), padding=3), 1, np.arange(num_images))

@@ -34,7 +34,7 @@ def test_every_name_has_a_reader_and_a_source():
 
 
 @pytest.mark.parametrize("name", ["market1501", "dukemtmc", "occluded_duke", "veri", "synthetic"])
-def test_every_benchmark_is_found_in_each_of_its_homes_under_its_name(tmp_path, name):
+def test_benchmark_is_found_in_each_of_its_known_folders(tmp_path, name):
     for number, home in enumerate(SOURCES[name].homes):
         root = write(tmp_path / str(number) / home, VERI_FOLDERS if name == "veri" else MARKET_FOLDERS)
         benchmark = load_benchmark(name, tmp_path / str(number))
@@ -71,7 +71,7 @@ def test_there_is_nothing_to_prepare_but_for_cuhk03(tmp_path):
 # ---- documented numbers ----
 
 
-def test_what_is_missing_is_said_once(tmp_path, caplog):
+def test_incomplete_benchmark_is_reported_in_one_warning(tmp_path, caplog):
     root = write(tmp_path / "market1501")
     with caplog.at_level(logging.WARNING, logger="reid.data"):
         load_benchmark("market1501", tmp_path)
@@ -96,7 +96,7 @@ def test_what_has_no_documented_numbers_is_not_compared(tmp_path, caplog):
     assert not caplog.records
 
 
-def test_a_whole_benchmark_and_one_image_less(tmp_path):
+def test_complete_benchmark_passes_and_missing_image_is_counted(tmp_path):
     benchmark = load_benchmark("market1501", write(tmp_path / "market1501").parent)
     whole = {"train": split_of(751, 12936), "query": split_of(750, 3368), "gallery": split_of(751, 15913)}
     assert differences(replace(benchmark, **whole), DEFAULTS) == []

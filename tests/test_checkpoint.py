@@ -100,7 +100,7 @@ def test_the_best_holds_weights_and_scores_but_no_optimiser(tmp_path):
 # ---- going on ----
 
 
-def test_it_goes_on_with_weights_place_and_best_of_the_last(tmp_path):
+def test_resume_restores_weights_position_and_best_score(tmp_path):
     Training(tmp_path, scores=[0.5, 0.1, 0.1]).run()
     resumed = Training(tmp_path, "SOLVER.MAX_EPOCHS=5", scores=[0.3, 0.7])
     assert resumed.checkpoints.resume(resumed.engine)
@@ -112,7 +112,7 @@ def test_it_goes_on_with_weights_place_and_best_of_the_last(tmp_path):
     assert [file.name for file in checkpoints_in(tmp_path, "best")] == ["best_0005_mAP_0.7000.pt"]
 
 
-def test_without_a_checkpoint_it_starts_anew(tmp_path):
+def test_training_starts_from_scratch_without_checkpoint(tmp_path):
     fresh = Training(tmp_path)
     assert not fresh.checkpoints.resume(fresh.engine)
     assert fresh.engine.state.iteration == 0
@@ -123,14 +123,14 @@ def assert_no_resume(training, *keywords):
         training.checkpoints.resume(training.engine)
 
 
-def test_another_configuration_is_refused_with_both_values(tmp_path):
+def test_another_configuration_is_rejected_with_both_values(tmp_path):
     Training(tmp_path).run()
     other = Training(tmp_path, "SOLVER.BASE_LR=0.5", "MODEL.NAME=resnet18")
     values = ("MODEL.NAME", "'resnet50'", "'resnet18'", "SOLVER.BASE_LR", "0.00035", "0.5")
     assert_no_resume(other, f"{tmp_path}/last_0003_00000006.pt", *values)
 
 
-def test_another_data_set_is_refused(tmp_path):
+def test_another_data_set_is_rejected(tmp_path):
     Training(tmp_path).run()
     assert_no_resume(Training(tmp_path, dataset="another"), "last_0003_00000006.pt", "images of the benchmark")
 
@@ -148,7 +148,7 @@ def test_a_setting_that_one_of_the_two_lacks_is_a_difference():
     assert re.fullmatch(r"C\b.*2.*None", second)
 
 
-def test_another_format_is_refused(tmp_path):
+def test_another_format_is_rejected(tmp_path):
     torch.save({"format": 99}, tmp_path / "last_0001_00000002.pt")
     assert_no_resume(Training(tmp_path), "last_0001_00000002.pt", "format")
 
@@ -156,7 +156,7 @@ def test_another_format_is_refused(tmp_path):
 # ---- the copy in host memory ----
 
 
-def test_a_copy_takes_the_memory_of_an_earlier_one_where_it_fits_and_never_the_trainings():
+def test_host_copy_reuses_earlier_buffers_but_never_live_tensors():
     content = {"model": {"a": torch.ones(3, 2), "b": torch.ones(2)}, "rates": [0.1, torch.tensor(1)], "name": "x"}
     first = host_copy(content)
     content["model"] = {"a": torch.full((3, 2), 2.0), "b": torch.full((5,), 2.0), "c": torch.zeros(1)}
@@ -170,7 +170,7 @@ def test_a_copy_takes_the_memory_of_an_earlier_one_where_it_fits_and_never_the_t
     assert torch.equal(second["model"]["a"], torch.full((3, 2), 2.0))
 
 
-def test_memory_is_kept_for_one_checkpoint_and_each_file_holds_its_own_step(tmp_path):
+def test_host_buffer_is_reused_and_each_file_holds_its_own_step(tmp_path):
     training = Training(tmp_path, scores=[0.1, 0.2, 0.3])
     places = set()
 
@@ -208,7 +208,7 @@ def flip_in_a_tensor(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [cut_off, emptied, flip_in_a_tensor])
-def test_a_damaged_one_makes_room_for_the_one_before_with_a_warning_that_names_both(tmp_path, caplog, damage):
+def test_damaged_checkpoint_falls_back_to_previous_with_warning(tmp_path, caplog, damage):
     Training(tmp_path).run()
     file = tmp_path / "last_0003_00000006.pt"
     file.write_bytes(damage(file.read_bytes()))
@@ -243,7 +243,7 @@ def test_no_flipped_bit_is_ever_taken_for_training(tmp_path, data):
     assert str(after) == str(before)
 
 
-def test_where_all_are_damaged_it_does_not_silently_start_anew(tmp_path):
+def test_all_checkpoints_damaged_is_an_error_not_a_fresh_start(tmp_path):
     Training(tmp_path).run()
     for file in tmp_path.iterdir():
         file.write_bytes(b"nothing")
@@ -284,7 +284,7 @@ class FullDisk:
         resource.setrlimit(resource.RLIMIT_FSIZE, self._before)
 
 
-def test_a_full_disk_leaves_the_file_that_was_there_and_nothing_else(tmp_path):
+def test_full_disk_keeps_the_existing_file_and_no_partial_file(tmp_path):
     file = tmp_path / "last_0001_00000002.pt"
     file.write_bytes(b"whole")
     with FullDisk() as disk:
@@ -295,7 +295,7 @@ def test_a_full_disk_leaves_the_file_that_was_there_and_nothing_else(tmp_path):
     assert names(tmp_path) == [file.name]
 
 
-def test_a_full_disk_costs_a_warning_and_training_goes_on(tmp_path, caplog):
+def test_full_disk_gives_a_warning_and_training_continues(tmp_path, caplog):
     training, disk = Training(tmp_path, scores=[0.1, 0.2, 0.3]), FullDisk()
     training.engine.add_event_handler(Events.EPOCH_STARTED(once=2), training.checkpoints._wait)
     training.engine.add_event_handler(Events.EPOCH_STARTED(once=2), disk.fill)
@@ -309,7 +309,7 @@ def test_a_full_disk_costs_a_warning_and_training_goes_on(tmp_path, caplog):
     assert all(f"{tmp_path}/last_0001_00000002.pt" in words for words in warnings)
 
 
-def test_a_disk_that_is_still_full_at_the_end_is_an_error_of_its_own(tmp_path):
+def test_disk_still_full_at_the_end_raises_unsaved_error(tmp_path):
     training, disk = Training(tmp_path, scores=[0.1, 0.2, 0.3]), FullDisk()
     training.engine.add_event_handler(Events.EPOCH_STARTED(once=3), training.checkpoints._wait)
     training.engine.add_event_handler(Events.EPOCH_STARTED(once=3), disk.fill)
@@ -330,7 +330,7 @@ def test_ctrl_c_while_it_is_written_stays_what_it_is(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
-def test_a_process_that_dies_while_it_writes_leaves_no_checkpoint(tmp_path):
+def test_process_killed_while_writing_leaves_no_checkpoint(tmp_path):
     file = tmp_path / "last_0001_00000002.pt"
     child = os.fork()
     if child == 0:

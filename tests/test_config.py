@@ -320,13 +320,13 @@ def test_spellings_in_a_file(key, yaml_value, expected, write):
     assert type(value_of(cfg, key)) is type(expected)
 
 
-def test_the_command_line_wins_over_the_file_and_its_last_word_over_the_others(write):
+def test_command_line_overrides_file_and_last_occurrence_wins(write):
     file = write("SOLVER: {BASE_LR: 0.1, GAMMA: 0.2}")
     cfg = load_config(file, ["SOLVER.BASE_LR", "0.3", "SEED=5", "SOLVER.BASE_LR=0.4", "WANDB.NOTES", "a=b=c"])
     assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.GAMMA, cfg.SEED, cfg.WANDB.NOTES) == (0.4, 0.2, 5, "a=b=c")
 
 
-def test_a_value_may_look_like_a_key_where_an_equals_sign_says_so():
+def test_value_after_equals_sign_may_look_like_a_key():
     cfg = load_config(None, ["WANDB.NAME=SOLVER.BASE_LR=0.1", "WANDB.GROUP=SEED"])
     assert (cfg.WANDB.NAME, cfg.WANDB.GROUP) == ("SOLVER.BASE_LR=0.1", "SEED")
 
@@ -709,7 +709,7 @@ def test_the_most_nodes_that_can_share_a_batch_of_16_people(num_nodes, ranks_per
     assert fitting_nodes(load_config(None, []), num_nodes, ranks_per_node) == fitting
 
 
-def test_ranks_of_one_node_that_cannot_share_the_batch_are_refused_as_they_are():
+def test_batch_not_divisible_by_ranks_of_one_node_is_rejected():
     with refused(SettingsError, "SOLVER.IMS_PER_BATCH", "16 on 3 ranks"):
         fitting_nodes(load_config(None, []), 4, 3)
 
@@ -798,7 +798,7 @@ def test_every_dump_is_read_back(tmp_path_factory, notes, rate, steps, margin, t
 
 
 @given(st.sampled_from(sorted(SETTINGS)), TEXTS | st.from_regex(r"[-+(\['\"]*[0-9.e]+[)\]'\",0-9]*", fullmatch=True))
-def test_any_word_is_accepted_or_refused_in_one_sentence(key, word):
+def test_any_argument_is_accepted_or_rejected_in_one_sentence(key, word):
     try:
         load_config(None, [f"{key}={word}"])
     except SettingsError as error:
@@ -831,7 +831,7 @@ def test_the_plain_dict_holds_plain_types_only():
     ("overrides", "key", "parts"),
     [(["INPUT.PADDING=129"], "INPUT.PADDING", ["INPUT.SIZE_TRAIN=(256, 128)", "got 129"])],
 )
-def test_settings_that_make_no_sense_together_are_refused(overrides, key, parts):
+def test_settings_that_make_no_sense_together_are_rejected(overrides, key, parts):
     with refused(SettingsError, key, *parts):
         load_config(None, overrides)
 

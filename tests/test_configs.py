@@ -55,7 +55,7 @@ def published(name: str) -> tuple[float, ...]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CONFIGS).as_posix())
-def test_a_file_says_how_to_run_it_and_what_to_expect(path, caplog):
+def test_header_of_config_gives_command_and_expected_scores(path, caplog):
     header = path.read_text().split("\n\n")[0]
     name = path.relative_to(CONFIGS.parent).as_posix()
     for word in (f"--config_file {name}", "torchrun", "hardware", "hours", "mAP", "rank-1"):
@@ -142,7 +142,7 @@ def test_a_backbones_file_changes_the_backbone_alone(path):
 
 
 @pytest.mark.parametrize("name", LEGACY)
-def test_a_new_file_cures_what_was_a_mistake_and_changes_nothing_else(name):
+def test_current_config_differs_from_legacy_only_in_known_fixes(name):
     cures = {"MODEL.STEM_RELU": (False, True)}
     if name == "softmax.yml":
         cures["MODEL.SMOOTH_SOFTMAX"] = (False, True)

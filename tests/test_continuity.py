@@ -75,7 +75,7 @@ def assert_same_outcome(folder: Path, expected: Path) -> None:
 # ---- stopped between two epochs ----
 
 
-def test_three_epochs_in_two_trainings_equal_three_in_one_bit_for_bit(place, straight):
+def test_resume_after_one_epoch_equals_uninterrupted_run(place, straight):
     place.train("OUTPUT_DIR", "in_two", "SOLVER.MAX_EPOCHS", 1, *ADAM)
     place.train("OUTPUT_DIR", "in_two", "SOLVER.MAX_EPOCHS", 3, *ADAM)
     assert_same_outcome(place.folder / "in_two", straight("SOLVER.MAX_EPOCHS", 3, *ADAM))
@@ -85,7 +85,7 @@ def test_three_epochs_in_two_trainings_equal_three_in_one_bit_for_bit(place, str
 
 
 @pytest.mark.parametrize("step", [2, 6])
-def test_killed_within_an_epoch_it_ends_as_if_nothing_had_happened(place, straight, step):
+def test_kill_within_epoch_equals_uninterrupted_run(place, straight, step):
     output_dir = f"killed_in_step_{step}"
     settings = ("SOLVER.MAX_EPOCHS", 3, *ADAM)
     (ended,) = place.run(
@@ -101,7 +101,7 @@ def test_killed_within_an_epoch_it_ends_as_if_nothing_had_happened(place, straig
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_it_goes_on_within_an_epoch_from_a_checkpoint_by_the_clock(place, straight, num_workers):
+def test_resume_from_timed_checkpoint_equals_uninterrupted_run(place, straight, num_workers):
     """Batches of 8 make 5 steps of an epoch; the window of a record is cut in two as well."""
     settings = ("SOLVER.IMS_PER_BATCH", 8, "SOLVER.MAX_EPOCHS", 2, *ADAM, "SOLVER.LOG_PERIOD", 3)
     expected = straight(*settings)
@@ -142,7 +142,7 @@ def disturb(place: Place, output_dir: str, settings: tuple, num_ranks: int, num_
         pytest.param(2, 4, 12, marks=pytest.mark.slow),
     ],
 )
-def test_killed_at_many_random_moments_it_ends_as_if_nothing_had_happened(place, straight, seed, num_ranks, num_kills):
+def test_many_random_kills_equal_uninterrupted_run(place, straight, seed, num_ranks, num_kills):
     settings = ("SOLVER.MAX_EPOCHS", 8, *ADAM, "SOLVER.IMS_PER_BATCH", 4 * num_ranks, *OFTEN)
     output_dir = f"killed_often_{seed}"
     shared_memory = names(Path("/dev/shm"))
@@ -197,7 +197,7 @@ def processes_that_name(word: str) -> list[str]:
     return found
 
 
-def test_a_killed_loader_process_is_said_in_a_sentence(place):
+def test_killed_loader_worker_is_reported_in_one_sentence(place):
     ranks = place.start("train", "OUTPUT_DIR", "loader", "SOLVER.MAX_EPOCHS", 1000, "DATALOADER.NUM_WORKERS", 1)
     ranks.wait_for("epoch 2/")
     while ranks.processes[0].is_alive():  # every epoch has a new one
@@ -220,7 +220,7 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-def test_a_rank_that_loses_another_says_so_without_a_traceback(place):
+def test_surviving_rank_ends_without_traceback(place):
     ranks = place.start("train", "OUTPUT_DIR", "lost_rank", "SOLVER.MAX_EPOCHS", 1000, num_ranks=2)
     ranks.wait_for("epoch 2/")
     os.kill(ranks.pid(1), signal.SIGKILL)
@@ -258,7 +258,7 @@ def test_a_damaged_checkpoint_costs_steps_and_nothing_else(place, straight, dama
         ("train", ("MODEL.PRETRAIN_CHOICE", "imagenet", "MODEL.PRETRAIN_PATH", "evil.pt")),
     ],
 )
-def test_a_file_that_would_run_code_is_refused(place, story, settings):
+def test_a_file_that_would_run_code_is_rejected(place, story, settings):
     torch.save({"model": Evil()}, place.folder / "evil.pt")
     said = place.refusal(story, "OUTPUT_DIR", "evil", *settings, num_ranks=2, code=1)
     assert f"{settings[-2]}=evil.pt is refused: it is damaged, or holds Python objects" in said
@@ -277,7 +277,7 @@ class Evil:
     ("before", "after"),
     [(1, 2), pytest.param(4, 2, marks=pytest.mark.slow), pytest.param(2, 4, marks=pytest.mark.slow)],
 )
-def test_it_goes_on_with_another_number_of_ranks(place, straight, before, after):
+def test_resume_on_another_number_of_ranks_gives_the_same_result(place, straight, before, after):
     settings = ("SOLVER.MAX_EPOCHS", 3, *ADAM, "SOLVER.PRECISION", "fp64", "SOLVER.IMS_PER_BATCH", 32)
     settings += ("DATALOADER.NUM_INSTANCE", 4, "SOLVER.LOG_PERIOD", 100)
     folder = place.folder / f"from_{before}_to_{after}"
@@ -327,7 +327,7 @@ def test_a_signal_saves_at_one_step_on_all_ranks(place, straight, number, num_ra
     assert_same_outcome(folder, straight(*settings, num_ranks=num_ranks))
 
 
-def test_a_signal_in_an_evaluation_breaks_it_off_and_it_is_made_up_for(place, straight):
+def test_evaluation_stopped_by_signal_is_repeated_on_resume(place, straight):
     settings = ("SOLVER.MAX_EPOCHS", 3, *ADAM)
     folder = place.folder / "signal_in_evaluation"
     for _ in range(2):  # the second one before the last evaluation
@@ -341,7 +341,7 @@ def test_a_signal_in_an_evaluation_breaks_it_off_and_it_is_made_up_for(place, st
 STOP_IN_EVALUATION = partial(in_evaluation, partial(signal_self, signal.SIGTERM), [1])
 
 
-def test_the_last_evaluation_is_made_up_for_where_there_is_nothing_else_to_do(place, straight):
+def test_missing_last_evaluation_is_run_on_resume(place, straight):
     settings = ("SOLVER.MAX_EPOCHS", 1, *ADAM)
     folder = place.folder / "only_evaluation"
     ended = place.run("train", "OUTPUT_DIR", folder.name, *settings, num_ranks=2, before=STOP_IN_EVALUATION)
@@ -362,7 +362,7 @@ def test_a_second_signal_stops_at_once(place):
     assert "PREEMPTED" not in names(place.folder / "twice")
 
 
-def test_a_signal_before_there_is_anything_to_save_leaves_the_marker_too(place):
+def test_signal_before_first_checkpoint_leaves_preempted_marker(place):
     stop = partial(before_model, partial(signal_self, signal.SIGTERM))
     (ended,) = place.run("train", "OUTPUT_DIR", "early", before=stop)
     assert (ended.code, ended.err) == (PREEMPTED, "")
@@ -373,7 +373,7 @@ def test_a_signal_before_there_is_anything_to_save_leaves_the_marker_too(place):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_torchrun_reaches_the_ranks_but_not_their_loaders(place, number):
+def test_signal_to_torchrun_reaches_ranks_but_not_loader_workers(place, number):
     """With the options of the README."""
     options = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout=60")
     folder = place.folder / f"torchrun_{number}"
@@ -402,7 +402,7 @@ def test_a_signal_to_torchrun_reaches_the_ranks_but_not_their_loaders(place, num
 # ---- the disk is full ----
 
 
-def test_a_disk_full_from_start_to_end_costs_the_checkpoints_and_the_exit_code(place):
+def test_full_disk_throughout_ends_training_with_exit_code_74(place):
     ended = place.run("train", "OUTPUT_DIR", "full", num_ranks=2, before=small_files_only)
     assert ended[0].code == 74, ended
     assert ended[1].err == ""
@@ -413,7 +413,7 @@ def test_a_disk_full_from_start_to_end_costs_the_checkpoints_and_the_exit_code(p
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small file system")
-def test_on_a_disk_without_a_byte_left_training_goes_on_and_makes_up_for_it(place, straight):
+def test_training_survives_a_temporarily_full_disk(place, straight):
     """The disk fills up behind the first checkpoint, and is free again before the end."""
     settings = ("SOLVER.MAX_EPOCHS", 6)
     folder = place.folder / "no_byte"
@@ -472,14 +472,14 @@ def test_a_stopped_rank_is_named_too(place, stopped):
 # ---- what may and may not change between two starts ----
 
 
-def test_going_on_needs_no_pretrained_weights(place, straight):
+def test_resume_needs_no_pretrained_weights(place, straight):
     settings = ("SOLVER.MAX_EPOCHS", 3, *ADAM)
     shutil.copytree(straight(*settings), place.folder / "without_weights")
     longer = ("SOLVER.MAX_EPOCHS", 4, "MODEL.PRETRAIN_CHOICE", "imagenet", "MODEL.PRETRAIN_PATH", "gone.pth")
     place.train("OUTPUT_DIR", "without_weights", *longer, *ADAM)
 
 
-def test_a_checkpoint_of_other_settings_is_refused_with_both_values(place, straight):
+def test_other_settings_are_rejected_naming_old_and_new_value(place, straight):
     settings = ("SOLVER.MAX_EPOCHS", 3, *ADAM)
     folder = straight(*settings).name
     said = place.refusal("train", "OUTPUT_DIR", folder, *settings, "SOLVER.MARGIN", 0.5, num_ranks=2, code=1)

@@ -113,7 +113,7 @@ def malicious():
 
 @pytest.mark.parametrize("in_zip", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("kind", malicious())
-def test_a_file_that_would_run_code_runs_none_and_gives_its_weights(tmp_path, monkeypatch, baseline, in_zip, kind):
+def test_malicious_pickle_yields_weights_and_runs_no_code(tmp_path, monkeypatch, baseline, in_zip, kind):
     monkeypatch.chdir(tmp_path)
     saved(tmp_path / "other.pth", Malicious(exec, "open('executed', 'w').close()"), in_zip=in_zip)
     expected = {name: value.clone() for name, value in baseline.state_dict().items()}
@@ -129,7 +129,7 @@ def test_a_file_that_would_run_code_runs_none_and_gives_its_weights(tmp_path, mo
 
 
 @pytest.mark.parametrize("kind", malicious())
-def test_where_a_file_is_nothing_but_such_a_call_there_is_no_model(tmp_path, monkeypatch, kind):
+def test_pickle_of_only_a_malicious_call_is_rejected(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "w.pth").write_bytes(pickle.dumps(malicious()[kind]))
     with refused(WorldError, "IN", "w.pth"):
@@ -141,7 +141,7 @@ def test_where_a_file_is_nothing_but_such_a_call_there_is_no_model(tmp_path, mon
 
 
 @pytest.mark.parametrize("in_zip", FORMATS.values(), ids=FORMATS)
-def test_an_optimiser_is_refused_as_one(tmp_path, in_zip):
+def test_an_optimiser_is_rejected_as_one(tmp_path, in_zip):
     optimizer = torch.optim.Adam(nn.Linear(2, 2).parameters())
     for content in (optimizer, optimizer.state_dict()):
         file = saved(tmp_path / "resnet50_optimizer_2.pth", content, in_zip=in_zip)
@@ -157,12 +157,12 @@ def test_a_plain_state_dict_comes_out_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("content", [torch.zeros(2), [1, 2], {"a": 1}, {}, random.Random(0), None])
-def test_what_is_no_model_is_refused(tmp_path, content):
+def test_what_is_no_model_is_rejected(tmp_path, content):
     with refused(WorldError, "IN", "w.pth", type(content).__name__):
         weights_in(saved(tmp_path / "w.pth", content, in_zip=True))
 
 
-def test_archives_that_another_reader_would_take_are_refused(tmp_path):
+def test_archives_that_another_reader_would_take_are_rejected(tmp_path):
     with zipfile.ZipFile(tmp_path / "scripted.pt", "w") as archive:
         archive.writestr("scripted/constants.pkl", b"")
     with refused(WorldError, "IN", "scripted.pt", "TorchScript"):
@@ -170,7 +170,7 @@ def test_archives_that_another_reader_would_take_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("in_zip", FORMATS.values(), ids=FORMATS)
-def test_a_damaged_file_gives_one_sentence(tmp_path, baseline, in_zip):
+def test_damaged_file_is_reported_in_one_sentence(tmp_path, baseline, in_zip):
     content = saved(tmp_path / "w.pth", baseline, in_zip=in_zip).read_bytes()
     forget()
     draw = random.Random(0)
@@ -189,7 +189,7 @@ def test_a_file_is_never_overwritten(tmp_path, baseline):
         convert(tmp_path / "gone.pth", tmp_path / "new.pth")
 
 
-def test_the_user_is_led_to_the_command_and_the_command_does_what_it_says(place):
+def test_error_names_convert_command_whose_output_can_be_loaded(place):
     model = build_model(load_config(str(place.folder / "tiny.yml"), []), 8)
     torch.save(model, place.folder / "resnet18_model_120.pth", _use_new_zipfile_serialization=False)
     said = place.refusal("evaluate", "OUTPUT_DIR", "old", "TEST.WEIGHT", "resnet18_model_120.pth", code=1)

@@ -47,7 +47,7 @@ def section(out: str, name: str) -> list[str]:
     return [line.strip() for line in lines[start + 1 : lines.index("", start)]]
 
 
-def test_all_benchmarks_are_described_and_those_that_are_found_are_checked(whole, capsys):
+def test_all_benchmarks_are_described_and_present_ones_checked(whole, capsys):
     code, out = check(capsys, "--root", whole)
     assert code == 0
     for name in NAMES:
@@ -96,7 +96,7 @@ def test_a_benchmark_that_is_asked_for_must_be_there(whole, capsys):
     assert "DATASETS.ROOT_DIR" in wrong
 
 
-def test_the_part_that_is_whole_is_said(whole, capsys):
+def test_complete_part_of_incomplete_benchmark_is_reported(whole, capsys):
     (whole / "market1501" / "query").rename(whole / "away")
     code, out = check(capsys, "--root", whole)  # found without being asked for
     assert code == 2
@@ -155,7 +155,7 @@ def test_settings_choose_the_form(tmp_path, capsys):
         (["DATASETS.ROOT=x"], "DATASETS.ROOT ", "?"),
     ],
 )
-def test_a_wrong_command_line_is_one_sentence(capsys, arguments, key, part):
+def test_invalid_command_line_is_reported_in_one_sentence(capsys, arguments, key, part):
     assert main(["check", *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

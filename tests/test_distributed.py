@@ -94,7 +94,7 @@ def test_training_does_not_depend_on_the_number_of_ranks(outcomes, name, counts,
 @pytest.mark.parametrize("num_ranks", ranks(1, 2, 4))
 @pytest.mark.parametrize("counts", ["equal", "unequal"])
 @pytest.mark.parametrize("name", EQUAL_VARIANTS)
-def test_micro_batches_have_the_gradient_of_the_whole_global_batch(outcomes, name, counts, num_ranks):
+def test_gradient_of_micro_batches_equals_that_of_global_batch(outcomes, name, counts, num_ranks):
     at_once, in_parts = (outcomes(num_ranks)[0][counts][which] for which in (EQUAL_VARIANTS[name], name))
     np.testing.assert_allclose(in_parts["logged"]["loss"], at_once["logged"]["loss"], rtol=1e-9)
     assert largest_difference_of_gradients(at_once["gradients"], in_parts["gradients"]) < 1e-9
@@ -203,7 +203,7 @@ STEP_IN_A_JOB = {
         (True, {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1"}),
     ],
 )
-def test_ignite_sees_the_steps_tasks_or_no_slurm_and_others_see_all(monkeypatch, by_srun, seen):
+def test_only_ignite_sees_adjusted_slurm_environment(monkeypatch, by_srun, seen):
     for name, value in STEP_IN_A_JOB.items():
         monkeypatch.setenv(name, value)
     with distributed._slurm_as_ignite_reads_it(by_srun=by_srun):

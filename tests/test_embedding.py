@@ -61,7 +61,7 @@ def gallery(place, said):
     return read_gallery(place.folder / "out")
 
 
-def test_it_says_what_it_made(said):
+def test_number_of_images_and_speed_are_reported(said):
     assert re.search(r"^out: .*\b37 images\b.* [\d.]+ s .*\d+ images/s", said, re.MULTILINE)
     assert "warning" not in said
 
@@ -114,7 +114,7 @@ def test_it_is_the_same_to_the_bit_on_any_number_of_ranks(place, photos, weight,
     assert files_of(place.folder / "out3") == files_of(place.folder / "out")
 
 
-def test_mirrored_euclidean_embeddings_before_the_neck_keep_their_length(place, photos, weight):
+def test_unnormalized_flip_embedding_is_mean_pre_neck_feature(place, photos, weight):
     settings = ("TEST.WEIGHT", weight, "TEST.FEAT_NORM", "no", "TEST.NECK_FEAT", "before", "TEST.FLIP", "yes")
     run(place, photos, "--config_file", "tiny.yml", *settings, "OUTPUT_DIR", "raw")
     made = read_gallery(place.folder / "raw" / "galleries" / "photos")
@@ -152,7 +152,7 @@ def test_they_are_left_out_listed_and_counted(place, damaged, weight, gallery):
     np.testing.assert_allclose(rest.embedding, gallery.embedding[places], atol=1e-6)
 
 
-def test_with_strict_they_are_an_error_and_an_older_gallery_stays(place, damaged, weight, gallery):
+def test_strict_rejects_unreadable_images_and_keeps_old_gallery(place, damaged, weight, gallery):
     shutil.copytree(place.folder / "out", place.folder / "strict")
     words = (damaged, "--strict", "TEST.WEIGHT", weight, "--output", "strict")
     told = place.refusal("embed", *words, bare=True, num_ranks=2, code=2)
@@ -200,7 +200,7 @@ def test_weights_that_are_broken_are_named(place, photos):
     assert "BatchNorm" in told
 
 
-def test_a_config_file_of_another_model_is_refused(place, photos, weight):
+def test_a_config_file_of_another_model_is_rejected(place, photos, weight):
     words = (photos, "--config_file", "tiny.yml", "TEST.WEIGHT", weight, "MODEL.LAST_STRIDE", 2)
     told = place.refusal("embed", *words, bare=True, code=1)
     assert "TEST.WEIGHT" in told
@@ -218,7 +218,7 @@ def test_links_to_folders_are_followed_once(tmp_path):
     assert list_images(tmp_path / "photos") == ["link/a.jpg"]
 
 
-def test_a_folder_without_images_is_refused(tmp_path):
+def test_a_folder_without_images_is_rejected(tmp_path):
     (tmp_path / "a.txt").touch()
     with refused(DataError, "FOLDER", str(tmp_path), ".bmp, .jpeg, .jpg, .png, .webp"):
         list_images(tmp_path)

@@ -86,7 +86,7 @@ def test_bf16_trains_nearly_as_float32():
 
 
 @pytest.mark.parametrize(("has_bf16", "is_said"), [(False, True), (True, False)])
-def test_bf16_that_the_cpu_cannot_do_is_said(monkeypatch, caplog, has_bf16, is_said):
+def test_missing_cpu_support_for_bf16_is_reported(monkeypatch, caplog, has_bf16, is_said):
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: has_bf16)
     with caplog.at_level("INFO", logger="reid.wrapping"):
@@ -98,7 +98,7 @@ def test_bf16_that_the_cpu_cannot_do_is_said(monkeypatch, caplog, has_bf16, is_s
 @pytest.mark.parametrize(
     ("key", "value", "remedy"), [("SOLVER.PRECISION", "fp16", "fp32 or bf16"), ("SOLVER.SHARDING", "fsdp", "none")]
 )
-def test_what_accelerate_would_silently_ignore_on_a_cpu_is_refused(key, value, remedy):
+def test_options_accelerate_would_ignore_on_cpu_are_rejected(key, value, remedy):
     cfg = load_config(None, [f"{key}={value}"])
     with refused(SettingsError, key, value, "CPU", remedy):
         build_accelerator(cfg, on_gpu=False, num_ranks=2)
@@ -113,7 +113,7 @@ def test_running_statistics_see_every_image_once(num_parts, num_passes):
     assert {int(layer.num_batches_tracked) for layer in model._batchnorms()} == {num_passes}
 
 
-def test_micro_batches_are_normalised_on_their_own_and_still_learn():
+def test_batchnorm_uses_each_micro_batch_and_loss_stays_close():
     settings = ("SOLVER.BASE_LR=0.01", "SOLVER.WARMUP_ITERS=0")
     _, at_once = trained(*settings, num_steps=1)
     _, in_parts = trained(*settings, "SOLVER.ACCUMULATE=4", num_steps=1)
@@ -130,7 +130,7 @@ def test_micro_batches_are_normalised_on_their_own_and_still_learn():
         (["SOLVER.ACCUMULATE=16", "SOLVER.SYNC_BN=no"], 4, ("got 16", "SOLVER.IMS_PER_BATCH=64", "4 ranks")),
     ],
 )
-def test_a_batch_that_cannot_be_cut_is_refused(overrides, num_ranks, words):
+def test_a_batch_that_cannot_be_cut_is_rejected(overrides, num_ranks, words):
     with pytest.raises(SettingsError) as error:
         check_training(load_config(None, overrides), num_ranks)
     assert all(word in str(error.value) for word in words), error.value
@@ -170,7 +170,7 @@ def test_compiling_needs_a_compiler(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_flipped_embedding_is_the_mean_of_the_images_and_its_mirror_images(precision):
+def test_flip_embedding_is_mean_of_image_and_mirrored_image(precision):
     cfg = load_config(None, [*BASE, f"SOLVER.PRECISION={precision}"])
     accelerator = build_accelerator(cfg, on_gpu=False, num_ranks=1)
     model, (batch,) = tiny_model().eval(), batches(1)
@@ -190,7 +190,7 @@ def test_a_flipped_embedding_is_the_mean_of_the_images_and_its_mirror_images(pre
 
 @pytest.mark.parametrize("clipped", ["", "SOLVER.CLIP_GRAD_NORM=0.5"])
 @pytest.mark.parametrize("parts", ["", "SOLVER.ACCUMULATE=2"])
-def test_the_norm_told_is_that_of_all_gradients_together_before_clipping(monkeypatch, clipped, parts):
+def test_reported_gradient_norm_is_global_and_before_clipping(monkeypatch, clipped, parts):
     seen = []
 
     def recorded(accelerator, model, max_norm):
@@ -258,7 +258,7 @@ class Waits(TorchDispatchMode):
     ],
     ids=["item", "float", "bool", "tolist", "cpu", "numpy", "mask", "nonzero", "equal", "repeat_interleave"],
 )
-def test_what_waits_is_seen(monkeypatch, wait):
+def test_device_synchronization_is_detected(monkeypatch, wait):
     with Waits(monkeypatch) as waits:
         wait(torch.ones(3))
     assert waits.seen

@@ -15,7 +15,7 @@ MODULES = sorted(file.relative_to(ROOT).as_posix() for file in ROOT.rglob("*.py"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_error_is_about_no_key_and_of_one_rank_unless_it_says_so(kind):
+def test_error_defaults_to_no_key_and_not_shared(kind):
     error = kind("no room")
     assert (str(error), error.key, error.is_shared) == ("no room", None, False)
 
@@ -34,7 +34,7 @@ def test_shared_marks_the_error_itself_and_no_other():
     assert not WorldError("no room").is_shared
 
 
-def test_an_unknown_key_is_a_key_error_that_prints_its_plain_sentence():
+def test_unknown_key_error_is_key_error_with_plain_message():
     error = UnknownKeyError("there is no 'SEEDS'", key="SEEDS")
     assert isinstance(error, KeyError)
     assert str(error) == "there is no 'SEEDS'"

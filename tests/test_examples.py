@@ -71,7 +71,7 @@ def test_ap_and_first_match_follow_from_the_ranking(case):
 
 
 @pytest.mark.parametrize("distance", ["cosine", "euclidean"])
-def test_few_queries_of_many_blocks_have_the_distances_that_they_were_scored_with(distance):
+def test_example_distances_equal_scored_distances_across_blocks(distance):
     rng = np.random.default_rng(0)
     num_queries = 2 * QUERY_BLOCK + 40
     query, gallery = labels(rng, num_queries, 50, 3), labels(rng, 300, 50, 3)
@@ -113,7 +113,7 @@ def test_the_worst_queries_have_a_match_and_the_lowest_ap():
     assert worst_queries(scores, 0) == []
 
 
-def test_the_random_queries_have_a_match_and_are_the_same_for_any_model():
+def test_random_queries_have_a_match_and_depend_on_seed_only():
     some = scores_of([0.5, np.nan, *np.linspace(0, 1, 50)])
     other = scores_of([0.1, np.nan, *np.linspace(1, 0.5, 50)])
     drawn = seeded_queries(some, 8, seed=3)

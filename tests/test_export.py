@@ -62,7 +62,7 @@ def images(num):
     return normalise(pixels(num), MEAN, STD).contiguous()
 
 
-def test_each_file_is_compared_on_the_evaluation_and_that_is_said(said, folder):
+def test_export_reports_comparison_on_evaluation_for_each_file(said, folder):
     told = r"MB, .*difference [\d.e+-]+ .*synthetic mAP ([\d.]+) % .*torch .*\1 % .*"
     assert re.search(rf"^w.pt2: [\d.]+ {told}torch.export$", said, re.MULTILINE)
     assert re.search(rf"^w.onnx: [\d.]+ {told}onnxruntime$", said, re.MULTILINE)
@@ -75,7 +75,7 @@ def test_the_exporter_makes_no_noise(said):
 
 
 @pytest.mark.parametrize("num", [1, 3, 8])
-def test_onnx_computes_what_the_model_does_for_any_number_of_images(said, folder, model, num):
+def test_onnx_embedding_equals_model_for_any_batch_size(said, folder, model, num):
     session = onnxruntime.InferenceSession(folder / "w.onnx", providers=["CPUExecutionProvider"])
     (given,), (made,) = session.get_inputs(), session.get_outputs()
     assert (given.name, given.shape, given.type) == ("images", ["batch", 3, *SIZE], "tensor(float)")
@@ -96,7 +96,7 @@ def test_the_program_computes_what_the_model_does(said, folder, model, num):
     assert not [name for name in program.state_dict if "classifier" in name]
 
 
-def test_onnx_says_how_to_use_it(said, folder):
+def test_onnx_metadata_describes_preprocessing_and_output(said, folder):
     session = onnxruntime.InferenceSession(folder / "w.onnx", providers=["CPUExecutionProvider"])
     known = session.get_modelmeta().custom_metadata_map
     assert json.loads(known["pixel_mean"]) == [0.485, 0.456, 0.406]
@@ -136,7 +136,7 @@ def test_pixels_can_go_in_as_they_are(place, folder, model):
     assert session.get_modelmeta().custom_metadata_map["neck_feat"] == "before"
 
 
-def test_without_the_benchmark_random_images_do_and_that_is_said(place, folder):
+def test_export_without_benchmark_compares_random_images(place, folder):
     settings = ("DATASETS.NAMES", "market1501", "DATASETS.ROOT_DIR", "nowhere")
     told = run(place, folder, "TEST.WEIGHT", "w.pt", "--to", "torch", "--output", "random", *settings)
     assert re.search(r"^warning: .*DATASETS\.ROOT_DIR.*nowhere", told, re.MULTILINE)

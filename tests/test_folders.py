@@ -92,7 +92,7 @@ def test_where_the_folder_may_lie(tmp_path, folder):
     assert market1501(tmp_path).root == root
 
 
-def test_a_whole_folder_is_preferred_to_an_incomplete_one(tmp_path):
+def test_complete_folder_is_preferred_to_incomplete_one(tmp_path):
     (tmp_path / "market1501" / "query").mkdir(parents=True)
     root = write(tmp_path / "Market-1501-v15.09.15")
     assert market1501(tmp_path).root == root
@@ -201,7 +201,7 @@ def test_identities_may_be_both_trained_and_tested(tmp_path):
     assert market1501(tmp_path).num_train_pids == 2
 
 
-def test_a_data_set_of_another_name_is_not_taken_for_the_synthetic_one(tmp_path):
+def test_other_dataset_is_not_accepted_as_synthetic(tmp_path):
     write(tmp_path)
     with refused(DataError, "DATASETS.ROOT_DIR", "DATASETS.ROOT_DIR", "holds synthetic"):
         synthetic(tmp_path)
@@ -287,7 +287,7 @@ def test_a_benchmark_to_test_needs_no_training_folder(tmp_path):
         market1501(tmp_path)
 
 
-def test_the_place_that_has_the_part_is_taken(tmp_path):
+def test_folder_that_has_the_requested_part_is_used(tmp_path):
     shutil.rmtree(write(tmp_path / "market1501") / "bounding_box_train")
     whole = write(tmp_path / "Market-1501-v15.09.15")
     assert market1501(tmp_path, parts=["train"]).root == whole
@@ -329,7 +329,7 @@ def test_statistics(tmp_path):
     ]
 
 
-def test_fingerprint_is_of_the_content_and_not_of_the_place(tmp_path):
+def test_fingerprint_depends_on_content_not_on_location(tmp_path):
     first = market1501(write(tmp_path / "a"))
     second = market1501(write(tmp_path / "b" / "c" / "market1501"))
     assert fingerprint(first) == fingerprint(second)
@@ -339,7 +339,7 @@ def test_fingerprint_is_of_the_content_and_not_of_the_place(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["train", "query", "gallery"])
-def test_fingerprint_tells_any_change(tmp_path, change):
+def test_fingerprint_changes_with_any_file_name(tmp_path, change):
     names = {"train": TRAIN_NAMES, "query": QUERY_NAMES, "gallery": GALLERY_NAMES}
     first = market1501(write(tmp_path / "a", **names))
     changes = ([*names[change], "0013_c1.jpg"], [names[change][0], "0014_c1.jpg"], [*names[change][:-1], "0009_c9.jpg"])
@@ -349,7 +349,7 @@ def test_fingerprint_tells_any_change(tmp_path, change):
     assert len(prints) == 4
 
 
-def test_unreadable_folder_is_one_sentence(tmp_path, monkeypatch):
+def test_unreadable_folder_is_reported_in_one_sentence(tmp_path, monkeypatch):
     write(tmp_path)
 
     def refuse(path):
@@ -371,7 +371,7 @@ def test_well_formed_names(pid, camera, zeros, rest):
 
 
 @given(st.text(max_size=30) | st.from_regex(r"-?\w{0,20}_c?\w{0,20}", fullmatch=True))
-def test_any_name_is_parsed_from_its_own_start_or_refused(name):
+def test_any_name_is_parsed_from_its_own_start_or_rejected(name):
     parsed = parse_name(name)
     if parsed is not None:
         pid, camid = parsed
@@ -405,5 +405,5 @@ def test_any_name_is_parsed_from_its_own_start_or_refused(name):
         f"1_c{2**63}.jpg",
     ],
 )
-def test_other_names_are_refused(name):
+def test_other_names_are_rejected(name):
     assert parse_name(name) is None

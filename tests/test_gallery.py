@@ -81,7 +81,7 @@ def test_any_file_name_comes_back(tmp_path_factory, names):
     assert [image.path for image in read_gallery(folder).images] == names
 
 
-def test_an_older_gallery_stays_until_the_new_embeddings_are_whole(tmp_path, embedding):
+def test_failed_write_keeps_the_old_gallery(tmp_path, embedding):
     write(tmp_path, embedding)
     with pytest.raises(ValueError, match="shape"), writing_embeddings(tmp_path, 4) as file:
         write_then_fail(file, 2 * embedding)
@@ -108,7 +108,7 @@ def test_the_list_of_unreadable_images_goes_with_its_reason(tmp_path):
     assert not write_unreadable(tmp_path, []).exists()
 
 
-def test_a_folder_without_a_gallery_is_refused(tmp_path):
+def test_a_folder_without_a_gallery_is_rejected(tmp_path):
     with refused(DataError, "--gallery", f"{tmp_path}/none", "launch/embed.py"):
         read_gallery(tmp_path / "none")
 
@@ -120,7 +120,7 @@ def test_a_folder_without_a_gallery_is_refused(tmp_path):
         ({"num_images": 4}, ("4 embeddings", "4 features", "[3, 4]", "3 images")),
     ],
 )
-def test_facts_that_do_not_fit_are_refused(tmp_path, embedding, change, words):
+def test_facts_that_do_not_fit_are_rejected(tmp_path, embedding, change, words):
     write(tmp_path, embedding)
     file = tmp_path / "gallery.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
@@ -130,7 +130,7 @@ def test_facts_that_do_not_fit_are_refused(tmp_path, embedding, change, words):
 
 @pytest.mark.parametrize("name", ["gallery.json", "embeddings.npy", "images.csv"])
 @pytest.mark.parametrize("content", [b"", b"[1]", b"\x93NUMPY", b"\x80\x04."])
-def test_a_damaged_file_is_refused(tmp_path, embedding, name, content):
+def test_a_damaged_file_is_rejected(tmp_path, embedding, name, content):
     write(tmp_path, embedding)
     (tmp_path / name).write_bytes(content)
     with refused(DataError, "--gallery", str(tmp_path), "launch/embed.py"):

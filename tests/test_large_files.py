@@ -43,7 +43,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path, file):
             assert held.exists()
 
 
-def test_a_copy_that_differs_is_refused_and_removed(tmp_path, file, monkeypatch):
+def test_a_copy_that_differs_is_rejected_and_removed(tmp_path, file, monkeypatch):
     pread = os.pread
     monkeypatch.setattr(os, "pread", lambda *arguments: pread(*arguments)[:-1] + b"x")
     copy = copy_of(file, tmp_path, "token")

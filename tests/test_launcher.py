@@ -37,7 +37,7 @@ def place(small_place: Place) -> Place:
         (["SOLVER.IMS_PER_BATCH", "12", "DATALOADER.NUM_INSTANCE", "4"], ["SOLVER.IMS_PER_BATCH", "2 ranks", "1, 3"]),
     ],
 )
-def test_a_wrong_command_is_answered_by_one_sentence_and_code_2(place, settings, words):
+def test_invalid_command_gives_one_sentence_and_exit_code_2(place, settings, words):
     (place.folder / "bad.yml").write_text("SOLVER:\n  STEPS: [1, 2\n")
     said = place.refusal("train", *settings, num_ranks=2, bare=True, code=2)
     assert all(part in said for part in words), said
@@ -74,24 +74,24 @@ def test_help_names_both_ways_to_give_settings(place, script):
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
-def test_processes_that_would_train_side_by_side_are_refused_with_code_1(place, name):
+def test_unconnected_parallel_processes_are_rejected_with_code_1(place, name):
     said = place.refusal("train", environment={name: "2"}, code=1)
     assert all(fact in said for fact in (name, "2 processes", "RANK")), said
 
 
-def test_a_missing_gpu_is_said_once(place):
+def test_missing_gpu_is_reported_once(place):
     said = place.refusal("train", "MODEL.DEVICE", "cuda", num_ranks=2, environment={"CUDA_VISIBLE_DEVICES": ""}, code=1)
     assert all(fact in said for fact in ("MODEL.DEVICE", "cuda", "auto or cpu")), said
 
 
-def test_a_precision_that_the_device_lacks_is_said_once(place):
+def test_unsupported_precision_is_reported_once(place):
     settings = ("MODEL.DEVICE", "auto", "SOLVER.PRECISION", "fp16")
     said = place.refusal("train", *settings, num_ranks=2, environment={"CUDA_VISIBLE_DEVICES": ""}, code=2)
     assert "SOLVER.PRECISION fp16" in said
     assert "GPU" in said
 
 
-def test_output_dir_that_is_a_file_is_refused(place):
+def test_output_dir_that_is_a_file_is_rejected(place):
     said = place.refusal("train", "OUTPUT_DIR", "tiny.yml", num_ranks=2, code=1)
     assert "OUTPUT_DIR=tiny.yml" in said
 
@@ -107,7 +107,7 @@ def test_without_any_argument_the_missing_data_set_is_named(place):
     assert "got data;" in said
 
 
-def test_too_few_people_are_answered_by_the_batch_sizes_that_would_do(place):
+def test_too_few_identities_error_suggests_valid_batch_size(place):
     settings = ("SOLVER.IMS_PER_BATCH", 48, "OUTPUT_DIR", "few")
     said = place.refusal("train", *settings, num_ranks=2, code=2)
     facts = ("SOLVER.IMS_PER_BATCH=48", "DATALOADER.NUM_INSTANCE=4", "12 ", "has 8", "32 ")
@@ -141,7 +141,7 @@ def exploded(place):
     return place.folder / "exploded", said
 
 
-def test_a_loss_that_stops_being_finite_is_named_with_step_and_terms(exploded):
+def test_non_finite_loss_is_reported_with_iteration_and_terms(exploded):
     _, said = exploded
     facts = ("iteration 2", "epoch 1", "id nan, triplet nan, loss nan", "SOLVER.BASE_LR")
     assert all(fact in said for fact in facts), said
@@ -152,19 +152,19 @@ def test_no_checkpoint_holds_what_is_not_finite(exploded):
     assert list((folder / "checkpoints").iterdir()) == []
 
 
-def test_wandb_learns_that_the_run_failed(place, exploded):
+def test_wandb_records_exit_code_of_failed_run(place, exploded):
     folder, _ = exploded
     exits = [record["exit"]["exit_code"] for record in place.wandb_records(folder) if record["type"] == "exit"]
     assert exits == [1]
 
 
-def test_what_rank_0_says_is_not_cut_off_by_a_faster_rank(place):
+def test_error_of_slow_rank_0_is_not_cut_off_by_a_faster_rank(place):
     said = place.refusal("train", "SEED", "x", num_ranks=2, before=first_rank_is_slow, code=2)
     assert "SEED" in said
     assert "'x'" in said
 
 
-def test_under_torchrun_too_it_is_said_once(place):
+def test_error_is_reported_once_under_torchrun(place):
     words = ("torchrun", "--standalone", "--nproc_per_node=2", TRAIN, "--config_file", "tiny.yml")
     ended = place.command(*words, "SOLVER.IMS_PER_BATCH", 24, "DATALOADER.NUM_INSTANCE", 8)
     assert ended.code == 1
@@ -264,7 +264,7 @@ def a_fault():
     raise RuntimeError("a fault of our own")
 
 
-def test_a_signal_is_obeyed_where_python_drops_what_its_handler_raises(place):
+def test_signal_is_handled_where_python_ignores_exceptions(place):
     (ended,) = place.run("train", "OUTPUT_DIR", "heard", before=partial(raising_where_python_drops_it, sigterm))
     assert (ended.code, ended.err) == (PREEMPTED, "")
 
@@ -284,13 +284,13 @@ def test_a_missing_package_is_named_with_the_remedy():
     assert re.search(r"\bignite\b.*: uv sync$", str(told))
 
 
-def test_a_torchvision_of_another_torch_is_named_once_with_both_versions(place):
+def test_mismatched_torchvision_is_reported_once_with_versions(place):
     said = place.refusal("train", num_ranks=2, before=torchvision_is_of_another_torch, code=1)
     torch, torchvision = version("torch"), version("torchvision")
     assert all(fact in said for fact in (f"torch {torch} ", f"torchvision {torchvision} ", "torchvision::nms")), said
     assert said.endswith("uv sync --reinstall-package torch --reinstall-package torchvision")
 
 
-def test_an_error_that_has_nothing_to_do_with_it_is_left_as_it_is():
+def test_unrelated_error_is_left_unchanged():
     error = RuntimeError("something else")
     assert explain_import_error(error) is error

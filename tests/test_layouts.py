@@ -10,20 +10,20 @@ from reid.layouts import epoch_in_name, inner, likely_backbone
 
 @pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("prefix", ["", "base."])
-def test_every_backbone_is_told_from_its_names_and_shapes(name, prefix):
+def test_every_backbone_is_recognized_by_its_names_and_shapes(name, prefix):
     with torch.device("meta"):
         state = BACKBONES[name](last_stride=1, stem_relu=True).state_dict()
     assert likely_backbone({prefix + key: value for key, value in state.items()}) == name
 
 
 @pytest.mark.parametrize("build", [resnext50_32x4d, wide_resnet50_2])
-def test_one_that_is_like_them_is_not_taken_for_one(build):
+def test_similar_architecture_is_not_recognized_as_a_backbone(build):
     with torch.device("meta"):
         state = build(weights=None).state_dict()
     assert likely_backbone(state) is None
 
 
-def test_nothing_is_told_from_a_few_entries():
+def test_incomplete_state_dict_is_not_recognized_as_a_backbone():
     with torch.device("meta"):
         state = BACKBONES["resnet50"](last_stride=1, stem_relu=True).state_dict()
     assert likely_backbone({}) is None

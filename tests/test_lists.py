@@ -80,7 +80,7 @@ def test_labels_of_pids_that_are_not_dense(tmp_path):
     assert msmt17(tmp_path).train.pids.tolist() == [0, 1, 2]  # of 7, 31, 900
 
 
-def test_only_the_file_name_says_the_camera(tmp_path):
+def test_camera_is_read_from_the_file_name_only(tmp_path):
     root = write_msmt17(tmp_path / "a_b_07_c" / "MSMT17_V1", train=["x_y_09_z/0000_000_02_a.jpg 0", TRAIN[1]])
     assert msmt17(root.parent).train.camids.tolist() == [11, 1]
 
@@ -110,7 +110,7 @@ def test_parts_of_msmt17(tmp_path):
     assert (len(benchmark.train), len(benchmark.gallery)) == (0, 2)
 
 
-def test_a_repeated_line_counts_once_and_a_contradiction_is_an_error(tmp_path):
+def test_duplicate_line_counts_once_and_contradiction_is_error(tmp_path):
     write_msmt17(tmp_path, train=[*TRAIN, TRAIN[0]])
     assert len(msmt17(tmp_path).train) == 2
     write_msmt17(tmp_path / "b", train=[*TRAIN, TRAIN[0].replace(" 0", " 5")])
@@ -209,7 +209,7 @@ def test_the_test_list_is_chosen_by_a_setting(tmp_path):
     assert len(vehicleid(tmp_path, parts=["train"]).train) == 4
 
 
-def test_names_in_vehicleid_lists_may_have_a_suffix_and_must_exist(tmp_path):
+def test_vehicleid_names_may_have_a_suffix_and_must_exist(tmp_path):
     root = write_vehicleid(tmp_path)
     lists = root / "train_test_split"
     (lists / "train_list.txt").write_text("0000001.jpg 2\n0000002 900\n")

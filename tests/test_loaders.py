@@ -34,7 +34,7 @@ def planned(ids, epoch=1, positions=None):
 # ---- one batch ----
 
 
-def test_images_are_gathered_across_stores_in_the_order_asked_for():
+def test_images_are_gathered_across_stores_in_requested_order():
     dataset = StoredImages([numbered(0, 3), numbered(3, 1), numbered(4, 5)], np.arange(9) * 10, None)
     batch = dataset.__getitems__(planned([8, 0, 3, 2, 4, 0]))
     assert torch.equal(batch.images[:, 0, 0, 0], torch.tensor([8, 0, 3, 2, 4, 0], dtype=torch.uint8))
@@ -44,7 +44,7 @@ def test_images_are_gathered_across_stores_in_the_order_asked_for():
     assert batch.drawn.shape == (6, 0)
 
 
-def test_what_is_drawn_depends_on_the_place_in_the_plan_and_not_on_the_image():
+def test_random_draws_depend_on_plan_position_not_on_image():
     recipe = augment.Recipe(size=SIZE, flip_probability=0.5, padding=2, erasing_probability=0.5, seed=1)
     dataset = StoredImages([numbered(0, 9)], np.arange(9), recipe)
     one, other = (dataset.__getitems__(planned(ids, 3, [20, 21])) for ids in ([0, 1], [7, 7]))
@@ -103,7 +103,7 @@ def test_loader_processes_change_nothing(folder, benchmark):
     assert len(train) >= 2
 
 
-def test_an_epoch_resumed_behind_a_step_gives_the_rest_of_it(folder, benchmark):
+def test_epoch_resumed_after_a_step_yields_the_remaining_batches(folder, benchmark):
     data = build_train_data(settings(folder), [benchmark])
     data.batches.set_position(epoch=3, step=0)
     whole = batches(data.loader)
@@ -122,7 +122,7 @@ def test_two_ranks_together_load_what_one_loads(folder, benchmark):
         assert equal([whole], [tuple(torch.cat(tensors) for tensors in zip(*loaded, strict=True))])
 
 
-def test_a_training_image_is_the_photograph_it_says(folder, benchmark):
+def test_training_batch_has_pixels_and_pid_of_its_image_file(folder, benchmark):
     batch = next(iter(build_train_data(settings(folder), [benchmark]).loader))
     for image, pid, number in zip(batch.images, batch.pids, batch.sample_ids, strict=True):
         pixels = np.frombuffer(decode(benchmark.train.paths[number], (32, 16)), np.uint8).reshape(32, 16, 3)
@@ -141,7 +141,7 @@ def test_every_test_image_comes_once_queries_first(folder, benchmark):
     assert {batch.images.shape[1:] for batch in data.loader} == {(16, 8, 3)}
 
 
-def test_ranks_share_test_images_in_whole_batches():
+def test_ranks_share_test_images_in_complete_batches():
     parts = [EvaluationBatches(20, batch_size=7, rank=rank, num_ranks=2) for rank in (0, 1)]
     ids = [batch.sample_ids.tolist() for part in parts for batch in part]
     assert ids == [list(range(7)), list(range(7, 14)), list(range(14, 20))]
@@ -150,13 +150,13 @@ def test_ranks_share_test_images_in_whole_batches():
 # ---- refused ----
 
 
-def test_too_few_people_for_a_batch_are_answered_by_what_would_do(folder, benchmark):
+def test_too_few_identities_error_suggests_valid_batch_size(folder, benchmark):
     cfg = settings(folder, "SOLVER.IMS_PER_BATCH=40")
     with refused(DataError, "SOLVER.IMS_PER_BATCH", "10 training identities", "has 8", "SOLVER.IMS_PER_BATCH to 32"):
         build_train_data(cfg, [benchmark])
 
 
-def test_too_few_images_for_a_batch_are_answered_by_the_setting(folder, benchmark):
+def test_too_few_images_for_a_batch_error_names_the_setting(folder, benchmark):
     cfg = settings(folder, "SOLVER.IMS_PER_BATCH=4000", "DATALOADER.SAMPLER=softmax")
     num_images = len(benchmark.train)
     with refused(DataError, "SOLVER.IMS_PER_BATCH", "4000", f"has {num_images}", "lower SOLVER.IMS_PER_BATCH"):
@@ -208,7 +208,7 @@ def loaded_through(folder, benchmark, local_dir):
     return (batches(train.loader), batches(test.loader)), opened
 
 
-def test_images_come_from_a_copy_that_is_gone_with_the_process(folder, benchmark, tmp_path, monkeypatch):
+def test_images_are_read_from_local_copy_removed_at_exit(folder, benchmark, tmp_path, monkeypatch):
     expected, opened = loaded_through(folder, benchmark, "")
     assert f"{folder}/cache" in opened
     monkeypatch.setenv("SCRATCH", str(tmp_path))

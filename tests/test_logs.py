@@ -53,7 +53,7 @@ def test_where_nobody_reads_stderr_either_there_is_no_error(logger, monkeypatch)
     logger.error("a line")
 
 
-def test_a_full_disk_takes_lines_of_the_log_file_away_and_nothing_else(logger, tmp_path, monkeypatch, capsys):
+def test_full_disk_loses_log_lines_without_raising(logger, tmp_path, monkeypatch, capsys):
     file = LogFile(tmp_path / "log.txt")
     logger.addHandler(file)
     with monkeypatch.context() as full:
@@ -75,7 +75,7 @@ def test_a_full_disk_takes_lines_of_the_log_file_away_and_nothing_else(logger, t
         ("summarize.py finished", "", 120, "error"),
     ],
 )
-def test_a_program_whose_stdout_takes_nothing_says_so_once(place, words, unbuffered, code, kind):
+def test_unwritable_stdout_is_reported_once(place, words, unbuffered, code, kind):
     (place.folder / "finished").mkdir(exist_ok=True)
     (place.folder / "finished" / "result.json").write_text('{"mAP": 0.5}')
     script, *arguments = words.split()
@@ -92,7 +92,7 @@ def test_a_program_whose_stdout_takes_nothing_says_so_once(place, words, unbuffe
 @pytest.mark.parametrize(
     "words", ["plan.py --nodes 1 --ranks_per_node 1 --config_file tiny.yml", "data.py check synthetic"]
 )
-def test_a_closed_stdout_is_said_too(place, words):
+def test_closed_stdout_is_reported(place, words):
     script, *arguments = words.split()
     command = (sys.executable, ROOT / "launch" / script, *arguments)
     ended = place.command("sh", "-c", 'exec "$@" >&-', "", *command)

@@ -50,7 +50,7 @@ UNEVEN = [3, 3, 3, 3, 0, 0, 7, 5, 5]  # identity 7 has no positive
 # ---- identity ----
 
 
-def test_label_smoothing_agrees_with_the_recorded_loss_and_gradient(golden):
+def test_label_smoothing_equals_recorded_loss_and_gradient(golden):
     value, gradient = value_and_gradient(label_smoothed_cross_entropy, golden["logits"], golden["labels"])
     # The original holds its targets in float32, 0.905 and 0.005 here: hence the eighth digit.
     torch.testing.assert_close(value, golden["ce_label_smooth_0.1"], rtol=1e-7, atol=0)
@@ -81,7 +81,7 @@ def test_label_smoothing_stays_finite_for_large_logits():
     ("name", "margin"),
     [("triplet_margin_0.3", 0.3), ("triplet_soft_margin", None), ("triplet_margin_0.3_normalized", 0.3)],
 )
-def test_triplet_agrees_with_the_recorded_loss_distances_and_gradient(golden, name, margin):
+def test_triplet_equals_recorded_loss_distances_and_gradient(golden, name, margin):
     def loss(feat, pids):
         return batch_hard_triplet(prepared(feat), pids, margin)
 
@@ -99,7 +99,7 @@ def test_triplet_agrees_with_the_recorded_loss_distances_and_gradient(golden, na
 
 @MARGINS
 @given(pids=st.lists(st.integers(0, 4), min_size=1, max_size=12), seed=st.integers(0, 2**32 - 1))
-def test_triplet_agrees_with_the_loop_for_any_number_of_images_per_identity(margin, pids, seed):
+def test_triplet_equals_loop_for_any_identity_counts(margin, pids, seed):
     feat = leaf(features(len(pids), seed=seed))
     total, count = batch_hard_triplet(feat, torch.tensor(pids), margin)
     expected, expected_count = reference.batch_hard_triplet(feat, pids, margin)
@@ -118,7 +118,7 @@ def test_triplet_gradient_is_the_losss_own(margin):
     assert torch.autograd.gradcheck(lambda feat: batch_hard_triplet(feat, pids, margin)[0], leaf(features(len(pids))))
 
 
-def test_anchors_without_a_positive_are_left_out_but_stay_negatives_of_others():
+def test_anchors_without_positive_still_serve_as_negatives():
     feat = torch.tensor([[0.0], [1.0], [1.5]])
     total, count = batch_hard_triplet(feat, torch.tensor([0, 0, 1]), 1.0)
     assert count == 2
@@ -127,7 +127,7 @@ def test_anchors_without_a_positive_are_left_out_but_stay_negatives_of_others():
 
 @MARGINS
 @pytest.mark.parametrize("pids", [[4, 4, 4], [0, 1, 2], [1]], ids=["one identity", "all different", "one image"])
-def test_a_batch_without_any_triplet_gives_zero_of_zero_and_no_gradient(margin, pids):
+def test_batch_without_triplets_has_zero_loss_and_zero_gradient(margin, pids):
     feat = leaf(features(len(pids)))
     total, count = batch_hard_triplet(feat, torch.tensor(pids), margin)
     assert (total.item(), count.item()) == (0, 0)
@@ -147,7 +147,7 @@ def test_equal_features_have_a_finite_gradient(margin, dtype):
         assert gradient.isfinite().all()
 
 
-def test_where_positives_are_equal_rounding_never_makes_a_negative_one_of_them():
+def test_rounding_never_swaps_negatives_with_equal_positives():
     feat = (3 + features(16, num_features=64)).repeat_interleave(4, 0)
     positive, negative, _ = batch_hard_distances(feat, torch.arange(16).repeat_interleave(4))
     torch.testing.assert_close(positive, torch.full((64,), 1e-6, dtype=torch.float64))
@@ -173,7 +173,7 @@ def test_float32_agrees_with_float64(margin):
     torch.testing.assert_close(single_gradient.double(), gradient, rtol=1e-4, atol=1e-7)
 
 
-def test_close_features_far_from_the_origin_keep_their_distance_in_float32():
+def test_float32_distances_are_exact_far_from_the_origin():
     """By the matrix product their squared distances, about 1e-4, would drown in rounding errors of 1e-2."""
     feat = 50 + 0.001 * features(6, num_features=64)
     positive, negative, _ = batch_hard_distances(feat.float(), torch.tensor([0, 0, 1, 1, 2, 2]))
@@ -195,7 +195,7 @@ def test_center_loss_agrees_with_the_recorded_loss_and_gradients(golden):
     torch.testing.assert_close(to_centers, golden["center_grad_centers"], **EXACT)
 
 
-def test_center_loss_agrees_with_the_loop_and_its_gradient_is_its_own():
+def test_center_loss_equals_loop_and_passes_gradcheck():
     feat, centers, pids = leaf(features(6)), leaf(features(4, seed=1)), torch.tensor([2, 0, 0, 3, 0, 2])
     total, count = center_loss(feat, pids, centers)
     expected, expected_count = reference.center_loss(feat, pids.tolist(), centers)
@@ -219,7 +219,7 @@ def test_a_center_step_is_sgd_on_the_mean_center_loss(golden):
     assert torch.equal(centers[is_absent], golden["centers"][is_absent])
 
 
-def test_images_of_one_identity_move_its_center_together_in_any_order():
+def test_center_step_sums_over_identity_and_ignores_order():
     feat, pids, start = features(7), torch.tensor([1, 0, 1, 1, 0, 1, 2]), features(4, seed=1)
     centers = start.clone()
     center_step(feat, pids, centers, learning_rate=0.25)

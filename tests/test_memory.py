@@ -63,7 +63,7 @@ def growth(place: Place, folder: str, **options) -> tuple[float, float, float]:
 
 
 @pytest.mark.slow
-def test_nothing_grows_over_a_thousand_steps_and_twenty_evaluations(place):
+def test_memory_files_and_threads_do_not_grow_over_a_long_run(place):
     memory, files, threads = growth(place, "long")
     assert memory < MAY_GROW
     assert files <= 0
@@ -71,6 +71,6 @@ def test_nothing_grows_over_a_thousand_steps_and_twenty_evaluations(place):
 
 
 @pytest.mark.slow
-def test_what_is_lost_is_seen(place):
+def test_memory_leak_is_detected(place):
     memory, _, _ = growth(place, "leaking", before=lose_memory)
     assert memory > 2 * MAY_GROW

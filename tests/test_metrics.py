@@ -68,7 +68,7 @@ def test_scores_agree_with_the_loop(case):
     assert_agrees(scores_from_distmat(*case), reference.retrieval(*case))
 
 
-def test_scores_agree_with_the_loop_over_more_than_one_block_of_queries():
+def test_scores_agree_with_the_loop_over_several_query_blocks():
     case = without_ties(num_queries=metrics.QUERY_BLOCK + 44, num_gallery=60)
     assert_agrees(scores_from_distmat(*case), reference.retrieval(*case))
 
@@ -81,7 +81,7 @@ def test_a_ranking_small_enough_to_read():
     assert scores.cmc.tolist() == [0, 1, 1, 1]
 
 
-def test_among_equal_distances_the_first_in_the_gallery_comes_first():
+def test_tied_distances_keep_the_gallery_order():
     first = scores_from_distmat([[0.5, 0.5, 0.5]], [1], [0], [1, 2, 2], [1, 1, 1])
     last = scores_from_distmat([[0.5, 0.5, 0.5]], [1], [0], [2, 2, 1], [1, 1, 1])
     assert (first.mAP, last.mAP) == pytest.approx((1, 1 / 3))
@@ -99,7 +99,7 @@ def test_a_query_without_a_match_counts_nowhere():
 
 
 @pytest.mark.parametrize("max_rank", [1, 3, 5, 10, 50])
-def test_beyond_a_small_gallery_the_curve_stays_at_its_last_value(max_rank):
+def test_cmc_stays_constant_beyond_a_small_gallery(max_rank):
     scores = scores_from_distmat([[0.1, 0.2, 0.3]], [1], [0], [2, 2, 1], [1, 1, 1], max_rank=max_rank)
     assert scores.cmc.tolist() == [float(k >= 3) for k in range(1, max_rank + 1)]
 
@@ -123,7 +123,7 @@ def test_the_summary_holds_the_keys_of_result_json():
 
 
 @given(retrievals(TIED))
-def test_more_ranks_never_hold_fewer_matches_and_scores_are_fractions(case):
+def test_cmc_never_decreases_and_scores_are_fractions(case):
     scores = scores_from_distmat(*case)
     assert (scores.cmc.diff() >= 0).all()
     assert 0 <= scores.cmc[0] <= scores.cmc[-1] <= 1
@@ -156,7 +156,7 @@ def test_the_size_of_the_blocks_of_queries_changes_nothing(golden, monkeypatch, 
 
 
 @given(retrievals(TIED), st.integers(1, 5))
-def test_the_size_of_the_blocks_changes_nothing_where_distances_tie(case, size):
+def test_block_size_does_not_change_scores_with_ties(case, size):
     whole = scores_from_distmat(*case)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "QUERY_BLOCK", size)
@@ -248,7 +248,7 @@ def test_copies_of_an_image_come_in_the_gallerys_order(distance):
     assert scores.tpr_at_fpr == {0.0: 0, 0.99: 0}
 
 
-def test_float64_embeddings_are_told_apart_in_float64():
+def test_float64_embeddings_are_ranked_in_float64():
     g_embedding = np.array([[1 + 1e-12], [1.0]])
     scores = retrieval_scores(np.zeros((1, 1)), [1], [0], g_embedding, [2, 1], [1, 1], distance="euclidean")
     assert scores.mAP == 1
@@ -298,13 +298,13 @@ def inputs(**changes):
     ],
 )
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
-def test_embeddings_that_cannot_be_ranked_are_refused(changes, message, distance):
+def test_embeddings_that_cannot_be_ranked_are_rejected(changes, message, distance):
     retrieval_scores(**inputs(), distance=distance)
     with pytest.raises(ValueError, match=message):
         retrieval_scores(**inputs(**changes), distance=distance)
 
 
-def test_an_unknown_distance_is_refused():
+def test_an_unknown_distance_is_rejected():
     with pytest.raises(ValueError, match="'manhattan'"):
         retrieval_scores(**inputs(), distance="manhattan")
 
@@ -319,7 +319,7 @@ def test_an_unknown_distance_is_refused():
     ],
     ids=["transposed", "a row", "too wide", "NaN"],
 )
-def test_distances_that_cannot_be_ranked_are_refused(distmat, message):
+def test_distances_that_cannot_be_ranked_are_rejected(distmat, message):
     with pytest.raises(ValueError, match=message):
         scores_from_distmat(distmat, [1, 2], [0, 0], [1, 2, 3], [1, 1, 1])
 
@@ -332,6 +332,6 @@ def test_an_array_in_any_layout_will_do():
     assert turned.mAP == pytest.approx(scores_from_distmat(distmat, *labels).mAP)
 
 
-def test_a_curve_without_a_point_is_refused():
+def test_a_curve_without_a_point_is_rejected():
     with pytest.raises(ValueError, match="max_rank"):
         scores_from_distmat([[0.0]], [1], [0], [1], [1], max_rank=0)

@@ -106,7 +106,7 @@ def test_every_backbone_can_be_chosen_and_no_other():
     assert other.startswith("timm/")
 
 
-def test_the_larger_ibn_resnet_is_the_smaller_one_with_more_of_the_same_blocks():
+def test_resnet101_ibn_a_extends_resnet50_ibn_a_in_layer3_only():
     """Of the third stage, as resnet101 is to resnet50."""
     with torch.device("meta"):
         small, large, plain = (
@@ -157,7 +157,7 @@ def test_the_last_stride_sets_the_size_of_the_feature_map(name, last_stride, siz
 # ---- the neck and what is initialised how ----
 
 
-def test_the_neck_starts_as_plain_normalisation_with_a_frozen_shift_and_tiny_class_weights():
+def test_bnneck_and_classifier_initialisation():
     model = small(num_pids=751)
     assert torch.equal(model.bottleneck.weight, torch.ones(512))
     assert torch.equal(model.bottleneck.bias, torch.zeros(512))
@@ -168,7 +168,7 @@ def test_the_neck_starts_as_plain_normalisation_with_a_frozen_shift_and_tiny_cla
     assert abs(model.classifier.weight.mean().item()) < 1e-5
 
 
-def test_without_a_neck_the_classifier_has_a_bias_and_sees_the_feature_itself():
+def test_classifier_without_neck_has_bias_and_uses_raw_feature():
     model = small(NECK="no", num_pids=7)
     own = {name: shape for name, shape in shapes(model).items() if not name.startswith("base.")}
     assert own == {"classifier.weight": [7, 512], "classifier.bias": [7]}
@@ -184,7 +184,7 @@ def test_without_a_neck_the_classifier_has_a_bias_and_sees_the_feature_itself():
 # ---- centers ----
 
 
-def test_centers_are_kept_with_a_center_loss_only_and_no_optimiser_sees_them():
+def test_centers_are_a_buffer_and_exist_only_with_center_loss():
     plain = small()
     with_centers = small(IF_WITH_CENTER="yes", METRIC_LOSS_TYPE="triplet_center")
     assert set(shapes(with_centers)) - set(shapes(plain)) == {"centers"}
@@ -208,7 +208,7 @@ def test_centers_are_kept_with_a_center_loss_only_and_no_optimiser_sees_them():
     ],
     ids=["identity loss", "both losses", "triplet alone", "triplet alone without neck", "triplet and center"],
 )
-def test_what_no_loss_reaches_is_frozen_and_all_else_gets_a_gradient(settings, frozen):
+def test_parameters_unused_by_losses_are_frozen(settings, frozen):
     model = small(**settings).train()
     assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == frozen
     feat, logits = model(pictures())
@@ -221,7 +221,7 @@ def test_what_no_loss_reaches_is_frozen_and_all_else_gets_a_gradient(settings, f
 
 
 @pytest.mark.parametrize(("name", "build"), [("resnet18", resnet.resnet18), ("resnet50", resnet.resnet50)])
-def test_with_a_relu_in_the_stem_the_trunk_is_torchvisions_and_without_it_is_not(name, build):
+def test_backbone_equals_torchvision_only_with_stem_relu(name, build):
     torch.manual_seed(0)
     theirs = build().eval()
     theirs.fc = nn.Identity()
@@ -236,7 +236,7 @@ def test_with_a_relu_in_the_stem_the_trunk_is_torchvisions_and_without_it_is_not
 
 
 @pytest.mark.parametrize("name", ["se_resnet50", "resnet50_ibn_a", "timm/resnet18"])
-def test_the_key_of_the_stem_says_what_the_others_have(name, caplog):
+def test_stem_relu_no_has_no_effect_on_other_backbones(name, caplog):
     assert config(name).MODEL.STEM_RELU is True
     assert config(name, STEM_RELU="yes").MODEL.STEM_RELU is True
     assert caplog.messages == []

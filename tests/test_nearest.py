@@ -58,7 +58,7 @@ def test_random_embeddings_over_several_blocks(monkeypatch, use_faiss, distance)
 
 @LIBRARIES
 @pytest.mark.parametrize("distance", ["cosine", "euclidean"])
-def test_more_equal_images_than_any_first_guess_come_in_the_gallerys_order(use_faiss, distance):
+def test_many_equal_images_come_in_gallery_order(use_faiss, distance):
     rng = np.random.default_rng(2)
     g = normalised(rng.standard_normal((1000, 16)))
     g[100:900] = g[500]
@@ -67,7 +67,7 @@ def test_more_equal_images_than_any_first_guess_come_in_the_gallerys_order(use_f
 
 
 @LIBRARIES
-def test_near_ties_that_float32_cannot_tell_apart_are_ranked_exactly(use_faiss):
+def test_near_ties_below_float32_precision_are_ranked_exactly(use_faiss):
     """Each image is one rounding step away from the next, far less than a sum of 64 terms in float32 resolves."""
     rng = np.random.default_rng(3)
     image = normalised(rng.standard_normal((1, 64)))[0]
@@ -78,7 +78,7 @@ def test_near_ties_that_float32_cannot_tell_apart_are_ranked_exactly(use_faiss):
 
 
 @LIBRARIES
-def test_a_gallery_on_disk_is_searched_where_it_lies(tmp_path, use_faiss):
+def test_memory_mapped_gallery_can_be_searched(tmp_path, use_faiss):
     g = normalised(np.random.default_rng(4).standard_normal((50, 8)))
     np.save(tmp_path / "g.npy", g)
     _, places = nearest(g[7:9], np.load(tmp_path / "g.npy", mmap_mode="r"), 1, distance="cosine", use_faiss=use_faiss)

@@ -51,7 +51,7 @@ def test_the_rate_falls_after_epochs_40_and_70():
     assert rates == pytest.approx([3.5e-4, 3.5e-4, 3.5e-5, 3.5e-5, 3.5e-6, 3.5e-6], rel=1e-12, abs=0)
 
 
-def test_the_linear_warm_up_starts_at_its_factor_and_ends_after_its_epochs():
+def test_linear_warmup_starts_at_factor_and_ends_on_time():
     rates = [learning_rate(solver(BASE_LR=1.0), epoch) for epoch in (1, 2, 6, 10, 11)]
     assert rates == pytest.approx([0.01, 0.109, 0.505, 0.901, 1.0])
 
@@ -88,7 +88,7 @@ def groups_by_name(optimizer, model):
     return dict(members)
 
 
-def test_all_trainable_parameters_are_moved_and_the_necks_frozen_bias_is_not(model):
+def test_optimizer_has_all_parameters_but_the_frozen_neck_bias(model):
     names = set(groups_by_name(build_optimizer(solver(), model), model))
     assert names == {name for name, _ in model.named_parameters()} - {"bottleneck.bias"}
     assert {"base.conv1.weight", "base.bn1.bias", "bottleneck.weight", "classifier.weight"} <= names
@@ -127,7 +127,7 @@ def test_the_optimiser_is_torchs_of_that_name_with_its_defaults(model, name):
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
-def test_a_fused_step_is_the_same_step_and_a_run_may_go_on_with_the_other(name):
+def test_fused_and_plain_optimizer_agree_and_can_be_switched(name):
     def trained(*kinds):
         torch.manual_seed(0)
         layer, state = nn.Linear(7, 5).double(), None
@@ -148,7 +148,7 @@ def test_a_fused_step_is_the_same_step_and_a_run_may_go_on_with_the_other(name):
         torch.testing.assert_close(trained(*kinds), expected, rtol=1e-12, atol=0)
 
 
-def test_what_torch_has_no_fused_step_for_is_refused():
+def test_what_torch_has_no_fused_step_for_is_rejected():
     with pytest.raises(SettingsError, match=r"SOLVER\.FUSED.*auto or no.*RAdam"):
         solver(OPTIMIZER_NAME="RAdam", FUSED="yes")
     assert solver(OPTIMIZER_NAME="RAdam", FUSED="no").FUSED == "no"

@@ -39,7 +39,7 @@ def test_a_free_folder_is_claimed_by_anybody(folder):
 
 
 @pytest.mark.parametrize("start", [Start(), Start("8", 5, "8-5"), Start("7", 0, "another")])
-def test_a_locked_folder_is_refused(folder, start):
+def test_a_locked_folder_is_rejected(folder, start):
     first = claim(folder, Start("7", 0, "7-0"))
     folder.is_free = False
     with refused(WorldError, "OUTPUT_DIR", f"OUTPUT_DIR={folder.path}", "in use"):
@@ -49,7 +49,7 @@ def test_a_locked_folder_is_refused(folder, start):
 
 
 @pytest.mark.parametrize("start", [Start("7", 1, "7-1"), Start("7", 0, "7-0")])
-def test_the_next_start_of_a_job_takes_the_folder_over_from_one_that_still_lives(folder, start, caplog, monkeypatch):
+def test_restarted_job_takes_folder_from_running_predecessor(folder, start, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("reid"), "propagate", True)
     zombie = claim(folder, Start("7", 0, "7-0"))
     folder.is_free = False
@@ -61,7 +61,7 @@ def test_the_next_start_of_a_job_takes_the_folder_over_from_one_that_still_lives
         zombie.check()
 
 
-def test_the_lock_is_had_as_soon_as_the_start_before_lets_go_of_it(folder):
+def test_lock_is_acquired_once_the_previous_start_releases_it(folder):
     claim(folder, Start("7", 0, "7-0"))
     folder.is_free = False
     owner = claim(folder, Start("7", 1, "7-1"))
@@ -74,7 +74,7 @@ def test_the_lock_is_had_as_soon_as_the_start_before_lets_go_of_it(folder):
 
 
 @pytest.mark.parametrize("is_free", [True, False])
-def test_a_start_that_was_given_up_and_comes_late_does_not_begin(folder, is_free):
+def test_superseded_start_that_comes_late_is_rejected(folder, is_free):
     owner = claim(folder, Start("7", 2, "7-2"))
     folder.is_free = is_free
     with refused(TakenOverError, "OUTPUT_DIR", "restart 2 of job 7"):
@@ -83,7 +83,7 @@ def test_a_start_that_was_given_up_and_comes_late_does_not_begin(folder, is_free
 
 
 @pytest.mark.parametrize("event", list(Records))
-def test_it_ends_before_others_write_a_record(folder, event):
+def test_superseded_start_ends_before_writing_a_record(folder, event):
     zombie, written = claim(folder, Start("7", 0, "7-0")), []
     trainer = Engine(lambda engine, batch: engine.fire_event(event))
     trainer.register_events(*Records)
@@ -105,7 +105,7 @@ def test_a_file_that_is_none_of_ours_is_nobodys(folder, content):
     owner.check()
 
 
-def test_the_file_says_who_it_is(folder):
+def test_owner_file_names_start_and_host(folder):
     claim(folder, Start("7", 1, "7-1"))
     content = json.loads((folder.path / "owner.json").read_text())
     assert content["start"] == {"job": "7", "restart": 1, "rendezvous": "7-1"}

@@ -58,7 +58,7 @@ def test_a_ranking_is_framed_in_blue_green_and_red_in_its_order():
     assert gaps[0] > gaps[1]  # the query stands apart
 
 
-def test_the_camera_of_the_query_is_a_ring_between_frame_and_image():
+def test_same_camera_is_marked_by_ring_inside_frame():
     colour = (10, 20, 30)
     query, *found = (Shown(plain(colour), (), same_camera=ring) for ring in (False, True, True, False))
     picture = np.asarray(ranked_gallery(query, found, [True, None, True]))
@@ -71,7 +71,7 @@ def test_the_camera_of_the_query_is_a_ring_between_frame_and_image():
     assert [part for part in column if part[0] in (SAME_CAMERA, RIGHT)] == [frame, ring, ring, frame]
 
 
-def test_an_image_that_cannot_be_read_leaves_its_place():
+def test_unreadable_image_keeps_its_position_empty():
     there = ranked_gallery(Shown(plain((1, 2, 3)), ()), [Shown(plain((1, 2, 3)), ("a",))], [True])
     gone = ranked_gallery(Shown(plain((1, 2, 3)), ()), [Shown(None, ("a",))], [True])
     assert gone.size == there.size
@@ -84,7 +84,7 @@ def test_any_kind_of_image_has_pixels(mode):
     assert (pixels.shape, pixels.dtype) == ((168, 84, 3), np.uint8)
 
 
-def test_a_palette_with_transparency_has_pixels_without_complaint():
+def test_transparent_palette_image_is_read_without_warning():
     image = Image.fromarray(np.zeros((4, 4), dtype=np.uint8)).convert("P")
     image.info["transparency"] = b"\0" * 256
     assert pixels_of(image).shape == (168, 168, 3)
@@ -107,7 +107,7 @@ def test_green_and_red_differ_in_brightness_too():
     st.text(max_size=40),
 )
 @example(64, 32, 2, "two\nlines, Läufe")
-def test_rankings_of_any_size_and_words_are_drawn_whole(height, width, num, words):
+def test_rankings_of_any_size_and_caption_fit_on_the_sheet(height, width, num, words):
     shown = [Shown(plain((1, 2, 3), height, width), (words, "b")) for _ in range(num + 1)]
     row = ranked_gallery(shown[0], shown[1:], [True] * num)
     whole = sheet([row, row], words, words)
@@ -122,7 +122,7 @@ def test_a_long_title_widens_the_sheet():
     assert sheet([row], "a title " * 50).width > sheet([row], "a title").width > row.width
 
 
-def test_the_batch_shows_every_image_in_order_with_those_of_an_identity_together():
+def test_batch_grid_keeps_order_and_groups_identities():
     colours = [(10 * i + 5, 200 - 7 * i, 3 * i) for i in range(12)]
     picture = np.asarray(batch_grid(np.stack([plain(colour) for colour in colours]), [7] * 4 + [3] * 4 + [7] * 4, "t"))
     line = runs(picture[150])
@@ -157,7 +157,7 @@ def height_of_curve(picture, column):
     return blue.mean()
 
 
-def test_a_curve_lies_at_its_percentages():
+def test_cmc_curve_is_drawn_at_its_percentages():
     # The axis begins at 50 %; the upper end of it is 100 %.
     picture = np.asarray(cmc_chart({"x": [0.5] * 5 + [0.75] * 5 + [1.0] * 5}, "t"))
     heights = [height_of_curve(picture, 64 + round(k * 672 / 14)) for k in (2, 7, 12)]

@@ -50,7 +50,7 @@ def test_the_first_one_is_noted_while_there_is_something_to_save(number):
     assert said(number, "deferred") == (0, "noted\n")
 
 
-def test_the_first_one_stops_the_program_where_there_is_nothing_to_save():
+def test_first_signal_stops_at_once_when_nothing_to_save():
     assert said(signal.SIGTERM) == (0, "stopped where it stood\n")
 
 
@@ -59,7 +59,7 @@ def test_the_second_one_ends_the_process(number):
     assert said(number, "deferred", num_signals=2) == (-number, "")
 
 
-def test_what_torchrun_passes_on_at_once_is_no_second_one_but_a_later_one_is():
+def test_signal_forwarded_by_torchrun_at_once_is_not_a_second():
     assert said(signal.SIGTERM, "deferred", "launcher", num_signals=2) == (0, "noted\n")
     assert said(signal.SIGTERM, "deferred", "launcher", num_signals=2, pause=1.2) == (-signal.SIGTERM, "")
 
@@ -68,12 +68,12 @@ def test_a_hangup_that_nohup_ignores_stays_ignored():
     assert said(signal.SIGHUP, "deferred", ignored=True) == (0, "nothing\n")
 
 
-def test_the_marker_says_what_to_do(tmp_path):
+def test_marker_contains_resume_instruction(tmp_path):
     write_marker(tmp_path / "run", "saved after iteration 7")
     assert (tmp_path / "run" / MARKER).read_text() == "preempted: resume me\nsaved after iteration 7\n"
 
 
-def test_a_folder_that_cannot_be_written_to_is_no_second_misfortune(tmp_path):
+def test_unwritable_folder_does_not_fail_the_marker(tmp_path):
     (tmp_path / "file").touch()
     write_marker(tmp_path / "file", "words")
     assert [file.name for file in tmp_path.iterdir()] == ["file"]

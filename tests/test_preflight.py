@@ -80,7 +80,7 @@ def another_seed_on_rank_1():
         sys.argv += ["SEED", "7"]
 
 
-def test_ranks_that_differ_come_first_and_the_rest_is_looked_at_all_the_same(place):
+def test_differing_ranks_are_reported_first_and_other_checks_run(place):
     first, _ = place.run("check", "OUTPUT_DIR", "d", num_ranks=2, before=other_torchvision_on_rank_1)
     assert first.code == 1
     (problem,) = problems(first)
@@ -169,6 +169,6 @@ def raise_(error):
     raise error
 
 
-def test_words():
+def test_size_and_duration_formatting():
     assert [_size(n) for n in (2**20, 2**30 - 1, 2**30)] == ["1 MiB", "1024 MiB", "1.0 GiB"]
     assert [_duration(s) for s in (119, 120, 7199, 7200)] == ["119 s", "2 min", "120 min", "2.0 h"]

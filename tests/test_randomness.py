@@ -26,7 +26,7 @@ RUNNING_WORD = pytest.mark.parametrize(
 
 
 @RUNNING_WORD
-def test_mean_variance_and_spread_are_those_of_the_uniform_distribution(words):
+def test_moments_and_histogram_are_those_of_uniform_distribution(words):
     u = uniform(*words)
     assert u.shape == (N,)
     assert abs(u.mean() - 1 / 2) < 5 * np.sqrt(1 / 12 / N)
@@ -73,7 +73,7 @@ def test_the_interval_is_closed_at_zero_and_open_at_one(monkeypatch, bits, expec
     positions=st.lists(st.integers(0, 2**62), min_size=1, max_size=8),
     dtype=st.sampled_from([np.int64, np.uint64]),
 )
-def test_a_number_depends_on_its_words_only_not_on_shape_or_dtype(seed, positions, dtype):
+def test_random_number_does_not_depend_on_shape_or_dtype(seed, positions, dtype):
     one_by_one = [uniform(seed, 2, position).item() for position in positions]
     array = np.array(positions, dtype=dtype)
     assert uniform(seed, 2, array).tolist() == one_by_one

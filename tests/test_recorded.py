@@ -40,7 +40,7 @@ def test_how_another_machine_did_it_is_not_taken_over(tmp_path):
     assert (cfg.MODEL.DEVICE, cfg.SOLVER.PRECISION, cfg.SOLVER.SHARDING) == ("auto", "fp32", "none")
 
 
-def test_a_file_of_others_is_used_with_the_defaults_and_that_is_said(tmp_path, caplog):
+def test_file_without_settings_uses_defaults_and_reports_it(tmp_path, caplog):
     torch.save({"base.conv1.weight": torch.zeros(1)}, tmp_path / "w.pth")
     with caplog.at_level(logging.INFO, "reid.recorded"):
         assert settings_of(tmp_path / "w.pth").MODEL.NAME == "resnet50"
@@ -60,12 +60,12 @@ def test_a_setting_of_a_later_version_is_named_with_its_file(tmp_path):
         settings_of(weight)
 
 
-def test_settings_that_are_no_yaml_are_refused(tmp_path):
+def test_settings_that_are_no_yaml_are_rejected(tmp_path):
     weight = untrained(tmp_path / "w.pt", config="MODEL: [")
     with refused(WorldError, "TEST.WEIGHT", f"TEST.WEIGHT={weight}", "--config_file"):
         settings_of(weight)
 
 
-def test_a_gallery_that_is_none_is_refused(tmp_path):
+def test_a_gallery_that_is_none_is_rejected(tmp_path):
     with refused(DataError, "--gallery", str(tmp_path), "launch/embed.py"):
         of_gallery(load_config(None, []), {"gallery": str(tmp_path)})

@@ -334,7 +334,7 @@ def test_forms_of_input():
         ({"g_embedding": np.full((3, 5), 1e200)}, "finite"),
     ],
 )
-def test_refused(arguments, words):
+def test_invalid_input_is_rejected(arguments, words):
     with pytest.raises(ValueError, match=words) as caught:
         k_reciprocal(**{"q_embedding": np.ones((2, 5)), "g_embedding": np.ones((3, 5)), **arguments})
     assert "\n" not in str(caught.value)

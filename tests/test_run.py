@@ -52,14 +52,14 @@ def test_training_ends_well_without_complaints(first):
     assert not re.search("warning|traceback|deprecat", first.out, re.IGNORECASE)
 
 
-def test_rank_0_alone_speaks(first):
+def test_only_rank_0_prints(first):
     lines = first.out.splitlines()
     assert sum(line.startswith(f"training {SMALL}") for line in lines) == 1
     assert sum(line.startswith("W&B: run") for line in lines) == 1
     assert [line for line in lines if lines.count(line) > 1] == []
 
 
-def test_torchruns_ranks_are_not_mistaken_for_those_of_its_slurm_job(first, output_dir):
+def test_torchrun_ranks_are_not_confused_with_slurm_tasks(first, output_dir):
     environment = json.loads((output_dir / "environment.json").read_text())
     assert environment["world_size"] == 2
     assert [rank["rank"] for rank in environment["ranks"]] == [0, 1]
@@ -99,14 +99,14 @@ def test_result_is_the_last_evaluation_in_fractions(first, output_dir):
     assert result["num_valid_queries"] == result["num_queries"] > 0
 
 
-def test_log_has_what_was_said(first, output_dir):
+def test_log_file_contains_console_output(first, output_dir):
     logged = (output_dir / "log.txt").read_text()
     said = first.out.splitlines()
     assert said[-1].startswith("best mAP")
     assert all(f" {line}\n" in logged for line in said if line.startswith(("training", "epoch", "best", "W&B")))
 
 
-def test_checkpoints_are_the_last_two_and_the_best_and_nothing_else_is_left(first, output_dir):
+def test_run_leaves_last_two_and_best_checkpoint_and_known_files(first, output_dir):
     best_epoch, best = max(enumerate(records(output_dir, "val"), 1), key=lambda item: item[1]["mAP"])
     assert names(output_dir / "checkpoints") == [
         f"best_{best_epoch:04d}_mAP_{best['mAP']:.4f}.pt",
@@ -157,7 +157,7 @@ def test_wandb_has_every_training_and_validation_row(wandb_records, output_dir):
         assert (row["epoch"], row["iteration"]) == (record["epoch"], record["iteration"])
 
 
-def test_wandb_is_shown_what_was_drawn(wandb_records, output_dir):
+def test_wandb_receives_pictures(wandb_records, output_dir):
     keys = {name for record in wandb_records if record["type"] == "history" for name in record["history"]["item"]}
     for shown in ("train/batch", "val/random_queries", "val/worst_queries", "val/AP_per_query"):
         assert [key for key in keys if key.startswith(shown)], keys
@@ -168,13 +168,13 @@ def test_wandb_drops_no_row(wandb_records, output_dir):
     assert "ignoring partial history" not in log.read_text()
 
 
-def test_wandb_draws_training_over_iterations_and_validation_over_epochs(wandb_records):
+def test_wandb_axes_are_iteration_for_train_and_epoch_for_val(wandb_records):
     metrics = [record["metric"] for record in wandb_records if record["type"] == "metric"]
     axes = {metric["glob_name"]: metric["step_metric"] for metric in metrics if "glob_name" in metric}
     assert axes == {"train/*": "iteration", "val/*": "epoch", "test/*": "epoch"}
 
 
-def test_wandb_knows_all_settings_the_number_of_ranks_and_the_end(wandb_records, output_dir):
+def test_wandb_records_settings_world_size_and_exit_code(wandb_records, output_dir):
     (run,) = [record["run"] for record in wandb_records if record["type"] == "run"]
     config = run["config"]["update"]
     settings = json.loads(json.dumps(as_plain_dict(load_config(str(output_dir / "config.yaml"), []))))
@@ -198,7 +198,7 @@ def best(first, output_dir) -> tuple[Path, float]:
     return file, max(record["mAP"] for record in records(output_dir, "val"))
 
 
-def test_evaluation_of_the_best_checkpoint_repeats_what_training_reported(place, best):
+def test_evaluation_of_best_checkpoint_equals_training_score(place, best):
     file, reported = best
     ended = place.run("evaluate", "TEST.WEIGHT", file, "OUTPUT_DIR", "evaluated", num_ranks=2)
     assert [rank.code for rank in ended] == [0, 0]
@@ -209,7 +209,7 @@ def test_evaluation_of_the_best_checkpoint_repeats_what_training_reported(place,
     assert result["epoch"] == int(file.name.split("_")[1])
 
 
-def test_evaluation_runs_on_a_number_of_ranks_that_no_training_batch_fits(place, best):
+def test_evaluation_runs_on_ranks_that_do_not_divide_the_batch(place, best):
     file, reported = best
     ended = place.run("evaluate", "TEST.WEIGHT", file, "OUTPUT_DIR", "evaluated_by_three", num_ranks=3)
     assert [(rank.code, rank.err) for rank in ended] == [(0, "")] * 3
@@ -228,7 +228,7 @@ def test_evaluation_on_one_process_equals_that_on_two(place, best):
 ALL_SCORES = ("TEST.FPR", "[0.01,0.5]", "TEST.FLIP", "yes", "TEST.SINGLE_GALLERY_SHOT", "yes")
 
 
-def test_all_that_can_be_scored_is_the_same_on_one_process_and_two(place, best):
+def test_all_scores_are_equal_on_one_and_two_processes(place, best):
     file, reported = best
     found = []
     for num_ranks in (1, 2):
@@ -264,7 +264,7 @@ def again(place, first, output_dir) -> tuple[Path, Ended]:
     return folder, place.train("OUTPUT_DIR", "again", "WANDB.ENABLE", "yes", num_ranks=2)
 
 
-def test_a_finished_training_started_again_says_so_and_changes_nothing(again, output_dir):
+def test_restart_of_finished_training_changes_nothing(again, output_dir):
     folder, ended = again
     assert re.search(r"\ball 2 epochs\b.*SOLVER\.MAX_EPOCHS", ended.out)
     changing = ("log.txt", "owner.json")  # each start says that it was here
@@ -276,12 +276,12 @@ def test_a_finished_training_started_again_says_so_and_changes_nothing(again, ou
     }
 
 
-def test_fewer_epochs_than_are_done_are_done_too(place, again):
+def test_restart_with_fewer_epochs_has_nothing_left_to_do(place, again):
     ended = place.train("OUTPUT_DIR", "again", "WANDB.ENABLE", "yes", "SOLVER.MAX_EPOCHS", 1, num_ranks=2)
     assert re.search(r"\ball 1 epochs\b.*SOLVER\.MAX_EPOCHS", ended.out)
 
 
-def test_lines_that_are_no_records_do_not_keep_a_run_from_going_on(place, output_dir, first):
+def test_resume_skips_invalid_lines_in_metrics_file(place, output_dir, first):
     folder = place.folder / "garbage"
     shutil.copytree(output_dir, folder, symlinks=True)
     whole = (folder / "metrics.jsonl").read_text()
@@ -298,7 +298,7 @@ def longer(place, again) -> tuple[Path, Ended]:
     return folder, place.train("OUTPUT_DIR", "again", *settings, num_ranks=2)
 
 
-def test_with_more_epochs_it_goes_on_where_it_ended(longer, output_dir):
+def test_more_epochs_resume_a_finished_training(longer, output_dir):
     folder, ended = longer
     assert "epoch 2, step 2 of 2" in ended.out
     steps = [record["iteration"] for record in records(folder, "train")]
@@ -312,7 +312,7 @@ def test_with_more_epochs_it_goes_on_where_it_ended(longer, output_dir):
     ]
 
 
-def test_it_goes_on_in_the_same_wandb_run(longer, output_dir):
+def test_resume_continues_the_same_wandb_run(longer, output_dir):
     folder, ended = longer
     run_id = (output_dir / "wandb_run_id").read_text().strip()
     assert f"W&B: continuing run {run_id}" in ended.out
@@ -322,7 +322,7 @@ def test_it_goes_on_in_the_same_wandb_run(longer, output_dir):
 # ---- its data ----
 
 
-def test_images_that_cannot_be_read_are_all_named_at_once_whatever_split_they_are_of(place):
+def test_unreadable_images_of_all_splits_are_reported_at_once(place):
     place.train("OUTPUT_DIR", "readable", "SOLVER.MAX_EPOCHS", 1)
     root = place.folder / "unreadable"
     shutil.copytree(place.folder / "data" / "synthetic", root / "market1501")

@@ -38,7 +38,7 @@ def test_what_is_logged_is_appended_to_the_log_with_its_time(folder):
     assert folder.path.joinpath("log.txt").read_text()[:2] == "20"
 
 
-def test_records_behind_the_checkpoint_and_a_torn_one_are_dropped(folder):
+def test_records_after_the_checkpoint_and_torn_lines_are_dropped(folder):
     for iteration in range(1, 6):
         folder.append_metrics({"kind": "train", "iteration": iteration})
     with (folder.path / "metrics.jsonl").open("a") as file:
@@ -62,7 +62,7 @@ def test_the_settings_are_written_as_they_can_be_loaded(folder):
     assert load_config(str(folder.path / "config.yaml"), []) == cfg
 
 
-def test_a_write_that_fails_leaves_the_old_text_and_no_other_file(tmp_path):
+def test_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
     file = tmp_path / "result.json"
     write_atomically(file, "old")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -102,7 +102,7 @@ def test_a_training_clears_away_what_a_killed_one_was_writing(folder):
     assert (folder.path / "log.txt").exists()
 
 
-def test_a_second_training_in_the_same_folder_is_refused(place: Place):
+def test_a_second_training_in_the_same_folder_is_rejected(place: Place):
     ranks = place.start("train", "OUTPUT_DIR", "busy", "SOLVER.MAX_EPOCHS", 1000)
     ranks.wait_for("epoch 1/1000 step 1/2")
     said = place.refusal("train", "OUTPUT_DIR", "busy", num_ranks=2, code=1)

@@ -59,11 +59,11 @@ def alone(place) -> Path:
     return place.folder / "drawn_alone" / "pictures"
 
 
-def test_the_first_batch_is_the_same_picture_on_any_number_of_ranks(drawn, alone):
+def test_first_batch_picture_is_equal_on_any_number_of_ranks(drawn, alone):
     assert contents(alone)["train_batch.png"] == contents(drawn[1])["train_batch.png"]
 
 
-def test_a_training_that_goes_on_draws_what_is_new(place, alone):
+def test_resumed_training_draws_only_new_pictures(place, alone):
     before = (alone / "train_batch.png").stat()
     (alone / "cmc_synthetic.png").unlink()
     place.train("OUTPUT_DIR", "drawn_alone", "SOLVER.MAX_EPOCHS", 2)
@@ -82,7 +82,7 @@ def test_an_evaluation_draws_what_it_finds(place, drawn):
     assert names(place.folder / "drawn_eval" / "pictures") == ["cmc_synthetic.png"]
 
 
-def test_where_nothing_can_be_written_training_goes_on(place):
+def test_training_continues_when_pictures_cannot_be_written(place):
     folder = place.folder / "undrawn"
     folder.mkdir()
     for name in ("pictures", "tensorboard"):
@@ -163,7 +163,7 @@ def test_what_cannot_be_compared_leaves_the_pictures_of_before(tmp_path, caplog,
     assert re.fullmatch(r"warning: [^\n]*RuntimeError: [^\n]+", said)
 
 
-def test_what_was_drawn_is_told_with_its_numbers(tmp_path):
+def test_drawn_pictures_are_published_with_captions_and_curves(tmp_path):
     setting = Setting(tmp_path, ["a"])
     scores = setting.evaluate(1, WORSE, ["a"])
     (drawn,) = setting.seen

@@ -60,7 +60,7 @@ def test_a_flipped_bit_anywhere_in_the_data_is_found(file):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.99])
-def test_a_file_that_is_cut_off_is_refused(file, share):
+def test_a_file_that_is_cut_off_is_rejected(file, share):
     whole = file.read_bytes()
     file.write_bytes(whole[: int(share * len(whole))])
     with refused(WorldError, "TEST.WEIGHT", f"TEST.WEIGHT={file}"):

@@ -40,7 +40,7 @@ def groups_of(counts, num_instances):
 
 
 @given(identity_cases(), st.integers(0, 2**32 - 1), st.integers(1, 200))
-def test_batches_are_blocks_of_distinct_identities_and_no_image_returns_within_an_epoch(case, seed, epoch):
+def test_batches_have_distinct_identities_and_no_repeated_images(case, seed, epoch):
     counts, num_pids, num_instances = case
     pids = pids_of(counts)
     plan = IdentityPlan(pids, num_pids=num_pids, num_instances=num_instances, seed=seed)
@@ -64,9 +64,7 @@ def test_batches_are_blocks_of_distinct_identities_and_no_image_returns_within_a
     num_pids=st.integers(1, 4),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_the_number_of_batches_is_one_that_the_original_can_give_whatever_the_seed(
-    counts, num_instances, num_pids, seed
-):
+def test_epoch_length_is_one_the_original_sampler_can_give(counts, num_instances, num_pids, seed):
     num_pids = min(num_pids, len(counts))
     plan = IdentityPlan(pids_of(counts), num_pids=num_pids, num_instances=num_instances, seed=seed)
     assert plan.num_batches in possible_lengths(groups_of(counts, num_instances), num_pids)
@@ -85,7 +83,7 @@ def test_even_the_longest_possible_epoch_never_runs_short(case, seed):
     assert all(len(set(batch)) == num_pids for batch in pids.tolist())
 
 
-def test_an_epoch_keeps_its_length_where_the_originals_would_fall_short():
+def test_epoch_length_is_constant_where_the_original_falls_short():
     counts = [8, 1, 1, 1, 1, 1, 1, 1, 1]
     plan = IdentityPlan(pids_of(counts), num_pids=2, num_instances=1, seed=0)
     originals = [len(identity_epoch(pids_of(counts).tolist(), 2, 1, random.Random(seed))) for seed in range(100)]
@@ -112,7 +110,7 @@ def test_what_must_be_used_up_is_taken_in_every_batch():
         pytest.param([1, 2, 3, 4, 5, 400, 400], id="few and many"),
     ],
 )
-def test_uneven_identities_make_whole_epochs_of_a_possible_length(counts):
+def test_uneven_identities_give_complete_epochs_of_valid_length(counts):
     plan = IdentityPlan(pids_of(counts), num_pids=4, num_instances=4, seed=0)
     originals = {len(identity_epoch(pids_of(counts).tolist(), 4, 4, random.Random(seed))) for seed in range(30)}
     assert min(originals) <= plan.num_batches <= max(originals)
@@ -121,7 +119,7 @@ def test_uneven_identities_make_whole_epochs_of_a_possible_length(counts):
         assert all(len(set(batch)) == 4 for batch in batches[:, :, 0].tolist())
 
 
-def test_an_identity_with_too_few_images_is_drawn_with_replacement():
+def test_identity_with_too_few_images_is_drawn_with_replacement():
     pids = pids_of([2, 2])
     plan = IdentityPlan(pids, num_pids=2, num_instances=4, seed=0)
     first = [sorted(plan(epoch)[0, :4].tolist()) for epoch in range(1, 201)]
@@ -130,7 +128,7 @@ def test_an_identity_with_too_few_images_is_drawn_with_replacement():
     assert abs((picked == 1).mean() - 2 * 0.5**4) < 5 * np.sqrt(0.125 * 0.875 / 200)
 
 
-def test_market_sized_epochs_are_as_long_as_the_originals_and_use_the_same_identities():
+def test_market_epochs_match_original_length_and_identity_use():
     counts = market_like_counts()
     pids = np.repeat(np.arange(751), counts)
     assert (len(counts), len(pids)) == (751, 12_936)
@@ -153,7 +151,7 @@ def test_market_sized_epochs_are_as_long_as_the_originals_and_use_the_same_ident
         assert abs(difference) < 0.01 * size + 5 * spread, f"identities with {size} groups"
 
 
-def test_identities_are_drawn_uniformly_among_those_that_are_left():
+def test_remaining_identities_are_drawn_uniformly():
     plan = IdentityPlan(pids_of([4] * 3 + [16] * 3), num_pids=2, num_instances=2, seed=0)
     pids = pids_of([4] * 3 + [16] * 3)
     first = np.stack([pids[plan(epoch)[0]] for epoch in range(1, 401)])[:, ::2]
@@ -161,7 +159,7 @@ def test_identities_are_drawn_uniformly_among_those_that_are_left():
     np.testing.assert_allclose(counts / 400, 1 / 6, atol=5 * np.sqrt(5 / 36 / 400))
 
 
-def test_every_image_of_an_identity_is_as_likely_in_every_place():
+def test_every_image_of_an_identity_is_drawn_equally_often():
     plan = IdentityPlan(np.array([0] * 6 + [1] * 6), num_pids=2, num_instances=2, seed=0)
     first = np.stack([plan(epoch)[0] for epoch in range(1, 401)])
     counts = np.array([(first == image).sum() for image in range(12)])
@@ -176,14 +174,14 @@ def test_every_image_of_an_identity_is_as_likely_in_every_place():
     ],
     ids=["identities", "shuffle"],
 )
-def test_plans_repeat_exactly_and_differ_between_seeds_and_epochs(build):
+def test_plans_are_reproducible_and_differ_by_seed_and_epoch(build):
     assert np.array_equal(build(0)(3), build(0)(3))
     assert (build(0)(3) != build(0)(4)).mean() > 0.9
     assert (build(0)(3) != build(1)(3)).mean() > 0.9
     assert (build(0)(2) != build(2)(0)).mean() > 0.9
 
 
-def test_too_few_identities_are_refused():
+def test_too_few_identities_are_rejected():
     with pytest.raises(ValueError, match=r"4 identities.* 3"):
         IdentityPlan(pids_of([9] * 3), num_pids=4, num_instances=2, seed=0)
 
@@ -212,7 +210,7 @@ def test_the_first_shuffled_batches_are_pinned():
 
 
 @given(num_images=st.integers(1, 300), batch_size=st.integers(1, 40), seed=st.integers(0, 2**32 - 1))
-def test_a_shuffle_holds_every_image_once_but_for_the_last_incomplete_batch(num_images, batch_size, seed):
+def test_shuffle_has_each_image_once_without_incomplete_batch(num_images, batch_size, seed):
     batch_size = min(batch_size, num_images)
     plan = ShufflePlan(num_images, batch_size=batch_size, seed=seed)
     batches = plan(5)
@@ -227,7 +225,7 @@ def test_a_shuffle_leaves_out_every_image_equally_often():
     np.testing.assert_allclose(used, 8 / 10, atol=5 * np.sqrt(0.16 / 1000))
 
 
-def test_too_few_images_are_refused():
+def test_too_few_images_are_rejected():
     with pytest.raises(ValueError, match=r"8 images.* 7"):
         ShufflePlan(7, batch_size=8, seed=0)
 
@@ -241,7 +239,7 @@ def plan():
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
-def test_the_ranks_parts_in_order_are_the_global_batch_and_hold_whole_identities(plan, num_ranks):
+def test_rank_parts_form_global_batch_of_complete_identities(plan, num_ranks):
     parts = [list(TrainBatches(plan, rank=rank, num_ranks=num_ranks)) for rank in range(num_ranks)]
     assert len(parts[0]) == len(TrainBatches(plan, rank=0, num_ranks=num_ranks)) == plan.num_batches
     for step, batch in enumerate(plan(1)):
@@ -266,7 +264,7 @@ def test_every_rank_knows_the_first_global_batch(plan, num_ranks):
         assert whole.positions.tolist() == np.concatenate([first.positions for first in firsts]).tolist()
 
 
-def test_a_batch_that_cannot_be_shared_out_is_refused():
+def test_a_batch_that_cannot_be_shared_out_is_rejected():
     assert rank_part(12, 2, 3) == slice(8, 12)
     with pytest.raises(ValueError, match=r"12 .* 5 ranks"):
         rank_part(12, 0, 5)
@@ -286,14 +284,14 @@ def test_resuming_at_a_step_gives_exactly_the_rest(plan, step):
         assert ours.positions.tolist() == theirs.positions.tolist()
 
 
-def test_the_length_is_that_of_a_whole_epoch_wherever_it_begins(plan):
+def test_length_is_that_of_a_complete_epoch_after_resume(plan):
     batches = TrainBatches(plan, rank=0, num_ranks=1)
     batches.set_position(2, 3)
     assert len(batches) == plan.num_batches
 
 
 @given(num_images=st.integers(1, 200), batch_size=st.integers(1, 50), num_ranks=st.integers(1, 9))
-def test_evaluation_deals_out_the_same_batches_whole_to_any_number_of_ranks(num_images, batch_size, num_ranks):
+def test_evaluation_batches_are_equal_on_any_number_of_ranks(num_images, batch_size, num_ranks):
     shares = [
         EvaluationBatches(num_images, batch_size=batch_size, rank=rank, num_ranks=num_ranks)
         for rank in range(num_ranks)

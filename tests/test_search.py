@@ -48,7 +48,7 @@ def said(place, folder):
     return run(place, folder, *words)
 
 
-def test_the_table_has_the_nearest_first_and_equal_ones_in_the_gallerys_order(said):
+def test_table_is_sorted_by_similarity_then_gallery_order(said):
     lines = said.splitlines()
     start = lines.index(SOUGHT)
     assert lines[start + 1].split() == ["rank", "similarity", "image"]
@@ -65,7 +65,7 @@ def test_the_table_has_the_nearest_first_and_equal_ones_in_the_gallerys_order(sa
     assert "found.png" in lines[-1]
 
 
-def test_the_json_says_the_same(said, folder):
+def test_json_report_agrees_with_the_table(said, folder):
     report = json.loads((folder / "found.json").read_text())
     assert (report["folder"], report["measure"]) == (str(folder / "photos"), "similarity")
     first, second = report["results"]
@@ -105,7 +105,7 @@ def faiss_is_missing():
     reid.search.find_spec = lambda name: None if name == "faiss" else True
 
 
-def test_images_that_are_gone_and_a_gallery_smaller_than_asked_for_do_no_harm(place, folder):
+def test_search_works_with_missing_images_and_small_gallery(place, folder):
     moved = folder / "moved"
     shutil.copytree(folder / "g", moved)
     facts = json.loads((moved / "gallery.json").read_text())
@@ -116,7 +116,7 @@ def test_images_that_are_gone_and_a_gallery_smaller_than_asked_for_do_no_harm(pl
         assert picture.width > 27 * 76
 
 
-def test_other_settings_than_the_gallerys_are_refused(place, folder):
+def test_other_settings_than_the_gallerys_are_rejected(place, folder):
     words = (SOUGHT, "--gallery", "g", "TEST.FLIP", "yes")
     told = place.refusal("search", *words, bare=True, folder=folder, code=2)
     assert all(fact in told for fact in ("TEST.FLIP", "be no", "--gallery g", "got yes")), told
@@ -126,7 +126,7 @@ def test_other_settings_than_the_gallerys_are_refused(place, folder):
     assert re.search(r"MODEL\.LAST_STRIDE\D*1\D*2\D", told), told
 
 
-def test_other_weights_than_the_gallerys_are_refused(place, folder):
+def test_other_weights_than_the_gallerys_are_rejected(place, folder):
     untrained(folder / "other.pt", seed=1)
     words = (SOUGHT, "--gallery", "g", "TEST.WEIGHT", "other.pt")
     told = place.refusal("search", *words, bare=True, folder=folder, code=1)

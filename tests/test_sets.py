@@ -57,7 +57,7 @@ def test_one_benchmark_stays_as_it_is():
     assert (joined.pids.tolist(), joined.camids.tolist()) == ([0, 1, 1], [0, 4, 2])
 
 
-def test_the_fingerprint_of_training_is_of_the_training_sets_in_their_order():
+def test_training_fingerprint_depends_on_train_sets_and_order():
     a, b = benchmark_of("a", [0, 1], [0, 1]), benchmark_of("b", [0, 1], [0, 1])
     prints = {DataSets(train, ()).fingerprint_of_training() for train in ((a,), (b,), (a, b), (b, a))}
     assert len(prints) == 4
@@ -122,7 +122,7 @@ def test_one_process_gets_the_same(place, trained):
     assert first["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
-def test_a_checkpoint_is_evaluated_on_other_sets_than_it_was_trained_on(place, trained):
+def test_checkpoint_can_be_evaluated_on_other_datasets(place, trained):
     folder = trained[1]
     (best,) = (folder / "checkpoints").glob("best_*.pt")
     settings = ("TEST.WEIGHT", best, "TEST.DATASETS", "market1501", "OUTPUT_DIR", "cross")
@@ -135,7 +135,7 @@ def test_a_checkpoint_is_evaluated_on_other_sets_than_it_was_trained_on(place, t
     assert not [name for name in names(place.folder / "cache") if name.startswith("market1501-train-8x")]
 
 
-def test_a_run_may_go_on_with_other_test_sets_but_not_with_other_training_sets(place, trained):
+def test_resume_allows_other_test_sets_but_not_other_train_sets(place, trained):
     settings = ("OUTPUT_DIR", "two", "SOLVER.MAX_EPOCHS", 3)
     ended = place.run("train", *settings)
     assert ended[0].code == 1
@@ -145,7 +145,7 @@ def test_a_run_may_go_on_with_other_test_sets_but_not_with_other_training_sets(p
     assert "datasets" not in json.loads((trained[1] / "result.json").read_text())
 
 
-def test_two_tables_of_one_name_cannot_be_told_apart(monkeypatch):
+def test_two_tables_with_the_same_name_are_rejected(monkeypatch):
     monkeypatch.setattr("reid.data.sets.load_benchmark", lambda *_, **__: benchmark_of("same", [0, 1], [0, 1]))
     cfg = load_config(None, ["DATASETS.NAMES=market1501", "TEST.DATASETS=synthetic", "MODEL.PRETRAIN_CHOICE=none"])
     monkeypatch.setattr("reid.data.sets.synthetic.generate", lambda *_, **__: None)

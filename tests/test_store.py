@@ -169,7 +169,7 @@ def test_exif_orientation_is_not_applied(tmp_path):
     assert decode(tmp_path / "rotated.png", SIZE) == decode(tmp_path / "plain.png", SIZE)
 
 
-def test_a_whole_store_is_not_built_again(tmp_path):
+def test_complete_store_is_not_rebuilt(tmp_path):
     paths = write_images(tmp_path / "images", 5)
     file = built(tmp_path, paths)
     before = file.stat()
@@ -178,7 +178,7 @@ def test_a_whole_store_is_not_built_again(tmp_path):
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_the_file_name_says_what_it_holds(tmp_path):
+def test_file_name_contains_split_size_and_hash(tmp_path):
     paths = write_images(tmp_path / "images", 2)
     file = store_file(tmp_path, "market1501-train", paths, (256, 128))
     assert file.parent == tmp_path
@@ -231,7 +231,7 @@ def test_images_of_one_name_in_other_folders_are_other_images(tmp_path):
     assert store_file(tmp_path, "train", moved, SIZE) == first
 
 
-def test_the_fault_of_an_image_is_what_building_says(tmp_path):
+def test_fault_of_image_equals_reason_in_build_error(tmp_path):
     good, cut = write_images(tmp_path / "images", 2)
     cut.write_bytes(cut.read_bytes()[:-100])
     assert fault_of_image(good) is None
@@ -259,7 +259,7 @@ def test_a_replaced_image_is_decoded_again(tmp_path):
         (lambda content: b"x" * len(content), "5 images of 32x16"),
     ],
 )
-def test_a_damaged_store_is_refused_and_rebuilt(tmp_path, damage, fault):
+def test_a_damaged_store_is_rejected_and_rebuilt(tmp_path, damage, fault):
     paths = write_images(tmp_path / "images", 5)
     file = built(tmp_path, paths)
     content = file.read_bytes()
@@ -436,7 +436,7 @@ def test_a_killed_build_is_cleared_away(tmp_path):
     np.testing.assert_array_equal(open_store(file, 70, SIZE), expected(paths))
 
 
-def test_what_a_killed_build_of_another_store_left_is_cleared_away(tmp_path):
+def test_leftovers_of_killed_build_of_another_store_are_removed(tmp_path):
     # A data set that was changed since then has a store of another name.
     paths = write_images(tmp_path / "images", 2)
     (tmp_path / "cache").mkdir()
@@ -457,7 +457,7 @@ def test_a_living_build_is_left_alone(tmp_path):
     np.testing.assert_array_equal(open_store(file, 70, SIZE), expected(paths))
 
 
-def test_a_file_taken_for_abandoned_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
+def test_partial_file_removed_before_lock_is_created_again(tmp_path, monkeypatch):
     flock, stolen = fcntl.flock, []
 
     def steal_then_lock(descriptor, operation):

@@ -37,7 +37,7 @@ def test_the_shipped_sweeps_are_good(file):
         ({"parameters": {"SOLVER.BASE_LR": {}}}, "SOLVER.BASE_LR", "got nothing"),
     ],
 )
-def test_a_bad_sweep_is_refused_in_a_sentence(tmp_path, changes, key, word):
+def test_a_bad_sweep_is_rejected_in_a_sentence(tmp_path, changes, key, word):
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump(yaml.safe_load(SWEEPS[0].read_text()) | changes))
     with refused(SettingsError, key, word, str(file)):
@@ -45,7 +45,7 @@ def test_a_bad_sweep_is_refused_in_a_sentence(tmp_path, changes, key, word):
 
 
 @pytest.mark.parametrize("text", [None, "a: [", "\xff", "", "- a\n"])
-def test_what_is_no_sweep_is_refused(tmp_path, text):
+def test_what_is_no_sweep_is_rejected(tmp_path, text):
     file = tmp_path / "sweep.yaml"
     if text is not None:
         file.write_text(text, encoding="latin-1")
@@ -81,7 +81,7 @@ def sweep_refusal(folder: Path, *words: object, code: int, **variables: str) -> 
         (["--sweep-config", "nothing.yaml"], ("--sweep-config", "nothing.yaml")),
     ],
 )
-def test_a_wrong_command_is_one_sentence(tmp_path, words, said):
+def test_invalid_command_is_reported_in_one_sentence(tmp_path, words, said):
     told = sweep_refusal(tmp_path, *words, code=2)
     assert all(word in told for word in said), told
 
@@ -95,5 +95,5 @@ def test_a_wrong_command_is_one_sentence(tmp_path, words, said):
         ({"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}, "does not make the sweep"),
     ],
 )
-def test_a_sweep_that_cannot_be_made_is_one_sentence(tmp_path, variables, said):
+def test_failure_to_create_sweep_is_reported_in_one_sentence(tmp_path, variables, said):
     assert said in sweep_refusal(tmp_path, "--sweep-config", SWEEPS[0], code=1, **variables)

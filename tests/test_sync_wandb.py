@@ -24,7 +24,7 @@ def sync(place, *words, environment=None):
 
 
 @pytest.mark.slow
-def test_the_parts_of_a_training_become_one_run_and_are_sent_once(place, server):
+def test_offline_parts_of_a_training_are_synced_once_as_one_run(place, server):
     for num_epochs in (1, 2):
         place.train("OUTPUT_DIR", "to_sync/a", "SOLVER.MAX_EPOCHS", num_epochs, "WANDB.ENABLE", "yes")
     folder = place.folder / "to_sync" / "a"
@@ -80,7 +80,7 @@ def test_options_reach_wandb(place):
     assert "run-abcdefgh.wandb" in done.out + done.err
 
 
-def test_without_words_all_of_runs_is_meant(place):
+def test_default_folder_is_runs(place):
     (place.folder / "runs").mkdir(exist_ok=True)
     (line,) = sync(place).out.splitlines()
     assert "nothing" in line

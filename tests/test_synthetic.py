@@ -55,7 +55,7 @@ def test_the_folder_has_market1501s_layout(benchmark_root):
         assert all(re.match(r"^(-1|\d+)_c(\d+)", file.name) for file in labels(benchmark_root / folder))
 
 
-def test_identities_are_split_and_special_pids_are_in_the_gallery_only(benchmark_root):
+def test_train_and_test_pids_are_disjoint_and_gallery_has_junk(benchmark_root):
     train, query, gallery = ({pid for pid, _ in labels(benchmark_root / f).values()} for f in (TRAIN, QUERY, GALLERY))
     assert len(train) == SMALL["num_train_pids"]
     assert len(query) == SMALL["num_test_pids"]
@@ -106,7 +106,7 @@ def test_numbers_of_images_vary_around_the_mean():
     assert counts.max() >= 16
 
 
-def test_the_same_arguments_give_the_same_bytes_with_any_number_of_workers(benchmark_root, tmp_path):
+def test_generation_is_deterministic_for_any_number_of_workers(benchmark_root, tmp_path):
     generate(tmp_path / "again", **SMALL, num_workers=2)
     assert contents(tmp_path / "again") == contents(benchmark_root)
 
@@ -124,7 +124,7 @@ def test_a_complete_folder_is_left_alone(tmp_path, monkeypatch):
     generate(tmp_path / "people", **TINY, num_workers=7)
 
 
-def test_a_folder_with_other_parameters_is_refused(tmp_path):
+def test_a_folder_with_other_parameters_is_rejected(tmp_path):
     root = tmp_path / "people"
     generate(root, **TINY)
     before = contents(root)
@@ -133,7 +133,7 @@ def test_a_folder_with_other_parameters_is_refused(tmp_path):
     assert contents(root) == before
 
 
-def test_an_older_format_is_refused(tmp_path, monkeypatch):
+def test_an_older_format_is_rejected(tmp_path, monkeypatch):
     generate(tmp_path, **TINY)  # an empty folder is as good as none
     monkeypatch.setattr(synthetic, "FORMAT_VERSION", synthetic.FORMAT_VERSION + 1)
     with refused(DataError, "DATASETS.ROOT_DIR", str(tmp_path), "format_version"):
@@ -141,7 +141,7 @@ def test_an_older_format_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["holiday.jpg", MANIFEST])
-def test_a_folder_that_is_not_ours_is_refused_and_kept(tmp_path, name):
+def test_a_folder_that_is_not_ours_is_rejected_and_kept(tmp_path, name):
     (tmp_path / name).write_text("mine")
     with refused(DataError, "DATASETS.ROOT_DIR", str(tmp_path), MANIFEST):
         generate(tmp_path, **TINY)
@@ -149,7 +149,7 @@ def test_a_folder_that_is_not_ours_is_refused_and_kept(tmp_path, name):
 
 
 @pytest.mark.parametrize("changed", [{"num_cameras": 1}, {"images_per_pid": 3}, {"num_test_pids": 0}, {"seed": -1}])
-def test_too_small_a_number_is_refused(tmp_path, changed):
+def test_too_small_a_number_is_rejected(tmp_path, changed):
     ((name, value),) = changed.items()
     with refused(SettingsError, f"DATASETS.SYNTHETIC.{name.upper()}", name, f"got {value}"):
         generate(tmp_path / "people", **{**TINY, **changed})
@@ -171,7 +171,7 @@ def test_an_interrupted_generation_leaves_nothing(tmp_path, monkeypatch, interru
     assert not list(tmp_path.iterdir())
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").touch()
     with refused(WorldError, "DATASETS.ROOT_DIR", "file/people", "1 MB", "Not a directory"):
         generate(tmp_path / "file" / "people", **TINY)

@@ -55,7 +55,7 @@ def test_tensorboard_has_every_record_in_one_file(both):
     assert_has_every_record_once(folder)
 
 
-def test_its_names_are_those_of_wandb_and_wandb_copies_them_beside_its_own(place, both):
+def test_tensorboard_uses_wandb_names_and_is_synced_to_wandb(place, both):
     folder = both[1]
     history = [record["history"]["item"] for record in place.wandb_records(folder) if record["type"] == "history"]
     numbers = ("train/loss", "val/mAP")  # pictures and tables have rows of their own
@@ -75,7 +75,7 @@ def test_its_names_are_those_of_wandb_and_wandb_copies_them_beside_its_own(place
 # ---- interrupted ----
 
 
-def test_killed_and_gone_on_every_step_is_there_once(place):
+def test_every_step_is_recorded_once_after_kills_and_resumes(place):
     folder = place.folder / "tb_killed"
     settings = ("OUTPUT_DIR", folder.name, *ON, "SOLVER.MAX_EPOCHS", 3, "SOLVER.CHECKPOINT_PERIOD", 2)
     kill = partial(signal_self, signal.SIGKILL)

@@ -41,7 +41,7 @@ def pictures(*size):
         ("resnet18.of_mine", "timm/resnet18.tv_in1k"),
     ],
 )
-def test_a_name_that_timm_does_not_know_is_refused_with_those_like_it(name, near):
+def test_unknown_timm_name_is_rejected_with_suggestions(name, near):
     with refused(SettingsError, "MODEL.NAME", f"timm {timm.__version__}", f"got timm/{name};", f" {near}"):
         backbones.check(settings(name))
 
@@ -54,7 +54,7 @@ def test_where_nothing_is_like_it_the_list_is_named(name, remedy):
         timm_models.normalisation(f"timm/{name}")
 
 
-def test_the_user_reads_of_a_wrong_name_before_any_data_is_touched(place):
+def test_unknown_name_is_reported_before_data_is_read(place):
     said = place.refusal("train", "OUTPUT_DIR", "misspelt", "MODEL.NAME", "timm/resnet52", num_ranks=2, code=2)
     assert all(fact in said for fact in ("MODEL.NAME", "got timm/resnet52", "timm/resnet152")), said
     assert "misspelt" not in names(place.folder)
@@ -78,7 +78,7 @@ def test_a_model_is_asked_for_what_it_can(name, sizes, stride, options):
     assert timm_models.plan_for(settings(name, *sizes, f"MODEL.LAST_STRIDE={stride}")).options == options
 
 
-def test_what_becomes_of_the_last_stride_is_said(caplog):
+def test_effect_of_last_stride_is_reported(caplog):
     caplog.set_level(logging.INFO, "reid.timm_models")
     backbones.check(settings("test_resnet", "INPUT.SIZE_TRAIN=(40,40)"))
     backbones.check(settings("test_vit", "INPUT.SIZE_TRAIN=(48,48)"))
@@ -96,7 +96,7 @@ def test_the_last_stride_is_seen_in_the_map():
     assert maps == {1: (16, 8), 2: (8, 4)}
 
 
-def test_a_size_that_the_model_does_not_take_is_refused():
+def test_a_size_that_the_model_does_not_take_is_rejected():
     facts = ("timm/nest_tiny", "got (64, 32)", "Input height (64) doesn't match", "224x224")
     with refused(SettingsError, "INPUT.SIZE_TRAIN", *facts):
         backbones.check(settings("nest_tiny", "INPUT.SIZE_TRAIN=(64,32)"))
@@ -148,7 +148,7 @@ def test_no_dropout_or_stochastic_depth_makes_ranks_differ(name):
         ("resnet18", ["INPUT.PIXEL_MEAN=None", "INPUT.PIXEL_STD=None"], IMAGENET),
     ],
 )
-def test_input_is_normalised_as_set_or_else_as_the_model_wants_it(tmp_path, name, overrides, expected):
+def test_normalization_is_that_of_settings_or_else_of_the_model(tmp_path, name, overrides, expected):
     cfg = load_config(None, [f"MODEL.NAME={name}", *overrides])
     assert backbones.normalisation(cfg) == expected
     (tmp_path / "config.yaml").write_text(dump(cfg))
@@ -230,7 +230,7 @@ def test_the_files_classifier_may_have_any_size_or_be_missing(vit, tmp_path, cla
     ],
     ids=["missing", "another shape", "unexpected", "empty", "another vit", "another network"],
 )
-def test_weights_that_do_not_fit_are_refused(vit, tmp_path, name, change):
+def test_weights_that_do_not_fit_are_rejected(vit, tmp_path, name, change):
     state = dict(vit[1])
     change(state)
     with pytest.raises(WorldError, match=rf"\AMODEL\.PRETRAIN_PATH=[^\n]*w\.pth [^\n]*timm/{name}\b[^\n]*\Z") as error:
@@ -238,26 +238,26 @@ def test_weights_that_do_not_fit_are_refused(vit, tmp_path, name, change):
     assert error.value.key == "MODEL.PRETRAIN_PATH"
 
 
-def test_a_whole_model_goes_on_to_other_identities(vit, tmp_path):
+def test_full_model_can_be_finetuned_on_other_identities(vit, tmp_path):
     source = start("test_vit", vit[0])
     loaded = start("test_vit", saved(tmp_path, source.state_dict()), "finetune")
     assert torch.equal(loaded.base.pos_embed, source.base.pos_embed)
 
 
-def test_a_whole_model_of_another_size_is_refused_with_the_remedy(vit, tmp_path):
+def test_model_of_another_image_size_is_rejected_with_remedy(vit, tmp_path):
     larger = build_model(settings("test_vit"), 3).state_dict()
     with refused(WorldError, "MODEL.PRETRAIN_PATH", "(base.pos_embed)", "INPUT.SIZE_TRAIN"):
         start("test_vit", saved(tmp_path, larger), "self")
 
 
-def test_without_a_network_it_is_said_what_to_download(place):
+def test_missing_network_error_names_the_download(place):
     settings = ("OUTPUT_DIR", "no_weights", "MODEL.NAME", "timm/test_vit", "MODEL.PRETRAIN_CHOICE", "imagenet")
     said = place.refusal("train", *settings, num_ranks=2, code=1)
     assert "MODEL.PRETRAIN_CHOICE" in said
     assert re.search(r"https://huggingface\.co/timm/test_vit\.r160_in1k .*MODEL\.PRETRAIN_PATH", said), said
 
 
-def test_a_model_without_pretrained_weights_says_so():
+def test_model_without_pretrained_weights_is_an_error():
     with refused(WorldError, "MODEL.PRETRAIN_CHOICE", "timm/test_vit4", "MODEL.PRETRAIN_PATH"):
         start("test_vit4", "")
 

@@ -39,7 +39,7 @@ def without_key(place) -> Ended:
     return place.train(*settings, environment={"WANDB_MODE": None})
 
 
-def test_without_a_key_the_run_is_recorded_offline_and_can_be_sent_later(place, without_key):
+def test_run_without_key_is_recorded_offline_with_sync_command(place, without_key):
     begun, ended = lines(without_key)
     assert all(fact in begun for fact in ("run a name ", "offline", "WANDB_API_KEY")), begun
     (folder,) = (place.folder / "no key" / "wandb").glob("offline-run-*")
@@ -79,7 +79,7 @@ def without_server(place) -> Ended:
     return place.train(*settings, environment=NO_SERVER)
 
 
-def test_without_a_server_the_run_is_recorded_offline_after_bounded_seconds(place, without_server):
+def test_run_without_server_is_recorded_offline(place, without_server):
     begun, _ = lines(without_server)
     assert begun.startswith("W&B: run ")
     assert "offline" in begun
@@ -94,7 +94,7 @@ def test_the_key_is_written_nowhere(place, without_server):
     assert not [file for file in files if file.is_file() and KEY.encode() in file.read_bytes()]
 
 
-def test_a_key_that_is_none_is_named_and_training_goes_on(place):
+def test_invalid_key_is_named_and_training_continues_offline(place):
     settings = ("OUTPUT_DIR", "bad key", "WANDB.ENABLE", "yes", "SOLVER.MAX_EPOCHS", 1)
     ended = place.train(*settings, environment={"WANDB_MODE": None, "WANDB_API_KEY": "short"})
     assert "offline" in lines(ended)[0]
@@ -117,14 +117,14 @@ def test_a_key_that_is_none_is_named_and_training_goes_on(place):
         ),
     ],
 )
-def test_where_it_is_not_wanted_nothing_is_recorded(place, tmp_path, settings, environment, said):
+def test_disabled_tracking_records_nothing(place, tmp_path, settings, environment, said):
     ended = place.train("OUTPUT_DIR", tmp_path / "run", "SOLVER.MAX_EPOCHS", 1, *settings, environment=environment)
     assert len(lines(ended)) == len(said)
     assert all(words in line for words, line in zip(said, lines(ended), strict=True))
     assert not (tmp_path / "run" / "wandb").exists()
 
 
-def test_settings_that_wandb_refuses_are_said_once_before_training(place):
+def test_settings_rejected_by_wandb_are_reported_before_training(place):
     settings = ("OUTPUT_DIR", "refused", "WANDB.ENABLE", "yes")
     said = place.refusal("train", *settings, environment={"WANDB_MODE": "ofline"}, num_ranks=2, code=2)
     assert "'ofline'" in said
@@ -167,7 +167,7 @@ def test_training_outlives_wandbs_own_process(place):
     assert "epoch 3: mAP" in ended.out
 
 
-def test_a_job_without_a_home_is_no_reason_to_complain(place):
+def test_missing_home_variable_gives_no_warning(place):
     settings = ("OUTPUT_DIR", "homeless", "WANDB.ENABLE", "yes", "SOLVER.MAX_EPOCHS", 1)
     nowhere = {"HOME": None, "WANDB_CACHE_DIR": None, "WANDB_DATA_DIR": None, "WANDB_CONFIG_DIR": None}
     ended = place.train(*settings, environment=nowhere)

@@ -22,7 +22,7 @@ def assert_agrees(rates, case):
 
 
 @given(retrievals(TIED))
-def test_rates_agree_with_trying_every_threshold_whatever_ties_and_infinities(case):
+def test_rates_equal_every_threshold_with_ties_and_infinities(case):
     assert_agrees(scores_from_distmat(*case, fprs=RATES).tpr_at_fpr, case)
 
 
@@ -39,7 +39,7 @@ def test_rates_of_float32_distances_agree(case):
 
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_embeddings_of_different_queries_are_compared_by_their_distances(golden, distance, dtype):
+def test_rates_from_embeddings_equal_those_from_distances(golden, distance, dtype):
     """Queries of quite different lengths, which their own rankings do not show."""
     q, q_pids, q_camids, g, g_pids, g_camids = sides(golden)
     q = (q * np.random.default_rng(0).uniform(0.5, 2, (len(q), 1))).astype(dtype)
@@ -53,7 +53,7 @@ def test_embeddings_of_different_queries_are_compared_by_their_distances(golden,
     assert retrieval_scores(*given, distance=distance, fprs=RATES[1:]).tpr_at_fpr == pytest.approx(rates, abs=tolerance)
 
 
-def test_rates_are_those_of_a_dense_sort_over_more_than_one_block_of_queries():
+def test_rates_equal_dense_sort_over_several_query_blocks():
     rng = np.random.default_rng(0)
     distmat = rng.random((2 * metrics.QUERY_BLOCK + 3, 400), dtype=np.float32)
     (q_pids, q_camids), (g_pids, g_camids) = ((rng.integers(0, 30, n), rng.integers(0, 4, n)) for n in distmat.shape)
@@ -73,7 +73,7 @@ def test_the_size_of_the_blocks_of_queries_changes_nothing(monkeypatch, size):
     assert scores_from_distmat(*case, fprs=RATES).tpr_at_fpr == whole
 
 
-def test_distances_that_only_float64_tells_apart():
+def test_distances_are_compared_in_float64():
     distmat = np.array([[1 + 2e-15, 1 + 4e-15, 1 + 3e-15, 1]])
     scores = scores_from_distmat(distmat, [1], [0], [1, 1, 2, 3], [1, 1, 1, 1], fprs=[0.0, 0.5])
     assert scores.tpr_at_fpr == {0.0: 0, 0.5: 0.5}
@@ -114,12 +114,12 @@ def test_the_summary_names_the_rates():
 
 
 @pytest.mark.parametrize("fpr", [1.0, -0.1, math.nan])
-def test_rates_that_are_none_are_refused(fpr):
+def test_rates_that_are_none_are_rejected(fpr):
     with pytest.raises(ValueError, match="rates"):
         scores_from_distmat(*without_ties(), fprs=[0.1, fpr])
 
 
-def test_counts_without_a_positive_pair_are_refused():
+def test_counts_without_a_positive_pair_are_rejected():
     with pytest.raises(ValueError, match="pair"):
         tpr_at_fpr(lambda level, prefixes: torch.ones(1, 2, 4) * torch.tensor([[1], [0]]), [0.1], 2)
 

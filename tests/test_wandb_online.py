@@ -98,7 +98,7 @@ def runs(server: WandbServer) -> tuple[Run, Run]:
     return trained, evaluated
 
 
-def test_two_ranks_are_one_run_that_says_where_it_is_twice(place, story):
+def test_two_ranks_are_one_run_whose_url_is_printed_twice(place, story):
     server, ended, _ = story
     run, _ = runs(server)
     url = f"{server.url}/{ENTITY}/{PROJECT}/runs/{run.name}"
@@ -118,7 +118,7 @@ def test_every_row_arrives(place, story):
     assert run.summary["val/mAP_best"] == pytest.approx(max(r["mAP"] for r in records(place.folder / "online", "val")))
 
 
-def test_the_best_and_the_last_checkpoint_are_kept_under_their_names(place, story):
+def test_best_and_last_checkpoints_are_logged_as_artifacts(place, story):
     server, _, _ = story
     run, _ = runs(server)
     for kind, type_, name in (("best", "model", ""), ("last", "checkpoint", "-last")):
@@ -140,7 +140,7 @@ def test_what_is_sent_is_not_kept_twice(place, story):
     assert sum(file.stat().st_size for file in copies) < 1e6
 
 
-def test_the_evaluation_is_a_run_that_used_the_model_and_the_test_images(story):
+def test_evaluation_run_uses_model_and_dataset_artifacts(story):
     server, _, _ = story
     trained, evaluated = runs(server)
     made = {artifact.id: artifact for artifact in server.artifacts}
@@ -179,7 +179,7 @@ def photos(place) -> Path:
 
 
 @pytest.mark.slow
-def test_embed_search_and_export_fetch_the_model_and_its_settings_too(place, story, photos):
+def test_embed_search_and_export_fetch_model_from_wandb(place, story, photos):
     server, _, _ = story
     trained = next(iter(server.runs))
     weight = f"wandb:{ENTITY}/{PROJECT}/synthetic-resnet18-{trained}:best"
@@ -214,7 +214,7 @@ def test_embed_search_and_export_fetch_the_model_and_its_settings_too(place, sto
         (f"wandb:{ENTITY}/{PROJECT}/nothing:best", "nothing:best cannot be fetched from W&B: ", 1),
     ],
 )
-def test_a_model_that_is_not_there_is_one_sentence(place, story, photos, weight, words, code):
+def test_missing_model_artifact_is_reported_in_one_sentence(place, story, photos, weight, words, code):
     given = settings("gone", 2, "TEST.WEIGHT", weight)
     options = {"environment": story[0].environment, "num_ranks": 2, "code": code}
     assert words in place.refusal("evaluate", *given, **options)
@@ -232,7 +232,7 @@ def test_the_key_is_written_nowhere(place, story):
 
 
 @pytest.mark.slow
-def test_a_preempted_run_goes_on_as_the_same_run(place, server):
+def test_preempted_run_resumes_as_the_same_run(place, server):
     given = settings("preempted", 6)
     stop = partial(at_step, 4, partial(signal_self, signal.SIGTERM))
     stopped = place.run("train", *given, environment=server.environment, num_ranks=2, before=stop)
@@ -247,7 +247,7 @@ def test_a_preempted_run_goes_on_as_the_same_run(place, server):
 
 
 @pytest.mark.slow
-def test_a_run_that_wandb_stops_is_saved_and_not_called_preempted(place, server):
+def test_run_stopped_by_wandb_is_saved_and_not_marked_preempted(place, server):
     """A sweep that ends a hopeless trial would hand it out again."""
     ranks = place.start("train", *settings("stopped", 200), environment=server.environment, num_ranks=2)
     ranks.wait_for("epoch 2/200 step 2/2")
@@ -270,7 +270,7 @@ def wait_for_rows(folder: Path, number: int) -> None:
 
 
 @pytest.mark.slow
-def test_rows_survive_when_rank_0_is_killed_and_arrive_with_the_next_start(place, server):
+def test_rows_of_killed_rank_0_arrive_with_the_next_start(place, server):
     given = settings("killed", 6)
     ranks = place.start("train", *given, environment=server.environment, before=partial(at_step, 6, hang))
     wait_for_rows(place.folder / "killed", 5)
@@ -281,7 +281,7 @@ def test_rows_survive_when_rank_0_is_killed_and_arrive_with_the_next_start(place
 
 
 @pytest.mark.slow
-def test_what_was_recorded_without_a_server_is_sent_before_the_run_goes_on(place, server):
+def test_offline_records_are_synced_before_the_run_resumes(place, server):
     given = settings("later", 5, "WANDB.INIT_TIMEOUT", 1, "WANDB.LOG_CHECKPOINTS", "best")
     server.stop()
     stop = partial(at_step, 4, partial(signal_self, signal.SIGTERM))
@@ -296,7 +296,7 @@ def test_what_was_recorded_without_a_server_is_sent_before_the_run_goes_on(place
 
 
 @pytest.mark.slow
-def test_three_offline_pieces_become_one_run_with_every_checkpoint(place, server):
+def test_three_offline_parts_become_one_run_with_all_checkpoints(place, server):
     given = settings("pieces", 6, "WANDB.LOG_CHECKPOINTS", "best+last")
     for _ in range(2):
         (ended,) = place.run("train", *given, before=partial(at_step, 4, partial(signal_self, signal.SIGTERM)))
@@ -357,7 +357,7 @@ def check_all_arrived(place: Place, server: WandbServer, folder: str, num_steps:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", AWAY)
-def test_a_server_that_goes_away_in_the_middle_costs_neither_training_nor_a_row(place, server, how):
+def test_server_loss_during_training_loses_no_rows(place, server, how):
     given = settings(f"away {how}", 4, "WANDB.FINISH_TIMEOUT", 12)
     go_on = place.folder / f"go on {how}"
     ranks = place.start(
@@ -381,7 +381,7 @@ def test_a_server_that_goes_away_in_the_middle_costs_neither_training_nor_a_row(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["W&B: run ", "epoch 2: mAP"])
-def test_a_server_that_goes_away_before_the_first_artifact_or_at_the_end_costs_nothing(place, server, moment):
+def test_server_loss_before_artifact_or_at_the_end_loses_nothing(place, server, moment):
     folder = f"away at {len(moment)}"
     ranks = place.start("train", *settings(folder, 2, "WANDB.FINISH_TIMEOUT", 6), environment=server.environment)
     ranks.wait_for(moment)
@@ -431,7 +431,7 @@ def paused_then_stopped() -> None:
 
 
 @pytest.mark.slow
-def test_what_a_server_that_went_away_has_missed_is_sent_by_the_next_start(place, server):
+def test_next_start_sends_what_a_lost_server_missed(place, server):
     given = settings("came back", 4)
     ranks = place.start(
         *("train", *given, "WANDB.FINISH_TIMEOUT", 6), environment=server.environment, before=paused_then_stopped
@@ -451,7 +451,7 @@ def test_what_a_server_that_went_away_has_missed_is_sent_by_the_next_start(place
 
 
 @pytest.mark.slow
-def test_wandbs_own_process_ends_with_a_killed_rank_0_also_without_a_server(place, server):
+def test_wandb_process_ends_with_killed_rank_0_without_server(place, server):
     given = settings("orphan", 4)
     ranks = place.start("train", *given, environment=server.environment, before=partial(at_step, 6, hang))
     ranks.wait_for("epoch 1/4 step 2/2")

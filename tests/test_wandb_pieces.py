@@ -33,7 +33,7 @@ def pieces(tmp_path) -> list[Path]:
     return made
 
 
-def test_the_pieces_of_a_run_come_in_the_order_of_time_until_they_are_sent(tmp_path, pieces):
+def test_unsent_pieces_of_a_run_are_in_chronological_order(tmp_path, pieces):
     assert unsent_pieces(tmp_path, "abc") == pieces[:3]
     mark_sent(pieces[1])
     assert unsent_pieces(tmp_path, "abc") == [pieces[0], pieces[2]]
@@ -44,7 +44,7 @@ def test_wandb_is_asked_for_those_that_began_online_too(pieces):
     assert sync_words(pieces[:2]) == ["wandb", "sync", "--include-online", *map(str, pieces[:2])]
 
 
-def test_a_kept_file_outlives_rotation_and_goes_when_all_runs_of_the_folder_are_sent(tmp_path, pieces):
+def test_kept_file_is_removed_only_after_all_runs_are_sent(tmp_path, pieces):
     file = tmp_path / "best_0001.pt"
     file.write_text("weights")
     kept = keep(file, pieces[0])
@@ -59,7 +59,7 @@ def test_a_kept_file_outlives_rotation_and_goes_when_all_runs_of_the_folder_are_
     assert not kept.exists()
 
 
-def test_what_a_killed_process_kept_is_found_with_all_that_wandb_is_to_know(tmp_path, pieces):
+def test_checkpoint_of_killed_process_is_found_with_metadata(tmp_path, pieces):
     file = tmp_path / "best_0002.pt"
     file.write_text("weights")
     saved = SavedCheckpoint("best", file, {"epoch": 2, "iteration": 20, "mAP": 0.5})
@@ -79,7 +79,7 @@ def as_python(monkeypatch, folder: Path, script: str) -> None:
     monkeypatch.setattr(sys, "executable", str(program))
 
 
-def test_what_wandb_marks_as_sent_is_not_where_its_log_says_otherwise(tmp_path, pieces, monkeypatch):
+def test_piece_marked_synced_is_unsent_if_the_log_has_an_error(tmp_path, pieces, monkeypatch):
     line = {"level": "ERROR", "msg": "sender: failed to log artifact: giving up", "sync_path": "$5/run-abc.wandb"}
     as_python(
         monkeypatch,
@@ -102,7 +102,7 @@ def test_a_log_that_is_cut_off_is_read_as_far_as_it_goes(tmp_path, pieces, monke
     assert unsent_pieces(tmp_path, "abc") == pieces[1:3]
 
 
-def test_a_wandb_that_does_not_come_to_an_end_is_ended_with_its_own_process(tmp_path, pieces, monkeypatch):
+def test_hanging_wandb_sync_is_killed_with_its_service(tmp_path, pieces, monkeypatch):
     shutil.copy(shutil.which("sleep"), tmp_path / "wandb-core")
     as_python(monkeypatch, tmp_path, f'{tmp_path}/wandb-core 1000 &\necho $! > "{tmp_path}/pid"\nwait')
     assert not send(pieces[:1], 2)

@@ -28,7 +28,7 @@ def start(seconds: int) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", WORKER, str(seconds)], stdout=subprocess.PIPE, text=True)
 
 
-def test_what_a_killed_process_leaves_behind_is_ended_and_the_watcher_too():
+def test_service_and_watcher_of_a_killed_process_are_ended():
     with start(1000) as worker:
         service, watcher = map(psutil.Process, map(int, worker.stdout.readline().split()))
         sessions = {os.getsid(process.pid) for process in (worker, service, watcher)}

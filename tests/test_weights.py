@@ -69,7 +69,7 @@ class Malicious:
         return exec, ("open('executed', 'w').close()",)
 
 
-def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path, monkeypatch):
+def test_a_file_that_would_run_code_is_rejected_and_runs_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "w.pth").write_bytes(pickle.dumps({"model": Malicious()}))
     with refused(WorldError, "TEST.WEIGHT", "w.pth", "any code"):
@@ -102,7 +102,7 @@ def test_a_damaged_file_never_gives_anything_but_our_error(tmp_path, seed):
 
 
 @pytest.mark.parametrize("content", [torch.zeros(3), [1, 2], {1: torch.zeros(1)}, {"model": "resnet18"}])
-def test_a_file_without_a_state_dict_is_refused(tmp_path, content):
+def test_a_file_without_a_state_dict_is_rejected(tmp_path, content):
     torch.save(content, tmp_path / "w.pth")
     with refused(WorldError, "TEST.WEIGHT", f"TEST.WEIGHT={tmp_path}/w.pth", "state dict"):
         read_file(tmp_path / "w.pth", "TEST.WEIGHT")
@@ -124,7 +124,7 @@ def test_what_was_loaded_and_what_was_not_is_reported(caplog):
     assert torch.equal(module[1].weight, kept)
 
 
-def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
+def test_mismatched_state_is_rejected_and_changes_nothing():
     module = nn.Linear(2, 3)
     before = module.weight.clone()
     state = {"weight": torch.ones(9, 9), "scale": torch.ones(1)}
@@ -154,7 +154,7 @@ def test_files_from_before_batches_were_counted_still_load(caplog):
 # ---- what a training starts from ----
 
 
-def test_torchvisions_layout_fills_the_whole_trunk(imagenet):
+def test_torchvision_weights_fill_the_complete_backbone(imagenet):
     file, state = imagenet
     model = model_of()
     classifier = model.classifier.weight.clone()
@@ -182,7 +182,7 @@ def test_torchvisions_layout_fills_the_whole_trunk(imagenet):
         ("se_resnet152", "senet154", "layer0.conv2.weight"),
     ],
 )
-def test_weights_of_another_architecture_are_refused_by_an_entry_and_their_name(of_file, of_model, entry):
+def test_other_architecture_is_rejected_with_entry_and_name(of_file, of_model, entry):
     with torch.device("meta"):
         file, model = (BACKBONES[name](last_stride=2, stem_relu=True) for name in (of_file, of_model))
         whole_file, whole_model = (build_model(settings(f"MODEL.NAME={name}"), 3) for name in (of_file, of_model))
@@ -194,13 +194,13 @@ def test_weights_of_another_architecture_are_refused_by_an_entry_and_their_name(
 
 
 @pytest.mark.parametrize(("of_file", "of_model"), [("resnet34", "resnet18"), ("resnet18", "resnet34")])
-def test_a_file_of_another_architecture_is_refused_where_it_is_named(tmp_path, of_file, of_model):
+def test_imagenet_file_of_another_backbone_is_rejected(tmp_path, of_file, of_model):
     torch.save(BACKBONES[of_file](last_stride=2, stem_relu=True).state_dict(), tmp_path / "w.pth")
     with refused(WorldError, "MODEL.PRETRAIN_PATH", f"{tmp_path}/w.pth", f"MODEL.NAME {of_file},"):
         start(f"MODEL.NAME={of_model}", "MODEL.PRETRAIN_CHOICE=imagenet", f"MODEL.PRETRAIN_PATH={tmp_path / 'w.pth'}")
 
 
-def test_a_file_of_no_backbone_of_ours_is_refused_without_a_guess():
+def test_unknown_architecture_is_rejected_without_a_suggestion():
     state = resnext50_32x4d(weights=None).state_dict()
     with refused(WorldError, None, "layer1.0.conv1.weight", "MODEL.NAME and MODEL.NECK"):
         load_state(BACKBONES["resnet50"](last_stride=1, stem_relu=True), state, "X", optional=("fc.",))
@@ -217,7 +217,7 @@ def test_a_file_of_no_backbone_of_ours_is_refused_without_a_guess():
         ("se_resnet50", "last_linear", "without classifier"),
     ],
 )
-def test_every_layout_of_imagenet_weights_fills_the_whole_trunk(tmp_path, caplog, name, classifier, layout):
+def test_all_imagenet_weight_layouts_fill_the_complete_backbone(tmp_path, caplog, name, classifier, layout):
     """torchvision's, Cadene's and IBN-Net's names, wrapped or not, and files from before batches were counted."""
     trunk = BACKBONES[name](last_stride=2, stem_relu=True)
     own = {key: value for key, value in trunk.state_dict().items() if not key.startswith("fc.")}
@@ -267,7 +267,7 @@ def unreachable(*arguments, **options):
 
 @pytest.mark.parametrize("folder", ["torch/hub/checkpoints", ".cache/torch/checkpoints", ".torch/models"])
 @pytest.mark.parametrize("file", ["resnet18-f37072fd.pth", "resnet18-5c106cde.pth"])
-def test_weights_that_the_machine_has_are_found_under_their_names_without_a_network(home, imagenet, folder, file):
+def test_cached_weights_are_found_by_file_name_without_network(home, imagenet, folder, file):
     (home / folder).mkdir(parents=True)
     (home / folder / file).write_bytes(imagenet[0].read_bytes())
     model = start("MODEL.PRETRAIN_CHOICE=imagenet")
@@ -275,7 +275,7 @@ def test_weights_that_the_machine_has_are_found_under_their_names_without_a_netw
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_without_them_it_is_said_what_to_download_and_where_to_put_it(home, name):
+def test_missing_weights_error_names_url_and_cache_folder(home, name):
     remedies = (SOURCES[name].url, f"{home}/torch/hub/checkpoints", "MODEL.PRETRAIN_PATH", "MODEL.PRETRAIN_CHOICE none")
     with refused(WorldError, "MODEL.PRETRAIN_CHOICE", f" {name} ", "no network here", *remedies):
         initialise(torch.nn.Module(), settings(f"MODEL.NAME={name}", "MODEL.PRETRAIN_CHOICE=imagenet"))
@@ -316,7 +316,7 @@ def test_a_download_is_checked_and_kept(home, imagenet, monkeypatch):
 # ---- whole models ----
 
 
-def test_a_checkpoint_of_the_whole_model_is_taken_with_its_classifier(tmp_path):
+def test_full_model_checkpoint_is_loaded_with_its_classifier(tmp_path):
     source = model_of()
     torch.save({"epoch": 3, "model": source.state_dict()}, tmp_path / "best.pt")
     target = model_of()
@@ -324,13 +324,13 @@ def test_a_checkpoint_of_the_whole_model_is_taken_with_its_classifier(tmp_path):
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in target.state_dict().items())
 
 
-def test_a_checkpoint_with_other_identities_is_refused_for_training(tmp_path):
+def test_other_number_of_identities_is_rejected_for_training(tmp_path):
     torch.save(model_of(num_pids=6).state_dict(), tmp_path / "w.pt")
     with refused(WorldError, "MODEL.PRETRAIN_PATH", "(classifier.weight)", "(6, 512)", "(5, 512)", "finetune"):
         start("MODEL.PRETRAIN_CHOICE=self", f"MODEL.PRETRAIN_PATH={tmp_path / 'w.pt'}")
 
 
-def test_a_checkpoint_with_other_identities_is_taken_for_finetuning_but_for_what_belongs_to_them(tmp_path, caplog):
+def test_finetuning_reinitializes_classifier_and_centers_only(tmp_path, caplog):
     center = ("MODEL.IF_WITH_CENTER=yes", "MODEL.METRIC_LOSS_TYPE=triplet_center")
     source = model_of(*center, num_pids=6)
     golden_weights.fill(source)
@@ -370,7 +370,7 @@ def test_a_checkpoint_with_other_identities_is_taken_for_finetuning_but_for_what
     ids=["no neck", "another backbone", "a backbone alone", "not whole"],
 )
 @pytest.mark.parametrize("choice", ["self", "finetune"])
-def test_backbone_and_neck_must_be_whole(tmp_path, choice, state, words):
+def test_backbone_and_neck_must_be_complete(tmp_path, choice, state, words):
     torch.save(state(), tmp_path / "w.pt")
     with refused(WorldError, "MODEL.PRETRAIN_PATH", f"MODEL.PRETRAIN_PATH={tmp_path}/w.pt", *words):
         start(f"MODEL.PRETRAIN_CHOICE={choice}", f"MODEL.PRETRAIN_PATH={tmp_path / 'w.pt'}")
@@ -393,7 +393,7 @@ def test_safetensors_are_read_too(tmp_path, imagenet):
 
 
 @pytest.mark.parametrize("name", ["resnet50_ibn_a", "resnet18"])
-def test_published_checkpoints_are_taken_whole(tmp_path, name):
+def test_published_checkpoints_are_loaded_completely(tmp_path, name):
     """By name and shape as reid-strong-baseline has saved them, for training and for retrieval."""
     published = {
         key: torch.from_numpy(golden_weights.weight(key, tuple(shape))).float() if shape else torch.tensor(0)
@@ -410,7 +410,7 @@ def test_published_checkpoints_are_taken_whole(tmp_path, name):
         assert torch.equal(model.eval()(images), retrieval.eval()(images))
 
 
-def test_evaluation_takes_backbone_and_neck_whatever_the_classifier():
+def test_evaluation_loads_backbone_and_neck_for_any_classifier():
     source, target = model_of(num_pids=6), model_of(num_pids=1)
     nn.init.normal_(source.bottleneck.weight)
     load_for_evaluation(target, {"model": source.state_dict()}, "FILE")
@@ -422,7 +422,7 @@ def test_evaluation_takes_backbone_and_neck_whatever_the_classifier():
 # ---- as the user meets it ----
 
 
-def test_weights_that_cannot_be_fetched_are_named_with_the_place_to_put_them(place):
+def test_failed_download_names_url_and_target_folder(place):
     settings = ("OUTPUT_DIR", "no_weights", "MODEL.PRETRAIN_CHOICE", "imagenet")
     said = place.refusal("train", *settings, environment={"TORCH_HOME": "torch home"}, num_ranks=2, code=1)
     assert "https://download.pytorch.org/models/resnet18-f37072fd.pth" in said
@@ -431,7 +431,7 @@ def test_weights_that_cannot_be_fetched_are_named_with_the_place_to_put_them(pla
     assert "MODEL.PRETRAIN_PATH" in said
 
 
-def test_evaluating_weights_of_another_architecture_is_refused_once(place):
+def test_evaluating_other_architecture_is_rejected_once(place):
     file = place.folder / "resnet34.pt"
     torch.save(model_of("MODEL.NAME=resnet34").state_dict(), file)
     said = place.refusal("evaluate", "OUTPUT_DIR", "other", "TEST.WEIGHT", "resnet34.pt", num_ranks=2, code=1)
@@ -439,7 +439,7 @@ def test_evaluating_weights_of_another_architecture_is_refused_once(place):
     assert "base.layer" in said
 
 
-def test_without_a_checkpoint_to_evaluate_the_best_of_the_run_is_offered(place):
+def test_missing_weight_error_suggests_best_checkpoint_of_run(place):
     folder = place.folder / "offered" / "checkpoints"
     folder.mkdir(parents=True)
     for name in ("best_0099_mAP_0.5000.pt", "best_10000_mAP_0.6000.pt"):
@@ -449,7 +449,7 @@ def test_without_a_checkpoint_to_evaluate_the_best_of_the_run_is_offered(place):
     assert "offered/checkpoints/best_10000_mAP_0.6000.pt" in said
 
 
-def test_reid_strong_baselines_command_to_go_on_from_its_own_file(place):
+def test_resume_command_of_reid_strong_baseline_continues_epochs(place):
     """Behind the epoch in the file's name, at that epoch's learning rate; the optimiser's file is not there."""
     state = build_model(settings("MODEL.STEM_RELU=yes"), 8).state_dict()
     torch.save(state, place.folder / "resnet18_model_2.pth", _use_new_zipfile_serialization=False)
@@ -479,7 +479,7 @@ def test_reid_strong_baselines_command_to_go_on_from_its_own_file(place):
         ("INPUT.PIXEL_MEAN=(0,0,0)", ("INPUT.PIXEL_MEAN", "[0.485, 0.456, 0.406]", "[0.0, 0.0, 0.0]")),
     ],
 )
-def test_a_checkpoint_used_with_settings_that_would_give_nonsense_is_refused(changed, words):
+def test_checkpoint_with_incompatible_settings_is_rejected(changed, words):
     content = {"model": model_of().state_dict(), "config": dump(settings())}
     source = {"source": "TEST.WEIGHT=x.pt", "key": "TEST.WEIGHT"}
     check_settings(content, settings("TEST.NECK_FEAT=before", "INPUT.SIZE_TEST=(64,32)"), **source)
@@ -487,7 +487,7 @@ def test_a_checkpoint_used_with_settings_that_would_give_nonsense_is_refused(cha
         check_settings(content, settings(changed), **source)
 
 
-def test_a_normalisation_left_to_the_backbone_is_compared_as_what_it_is():
+def test_default_normalization_is_compared_by_its_actual_values():
     vit = ("MODEL.NAME=timm/test_vit",)
     content = {"config": dump(settings(*vit))}
     check_settings(content, settings(*vit, "INPUT.PIXEL_MEAN=(.5,.5,.5)", "INPUT.PIXEL_STD=(.5,.5,.5)"), "X", key="X")
@@ -499,7 +499,7 @@ def test_a_normalisation_left_to_the_backbone_is_compared_as_what_it_is():
     ("name", "relu", "num_warnings"),
     [("resnet18", "no", 0), ("resnet18", "yes", 1), ("resnet50_ibn_a", "yes", 0), ("se_resnet50", "yes", 0)],
 )
-def test_a_state_dict_of_others_has_no_settings_to_compare_but_no_relu_in_the_stem(name, relu, num_warnings, caplog):
+def test_foreign_state_dict_warns_only_about_stem_relu(name, relu, num_warnings, caplog):
     cfg = settings(f"MODEL.NAME={name}", f"MODEL.STEM_RELU={relu}")
     with caplog.at_level(logging.WARNING, "reid.weights"):
         check_settings(model_of().state_dict(), cfg, "TEST.WEIGHT=x.pt", key="TEST.WEIGHT")
@@ -520,7 +520,7 @@ def test_the_remedy_is_one_for_this_file(state, words):
         load_state(model_of(), state(), "MODEL.PRETRAIN_PATH=x.pt", key="MODEL.PRETRAIN_PATH")
 
 
-def test_a_whole_model_is_no_backbone():
+def test_full_model_is_rejected_as_a_backbone():
     source = {"source": "MODEL.PRETRAIN_PATH=x.pt", "key": "MODEL.PRETRAIN_PATH"}
     with refused(WorldError, "MODEL.PRETRAIN_PATH", "x.pt", "MODEL.PRETRAIN_CHOICE self, or finetune"):
         load_state(model_of().base, model_of().state_dict(), optional=("fc.",), **source)

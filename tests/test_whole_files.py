@@ -29,7 +29,7 @@ def test_an_error_leaves_what_stood_there_and_nothing_else(tmp_path):
     assert file.read_text() == "old"
 
 
-def test_a_full_disk_is_said_in_a_sentence(tmp_path):
+def test_full_disk_is_reported_in_one_sentence(tmp_path):
     with (
         refused(WorldError, "--output", "out ", "No space left"),
         disk_errors("out", key="--output"),
@@ -37,7 +37,7 @@ def test_a_full_disk_is_said_in_a_sentence(tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_folder_that_is_missing_is_said_in_a_sentence(tmp_path):
+def test_missing_folder_is_reported_in_one_sentence(tmp_path):
     with (
         refused(WorldError, "--json", f"{tmp_path}/no/a.txt", "No such file"),
         appearing(tmp_path / "no" / "a.txt", key="--json") as file,

@@ -116,13 +116,13 @@ leave(0)
 """
 
 
-def test_a_program_ends_while_its_loader_processes_would_go_on():
+def test_program_exits_while_loader_workers_are_still_running():
     words = [sys.executable, "-c", KEEPS_AN_ITERATOR]
     done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
 
 
-def test_a_process_that_is_gone_as_soon_as_it_is_started_is_named(monkeypatch):
+def test_worker_that_dies_on_start_is_reported(monkeypatch):
     monkeypatch.setattr(workers, "_ignore_signals", lambda worker_id: os._exit(1))
     start = multiprocessing.context.ForkProcess.start
 
@@ -150,7 +150,7 @@ def test_an_error_of_the_data_set_stays_what_it_is(fourth, error):
     assert type(raised.value) is error
 
 
-def test_processes_that_cannot_be_started_are_said_in_a_sentence(monkeypatch):
+def test_failure_to_start_workers_is_reported_in_one_sentence(monkeypatch):
     def fork():
         raise BlockingIOError(11, "Resource temporarily unavailable")
 

@@ -41,23 +41,23 @@ def test_the_tasks_of_a_slurm_step_are_ranks():
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
-def test_many_processes_that_cannot_find_each_other_are_refused(name):
+def test_many_processes_that_cannot_find_each_other_are_rejected(name):
     with refused(WorldError, name, "2 processes", "RANK, LOCAL_RANK", "torchrun --nproc_per_node=N", f"unset {name}"):
         read_world({name: "2"})
 
 
 @pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
-def test_half_of_torchruns_variables_are_refused_by_the_name_of_the_other_half(missing):
+def test_incomplete_torchrun_variables_are_rejected_by_name(missing):
     with refused(WorldError, "WORLD_SIZE", f"but {missing} is not set"):
         read_world({name: value for name, value in TORCHRUN.items() if name != missing})
 
 
-def test_the_batch_script_of_a_job_with_many_tasks_is_a_single_process():
+def test_batch_script_of_multi_task_job_is_a_single_process():
     assert read_world({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) == World()
 
 
 @pytest.mark.parametrize("value", ["two", "-1", "1.0"])
-def test_a_number_that_is_none_is_refused(value):
+def test_a_number_that_is_none_is_rejected(value):
     with refused(WorldError, "WORLD_SIZE", f"got {value!r}"):
         read_world(TORCHRUN | {"WORLD_SIZE": value})
 
@@ -65,7 +65,7 @@ def test_a_number_that_is_none_is_refused(value):
 @pytest.mark.parametrize(
     ("ranks", "key"), [({"RANK": "4"}, "RANK"), ({"LOCAL_RANK": "4"}, "LOCAL_RANK"), ({"WORLD_SIZE": "0"}, "RANK")]
 )
-def test_ranks_outside_the_world_are_refused(ranks, key):
+def test_ranks_outside_the_world_are_rejected(ranks, key):
     with refused(WorldError, key, "WORLD_SIZE"):
         read_world(TORCHRUN | ranks)
 
@@ -76,7 +76,7 @@ def test_the_tasks_of_a_slurm_step_must_be_its_own():
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
-def test_a_step_of_slurm_with_half_of_torchruns_variables_is_refused(name):
+def test_slurm_step_with_some_torchrun_variables_is_rejected(name):
     with refused(WorldError, "SLURM_STEP_NUM_TASKS", "2 processes"):
         read_world(SLURM | {name: "1"})
 
@@ -91,7 +91,7 @@ def test_a_step_of_slurm_with_half_of_torchruns_variables_is_refused(name):
         (SLURM | {"SLURM_LOCALID": "1"}, False),
     ],
 )
-def test_one_process_speaks_for_its_node(environment, speaks):
+def test_one_process_per_node_reports_errors(environment, speaks):
     assert speaks_for_node(environment) == speaks
 
 
@@ -121,6 +121,6 @@ def test_starts_are_read_of_slurm_and_of_torchrun():
         (Start("7", 1, "7-1"), Start("", 0, ""), None),
     ],
 )
-def test_only_what_was_given_up_is_replaced(own, former, order):
+def test_only_an_earlier_start_of_the_same_job_is_replaced(own, former, order):
     assert own.replaces(former) == (order == "replaces")
     assert own.precedes(former) == (order == "precedes")

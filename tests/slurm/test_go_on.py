@@ -158,7 +158,7 @@ def test_a_failure_ends_the_job_with_the_steps_code(plays):
     assert plays["fails"].left() == ["checkpoints"]
 
 
-def test_a_failure_behind_a_new_checkpoint_is_tried_again_once(plays):
+def test_failure_after_new_checkpoint_is_retried_once(plays):
     job = plays["fails later"].job
     assert job.ended() == ("FAILED", 7, 1)
     assert "to be started again, from last_0001_00000000.pt" in job.said()
@@ -186,20 +186,20 @@ def test_a_job_of_an_array_requeues_itself_alone(plays, index):
     assert play.left() == ["checkpoints"]
 
 
-def test_a_sweeps_agent_lets_its_run_save_and_asks_again_later(plays):
+def test_requeued_sweep_agent_saves_its_run_and_asks_again(plays):
     play = plays["sweep"]
     assert play.job.ended() == ("COMPLETED", 0, 1), play.job.said()
     call = f"launch/sweep.py --sweep-id {play.folder}\n"
     assert (play.folder / "arguments").read_text() == f"{call}saved\n{call}"
 
 
-def test_an_evaluation_that_was_preempted_begins_anew_and_one_that_fails_ends(plays):
+def test_preempted_evaluation_restarts_and_failed_one_ends(plays):
     job = plays["evaluation"].job
     assert job.ended() == ("COMPLETED", 0, 1), job.said()
     assert plays["failed evaluation"].job.ended() == ("FAILED", 7, 0)
 
 
-def test_a_cancelled_job_saves_and_stays_away(plays):
+def test_cancelled_job_saves_and_is_not_requeued(plays):
     play = plays["cancelled"]
     assert play.job.ended()[::2] == ("CANCELLED", 0), play.job.said()
     assert "PREEMPTED" in play.left()
@@ -214,7 +214,7 @@ def test_a_cancelled_job_saves_and_stays_away(plays):
         ("not installed", "error: VENV_BIN must be the folder of python and torchrun, got not/there; run uv sync"),
     ],
 )
-def test_a_job_that_cannot_be_says_why(plays, name, words):
+def test_job_that_cannot_run_reports_the_reason(plays, name, words):
     job = plays[name].job
     assert job.ended() == ("FAILED", 2, 0)
     assert words in job.said()
@@ -234,7 +234,7 @@ def play(jobs, repository):
     return lambda name, *words, **options: Play(jobs, repository, name, *words, **options)
 
 
-def test_preemption_without_a_warning_requeues_too_even_before_the_training_listens(slurm, jobs, play):
+def test_preemption_without_warning_signal_requeues(slurm, jobs, play):
     """As where the site has not set preempt_send_user_signal: SIGTERM to the step alone."""
     with slurm.configured_without("SlurmctldParameters=preempt_send_user_signal"):
         first = play("preempted", "wait,die", "done", options=("--exclusive", "--nodes=2"))
@@ -253,7 +253,7 @@ def test_the_time_limit_requeues(play):
     assert "SIGUSR1: asks the ranks to save" in limited.job.said()
 
 
-def test_a_start_that_was_cut_off_does_not_requeue_the_one_after_it(slurm, jobs, play):
+def test_disconnected_start_does_not_requeue_its_successor(slurm, jobs, play):
     """Its step fails, behind a new checkpoint, when its node comes back: of the start that runs elsewhere."""
     job = play("cut_off", "until,fail", "wait,save", "done")
     job.wait_until_ready()

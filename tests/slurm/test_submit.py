@@ -85,14 +85,14 @@ def submitted(slurm, place, tmp_path_factory):
     jobs.end()
 
 
-def test_every_word_arrives_as_it_was_given(submitted):
+def test_every_argument_is_passed_on_unchanged(submitted):
     ((_, _, arguments),) = submitted["odd words"].calls()
     assert arguments == ["--config_file", "configs/my file.yml", *ODD, "OUTPUT_DIR", "runs/another one"]
     assert ", OUTPUT_DIR runs/another one, no checkpoint yet\n" in submitted["odd words"].job.said()
     assert ", OUTPUT_DIR runs/of the file, no checkpoint yet\n" in submitted["of the file"].ended().job.said()
 
 
-def test_the_number_of_an_array_goes_into_every_word(submitted):
+def test_array_index_is_substituted_in_every_argument(submitted):
     job = Submitted(submitted["array"].job.task(7), submitted["array"]._records)
     ((_, _, arguments),) = job.calls()
     assert arguments[2:] == ["OUTPUT_DIR", "runs/7 of 7", "SEED=7"]
@@ -107,7 +107,7 @@ def test_the_number_of_an_array_goes_into_every_word(submitted):
         ("array of one", 7, "error: one of the arguments must have {}, for the number of the training, got: --config"),
     ],
 )
-def test_what_is_wrong_is_one_sentence_before_any_step(submitted, name, task, words):
+def test_invalid_submission_is_one_error_line_before_any_step(submitted, name, task, words):
     job = submitted[name].job.task(task) if task else submitted[name].job
     assert job.ended() == ("FAILED", 2, 0)
     assert job.said().startswith(words)

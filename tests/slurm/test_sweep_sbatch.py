@@ -22,16 +22,14 @@ def server(slurm):
     running.stop()
 
 
-def test_without_a_key_the_agent_says_so_in_a_sentence(jobs):
+def test_missing_wandb_key_is_reported_in_one_line(jobs):
     job = jobs.submit("sweep.sbatch", "me/reid/sweep1", options=SMALL, environment={"WANDB_MODE": "online"})
     assert job.task(1).ended() == ("FAILED", 1, 0)
     (said,) = (line for line in job.task(1).said().splitlines() if line.startswith("error"))
     assert said == "error: W&B has no sweep for those without a key; set WANDB_API_KEY, or run: wandb login"
 
 
-def test_a_trial_is_saved_by_the_warning_and_goes_on_when_the_sweep_hands_it_out_again(
-    jobs, place, slow_repository, alone, server
-):
+def test_trial_saved_on_warning_signal_resumes_when_reassigned(jobs, place, slow_repository, alone, server):
     settings = (*EXACT, "SOLVER.MAX_EPOCHS", 8, "SOLVER.EVAL_PERIOD", 4)
     program = str(Path(sys.executable).parent / "torchrun")
     command = [program, "--standalone", "--nproc_per_node=2", "${program}", *jobs.arguments("sweep")]

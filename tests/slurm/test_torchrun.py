@@ -62,7 +62,7 @@ class Training:
             time.sleep(0.1)
 
 
-def test_the_training_goes_on_with_whoever_is_left(two_machines, place, slow_repository, alone):
+def test_training_resumes_on_the_remaining_nodes(two_machines, place, slow_repository, alone):
     expected = alone(*SETTINGS)
     training = Training(two_machines, place, slow_repository, "with_whoever", *SETTINGS, "SOLVER.TIMEOUT_MINUTES", 0.4)
     training.start("n1")

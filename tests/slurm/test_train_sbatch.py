@@ -141,9 +141,7 @@ def test_a_node_that_was_cut_off_and_comes_back_writes_nothing(jobs, place, slow
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
-def test_a_job_of_tasks_outlives_a_rank_and_one_that_was_cancelled_goes_on_where_it_is_submitted_again(
-    jobs, place, slow_repository, alone
-):
+def test_srun_job_survives_killed_rank_and_resumes_after_scancel(jobs, place, slow_repository, alone):
     """First two nodes of two tasks each, then one process of one torchrun, without GPUs."""
     folder = place.folder / "cancelled"
     settings = (*ENOUGH, "SOLVER.CHECKPOINT_EVERY_MINUTES", 1e-9)
@@ -221,7 +219,7 @@ def problems_of(said):
     return [line for line in lines if "in time" not in line and "equally fast" not in line]
 
 
-def test_the_check_finds_nodes_that_differ_and_a_folder_that_will_not_do(jobs, place, tmp_path):
+def test_check_reports_node_differences_and_unshared_output_dir(jobs, place, tmp_path):
     """n2 has another numpy, and OUTPUT_DIR is a small disk that each node has for itself."""
     machines = jobs.slurm.machines
     (about,) = Path(numpy.__file__).parent.parent.glob("numpy-*.dist-info/METADATA")
@@ -246,7 +244,7 @@ def test_the_check_finds_nodes_that_differ_and_a_folder_that_will_not_do(jobs, p
     assert "problems were found before training; see the list above" in job.said()
 
 
-def test_the_check_finds_other_data_a_batch_that_does_not_split_and_a_read_only_folder(jobs, place, tmp_path):
+def test_check_reports_data_batch_size_and_read_only_output_dir(jobs, place, tmp_path):
     machines = jobs.slurm.machines
     place.train("OUTPUT_DIR", "makes_the_data", "SOLVER.MAX_EPOCHS", 1)
     shutil.copytree(place.folder / "data", tmp_path / "data")
@@ -287,7 +285,7 @@ def test_ranks_are_right_without_the_scripts_too(jobs, place):
         assert_same_but_for_rounding(place.folder / name, place.folder / "in_the_script")
 
 
-def test_wrong_settings_are_said_once_before_any_rank_starts(jobs, place):
+def test_invalid_setting_is_reported_once_before_ranks_start(jobs, place):
     job = jobs.train("train.sbatch", "wrong", "SOLVER.BASE_LR", "fast")
     assert job.ended() == ("FAILED", 2, 0)
     assert job.said().startswith("error: SOLVER.BASE_LR must be ")
