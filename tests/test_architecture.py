@@ -187,3 +187,24 @@ def test_every_setting_is_read(key):
 
 def _sources() -> list[tuple[str, str]]:
     return [(name, file.read_text()) for name, file in FILES.items()]
+
+
+# ---- the tests ----
+
+TESTS = {file: ast.parse(file.read_text()) for file in sorted(Path(__file__).parent.rglob("test_*.py"))}
+
+
+def test_every_module_has_its_tests():
+    """In a file of its own name, or in one whose docstring says that it covers the module."""
+    own = {file.stem.removeprefix("test_") for file in TESTS}
+    covered = " ".join(ast.get_docstring(tree) or "" for tree in TESTS.values())
+    dotted = {name: "reid." + name.removesuffix(".py").replace("/", ".") for name in MODULES}
+    missing = [
+        name for name in MODULES if Path(name).stem not in own and not re.search(rf"{dotted[name]}\b(?!\.\w)", covered)
+    ]
+    assert missing == []
+
+
+def test_test_names_have_at_most_60_characters():
+    names = [node.name for tree in TESTS.values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    assert [name for name in names if name.startswith("test_") and len(name) > 60] == []

@@ -1,3 +1,8 @@
+"""Benchmarks by their names, in each of the folders in which they may lie.
+
+Also covers reid.data.sources.
+"""
+
 import logging
 from dataclasses import replace
 from pathlib import Path

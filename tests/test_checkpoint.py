@@ -1,4 +1,7 @@
-"""Checkpoints: which are kept, which are refused, and that none is ever half written or broken."""
+"""Checkpoints: which are kept, which are refused, and that none is ever half written or broken.
+
+Also covers reid.checkpoint_files, reid.handlers.records.
+"""
 
 import io
 import os

@@ -1,4 +1,7 @@
-"""Settings: defaults, old spellings, every refusal, which losses a configuration means, and the way back to YAML."""
+"""Settings: defaults, old spellings, every refusal, which losses a configuration means, and the way back to YAML.
+
+Also covers reid.checks, reid.combinations.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Interrupted is the same as uninterrupted, whatever interrupts it, wherever, on however many ranks it goes on."""
+"""Interrupted is the same as uninterrupted, whatever interrupts it, wherever, on however many ranks it goes on.
+
+Also covers reid.handlers.interruption, reid.handlers.watchdog, reid.start.
+"""
 
 from __future__ import annotations
 

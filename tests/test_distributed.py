@@ -1,4 +1,7 @@
-"""N processes = 1 process, in float64; one launch a number of ranks, see distributed_checks.py."""
+"""N processes = 1 process, in float64; one launch a number of ranks, see distributed_checks.py.
+
+Also covers reid.criterion, reid.evaluation, reid.handlers.guards, reid.handlers.schedule, reid.sync_batchnorm.
+"""
 
 from __future__ import annotations
 

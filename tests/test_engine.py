@@ -1,4 +1,7 @@
-"""The training step: what it computes in, in how many parts, and what is refused."""
+"""The training step: what it computes in, in how many parts, and what is refused.
+
+Also covers reid.accumulation, reid.handlers.meters, reid.wrapping.
+"""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,7 @@
-"""Models that leave for other programs, from the command line to what those programs compute."""
+"""Models that leave for other programs, from the command line to what those programs compute.
+
+Also covers reid.export_checks.
+"""
 
 import json
 import re

@@ -1,4 +1,7 @@
-"""CMC, mAP and mINP against recorded figures and a loop over the ranking; what changes nothing; what is refused."""
+"""CMC, mAP and mINP against recorded figures and a loop over the ranking; what changes nothing; what is refused.
+
+Also covers reid.ranking.
+"""
 
 import math
 

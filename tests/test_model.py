@@ -1,4 +1,7 @@
-"""The model against the published one: names, features, initialisation; and what its settings change."""
+"""The model against the published one: names, features, initialisation; and what its settings change.
+
+Also covers reid.backbones.
+"""
 
 import json
 import re

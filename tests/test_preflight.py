@@ -1,4 +1,7 @@
-"""The check story: what it reports of a healthy world, and what it calls a problem."""
+"""The check story: what it reports of a healthy world, and what it calls a problem.
+
+Also covers reid.trial_steps.
+"""
 
 import os
 import re

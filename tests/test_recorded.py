@@ -1,4 +1,7 @@
-"""Settings out of checkpoints and galleries."""
+"""Settings out of checkpoints and galleries.
+
+Also covers reid.trained.
+"""
 
 import logging
 

@@ -1,4 +1,7 @@
-"""Re-ranking against recorded figures and the dense algorithm; any blocks and ranks alike; what is refused."""
+"""Re-ranking against recorded figures and the dense algorithm; any blocks and ranks alike; what is refused.
+
+Also covers reid.neighbours.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The program from its command line to the files that it leaves behind."""
+"""The program from its command line to the files that it leaves behind.
+
+Also covers reid.handlers.console.
+"""
 
 import csv
 import json

@@ -1,4 +1,7 @@
-"""The pictures that a run leaves behind: what is drawn, when, and that nothing else depends on it."""
+"""The pictures that a run leaves behind: what is drawn, when, and that nothing else depends on it.
+
+Also covers reid.handlers.pictures.
+"""
 
 import logging
 import re

@@ -1,4 +1,7 @@
-"""The generated benchmark: Market-1501's layout and rules, the same bytes each time, never half of it, not too easy."""
+"""The generated benchmark: Market-1501's layout and rules, the same bytes each time, never half of it, not too easy.
+
+Also covers reid.data.people, reid.data.photographs.
+"""
 
 import errno
 import json

@@ -1,3 +1,8 @@
+"""Tables of images: CSV and Parquet.
+
+Also covers reid.data.splits.
+"""
+
 import csv
 import sys
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Weights & Biases as a user meets it: whatever becomes of it, training goes on, and one line says what happened."""
+"""Weights & Biases as a user meets it: whatever becomes of it, training goes on, and one line says what happened.
+
+Also covers reid.handlers.wandb_session.
+"""
 
 import os
 import signal

@@ -1,4 +1,7 @@
-"""Weights & Biases with a server: what arrives, who used what, and a server that goes away at the worst moments."""
+"""Weights & Biases with a server: what arrives, who used what, and a server that goes away at the worst moments.
+
+Also covers reid.handlers.wandb_jobs, reid.weight_file.
+"""
 
 from __future__ import annotations
 

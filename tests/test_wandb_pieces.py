@@ -1,4 +1,7 @@
-"""What lies on the disk of a W&B run; that W&B takes it is in test_wandb_online.py and test_sync_wandb.py."""
+"""What lies on the disk of a W&B run; that W&B takes it is in test_wandb_online.py and test_sync_wandb.py.
+
+Also covers reid.handlers.artifacts.
+"""
 
 import contextlib
 import json

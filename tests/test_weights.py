@@ -1,4 +1,7 @@
-"""Weights from files: what is taken, what is refused, and in which words."""
+"""Weights from files: what is taken, what is refused, and in which words.
+
+Also covers reid.imagenet.
+"""
 
 import json
 import logging
