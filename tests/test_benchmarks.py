@@ -1,6 +1,6 @@
 """Benchmarks by their names, in each of the folders in which they may lie.
 
-Also covers reid.data.sources.
+Also covers reid.data.names, reid.data.sources, reid.data_settings.
 """
 
 import logging
