@@ -106,6 +106,12 @@ def _check_values(cfg: CfgNode) -> None:
             "use fp32, or MODEL.DEVICE cuda",
             key="SOLVER.PRECISION",
         )
+    if cfg.SOLVER.FUSED == "yes" and cfg.SOLVER.OPTIMIZER_NAME == "SGD" and cfg.SOLVER.PRECISION == "fp16":
+        raise SettingsError(
+            "SOLVER.FUSED must be auto or no when SOLVER.OPTIMIZER_NAME is SGD and SOLVER.PRECISION fp16, got yes: "
+            "after an overflow in the first step torch's fused SGD computes with uninitialized memory; use auto",
+            key="SOLVER.FUSED",
+        )
     if cfg.SOLVER.FUSED == "yes" and cfg.SOLVER.OPTIMIZER_NAME not in FUSED:
         raise SettingsError(
             f"SOLVER.FUSED must be auto or no when SOLVER.OPTIMIZER_NAME is {cfg.SOLVER.OPTIMIZER_NAME}, for which "

@@ -131,7 +131,7 @@ SETTINGS: dict[str, tuple[Any, Check]] = {
     "DATALOADER.NUM_INSTANCE": (4, integer(1)),  # K, the images per identity in a P x K batch
     # ---- SOLVER ----
     "SOLVER.OPTIMIZER_NAME": ("Adam", _OPTIMIZERS),  # a class of torch.optim
-    # the whole step of the optimiser in one kernel; auto: where torch has one, for Adam, AdamW and SGD
+    # the whole step of the optimiser in one kernel; auto: where torch has one, for Adam, AdamW and (but for fp16) SGD
     "SOLVER.FUSED": ("auto", one_of("auto", "yes", "no")),
     "SOLVER.MAX_EPOCHS": (120, integer(1)),  # epochs to train
     "SOLVER.BASE_LR": (3.5e-4, real(above=0)),  # learning rate after warm-up

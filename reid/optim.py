@@ -49,7 +49,7 @@ def build_optimizer(solver: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         {"params": weights, "weight_decay": solver.WEIGHT_DECAY, "lr_factor": 1.0},
         {"params": biases, "weight_decay": solver.WEIGHT_DECAY_BIAS, "lr_factor": solver.BIAS_LR_FACTOR},
     ]
-    is_fused = solver.FUSED == "yes" or (solver.FUSED == "auto" and solver.OPTIMIZER_NAME in FUSED)
+    is_fused = solver.FUSED == "yes" or (solver.FUSED == "auto" and _may_be_fused(solver))
     optimizer_class = getattr(torch.optim, solver.OPTIMIZER_NAME)
     momentum = {"momentum": solver.MOMENTUM} if solver.OPTIMIZER_NAME == "SGD" else {}
     fused = {"fused": True} if is_fused else {}
@@ -58,6 +58,16 @@ def build_optimizer(solver: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     )
     set_learning_rate(optimizer, learning_rate(solver, epoch=1))
     return optimizer
+
+
+def _may_be_fused(solver: CfgNode) -> bool:
+    """Return whether the fused step equals the plain one.
+
+    Where the first step overflows under fp16, torch's fused SGD leaves its momentum uninitialized, and later steps use
+    that memory (torch 2.11 to 2.15: `empty_like` in torch/optim/sgd.py, before the kernel that skips the step).
+    """
+    is_broken = solver.OPTIMIZER_NAME == "SGD" and solver.PRECISION == "fp16"
+    return solver.OPTIMIZER_NAME in FUSED and not is_broken
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

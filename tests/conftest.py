@@ -1,5 +1,7 @@
 """How the tests run: the examples of properties, the order of files, what may be run again, and shared fixtures."""
 
+from __future__ import annotations
+
 import os
 
 # Before torch is imported: small tensors gain nothing from threads, which wait for each other on busy machines.
@@ -7,11 +9,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from hypothesis import settings
-from program import SMALL, TINY, Place
+
+if TYPE_CHECKING:  # it imports torch, which xdist's controller need not wait for
+    from program import Place
 
 # The same examples each time, without a deadline, as torch's first call outlasts the usual one. The slow run loads
 # `thorough`.
@@ -36,16 +41,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """Where the tests start the program; what they make there has names of their own."""
+    from program import TINY
+
     yield from _place(tmp_path_factory.mktemp("place"), TINY)
 
 
 @pytest.fixture(scope="session")
 def small_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """Another, with a model of a thirtieth of the weights: a short training is mostly writing and reading them."""
+    from program import SMALL, TINY
+
     yield from _place(tmp_path_factory.mktemp("small"), TINY.replace("resnet18", SMALL))
 
 
 def _place(folder: Path, settings: str) -> Iterator[Place]:
+    from program import Place
+
     yield Place(folder, settings)
     for file in folder.rglob("*.pt"):  # hundreds of megabytes; pytest keeps the folders of three runs
         file.unlink()

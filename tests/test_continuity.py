@@ -138,15 +138,15 @@ def disturb(place: Place, output_dir: str, settings: tuple, num_ranks: int, num_
 
 
 @pytest.mark.parametrize(
-    ("seed", "num_ranks", "num_kills"),
+    ("seed", "num_ranks", "num_kills", "num_epochs"),
     [
-        (0, 2, 3),
-        pytest.param(1, 2, 24, marks=pytest.mark.slow),
-        pytest.param(2, 4, 12, marks=pytest.mark.slow),
+        (0, 2, 3, 4),
+        pytest.param(1, 2, 24, 8, marks=pytest.mark.slow),
+        pytest.param(2, 4, 12, 8, marks=pytest.mark.slow),
     ],
 )
-def test_many_random_kills_equal_uninterrupted_run(place, straight, seed, num_ranks, num_kills):
-    settings = ("SOLVER.MAX_EPOCHS", 8, *ADAM, "SOLVER.IMS_PER_BATCH", 4 * num_ranks, *OFTEN)
+def test_many_random_kills_equal_uninterrupted_run(place, straight, seed, num_ranks, num_kills, num_epochs):
+    settings = ("SOLVER.MAX_EPOCHS", num_epochs, *ADAM, "SOLVER.IMS_PER_BATCH", 4 * num_ranks, *OFTEN)
     output_dir = f"killed_often_{seed}"
     shared_memory = names(Path("/dev/shm"))
     disturb(place, output_dir, settings, num_ranks=num_ranks, num_kills=num_kills, seed=seed)

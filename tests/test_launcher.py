@@ -223,6 +223,7 @@ leave(0)
 """
 
 
+@pytest.mark.slow
 def test_a_process_with_a_collective_under_way_ends_well(place):
     (place.folder / "answered").write_bytes(b"\0")
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

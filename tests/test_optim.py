@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from refusals import refused
 from torch import nn
 
 from reid.config import load_config
@@ -149,9 +150,15 @@ def test_fused_and_plain_optimizer_agree_and_can_be_switched(name):
 
 
 def test_what_torch_has_no_fused_step_for_is_rejected():
-    with pytest.raises(SettingsError, match=r"SOLVER\.FUSED.*auto or no.*RAdam"):
+    with refused(SettingsError, "SOLVER.FUSED", "RAdam"):
         solver(OPTIMIZER_NAME="RAdam", FUSED="yes")
     assert solver(OPTIMIZER_NAME="RAdam", FUSED="no").FUSED == "no"
+
+
+def test_fused_sgd_under_fp16_is_rejected():
+    with refused(SettingsError, "SOLVER.FUSED", "fp16"):
+        solver(OPTIMIZER_NAME="SGD", FUSED="yes", PRECISION="fp16")
+    assert not build_optimizer(solver(OPTIMIZER_NAME="SGD", PRECISION="fp16"), nn.Linear(3, 2)).defaults["fused"]
 
 
 def test_the_momentum_of_sgd_is_the_settings(model):

@@ -113,7 +113,9 @@ def test_every_test_set_is_evaluated_and_all_stand_in_one_table(trained):
         shown_name, *shown = line.split()
         percentages = [100 * scores[key] for key in ("mAP", "mINP", "rank-1", "rank-5", "rank-10")]
         assert shown_name == name
-        assert [float(value) for value in shown] == pytest.approx([*percentages, scores["num_valid_queries"]], abs=0.05)
+        assert [float(value) for value in shown] == pytest.approx(
+            [*percentages, scores["num_valid_queries"]], abs=0.0501
+        )
 
 
 def test_one_process_gets_the_same(place, trained):
