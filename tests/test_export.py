@@ -127,6 +127,7 @@ def test_safetensors_are_a_checkpoint_of_the_same_model(said, place, folder):
     assert "not checked" in out
 
 
+@pytest.mark.slow
 def test_pixels_can_go_in_as_they_are(place, folder, model):
     words = ("--uint8", "--to", "onnx", "--check", "random", "--output", "u8", "TEST.NECK_FEAT=before")
     assert "largest difference" in run(place, folder, "TEST.WEIGHT", "w.pt", *words)
@@ -198,6 +199,7 @@ def exported_model_is_another():
     reid.export.FromPixels = Another
 
 
+@pytest.mark.slow
 def test_a_model_that_came_out_as_another_one_is_not_kept(place, folder):
     words = ("TEST.WEIGHT", "w.pt", "--uint8", "--to", "torch", "--check", "random", "--output", "wrong")
     told = place.refusal("export", *words, bare=True, folder=folder, before=exported_model_is_another, code=1)

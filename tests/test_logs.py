@@ -70,9 +70,11 @@ def test_full_disk_loses_log_lines_without_raising(logger, tmp_path, monkeypatch
     [
         ("train.py --config_file tiny.yml OUTPUT_DIR unheard SOLVER.MAX_EPOCHS 1", "", 0, "warning"),
         ("plan.py --nodes 1 --ranks_per_node 1 --config_file tiny.yml", "", 120, "error"),
-        ("plan.py --nodes 1 --ranks_per_node 1 --config_file tiny.yml", "1", 120, "error"),
-        ("data.py check synthetic --config_file tiny.yml", "", 120, "error"),
-        ("summarize.py finished", "", 120, "error"),
+        pytest.param(
+            *("plan.py --nodes 1 --ranks_per_node 1 --config_file tiny.yml", "1", 120, "error"), marks=pytest.mark.slow
+        ),
+        pytest.param("data.py check synthetic --config_file tiny.yml", "", 120, "error", marks=pytest.mark.slow),
+        pytest.param("summarize.py finished", "", 120, "error", marks=pytest.mark.slow),
     ],
 )
 def test_unwritable_stdout_is_reported_once(place, words, unbuffered, code, kind):

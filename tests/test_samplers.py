@@ -154,16 +154,16 @@ def test_market_epochs_match_original_length_and_identity_use():
 def test_remaining_identities_are_drawn_uniformly():
     plan = IdentityPlan(pids_of([4] * 3 + [16] * 3), num_pids=2, num_instances=2, seed=0)
     pids = pids_of([4] * 3 + [16] * 3)
-    first = np.stack([pids[plan(epoch)[0]] for epoch in range(1, 401)])[:, ::2]
+    first = np.stack([pids[plan(epoch)[0]] for epoch in range(1, 201)])[:, ::2]
     counts = np.array([(first == pid).sum(0) for pid in np.unique(pids)])  # [6, 2] by place in the batch
-    np.testing.assert_allclose(counts / 400, 1 / 6, atol=5 * np.sqrt(5 / 36 / 400))
+    np.testing.assert_allclose(counts / 200, 1 / 6, atol=5 * np.sqrt(5 / 36 / 200))
 
 
 def test_every_image_of_an_identity_is_drawn_equally_often():
     plan = IdentityPlan(np.array([0] * 6 + [1] * 6), num_pids=2, num_instances=2, seed=0)
-    first = np.stack([plan(epoch)[0] for epoch in range(1, 401)])
+    first = np.stack([plan(epoch)[0] for epoch in range(1, 201)])
     counts = np.array([(first == image).sum() for image in range(12)])
-    np.testing.assert_allclose(counts / 400, 1 / 3, atol=5 * np.sqrt(2 / 9 / 400))
+    np.testing.assert_allclose(counts / 200, 1 / 3, atol=5 * np.sqrt(2 / 9 / 200))
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,7 @@ def test_tensorboard_uses_wandb_names_and_is_synced_to_wandb(place, both):
 # ---- interrupted ----
 
 
+@pytest.mark.slow
 def test_every_step_is_recorded_once_after_kills_and_resumes(place):
     folder = place.folder / "tb_killed"
     settings = ("OUTPUT_DIR", folder.name, *ON, "SOLVER.MAX_EPOCHS", 3, "SOLVER.CHECKPOINT_PERIOD", 2)

@@ -265,7 +265,9 @@ def test_model_without_pretrained_weights_is_an_error():
 # ---- in the real program ----
 
 
-@pytest.mark.parametrize("name", ["timm/test_efficientnet", "timm/vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "name", ["timm/test_efficientnet", pytest.param("timm/vit_tiny_patch16_224", marks=pytest.mark.slow)]
+)
 def test_it_trains_and_is_evaluated(place, name):
     """On two ranks, whose DistributedDataParallel would wait for a parameter without a gradient."""
     folder = name.replace("/", "_")

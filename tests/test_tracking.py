@@ -97,6 +97,7 @@ def test_the_key_is_written_nowhere(place, without_server):
     assert not [file for file in files if file.is_file() and KEY.encode() in file.read_bytes()]
 
 
+@pytest.mark.slow
 def test_invalid_key_is_named_and_training_continues_offline(place):
     settings = ("OUTPUT_DIR", "bad key", "WANDB.ENABLE", "yes", "SOLVER.MAX_EPOCHS", 1)
     ended = place.train(*settings, environment={"WANDB_MODE": None, "WANDB_API_KEY": "short"})
@@ -170,6 +171,7 @@ def test_training_outlives_wandbs_own_process(place):
     assert "epoch 3: mAP" in ended.out
 
 
+@pytest.mark.slow
 def test_missing_home_variable_gives_no_warning(place):
     settings = ("OUTPUT_DIR", "homeless", "WANDB.ENABLE", "yes", "SOLVER.MAX_EPOCHS", 1)
     nowhere = {"HOME": None, "WANDB_CACHE_DIR": None, "WANDB_DATA_DIR": None, "WANDB_CONFIG_DIR": None}

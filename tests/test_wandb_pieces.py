@@ -105,6 +105,7 @@ def test_a_log_that_is_cut_off_is_read_as_far_as_it_goes(tmp_path, pieces, monke
     assert unsent_pieces(tmp_path, "abc") == pieces[1:3]
 
 
+@pytest.mark.slow
 def test_hanging_wandb_sync_is_killed_with_its_service(tmp_path, pieces, monkeypatch):
     shutil.copy(shutil.which("sleep"), tmp_path / "wandb-core")
     as_python(monkeypatch, tmp_path, f'{tmp_path}/wandb-core 1000 &\necho $! > "{tmp_path}/pid"\nwait')

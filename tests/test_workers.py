@@ -74,6 +74,7 @@ def fail_as_the_other_dies(pid):
     raise ConnectionResetError(104, "Connection reset by peer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fourth", "num_workers", "words"),
     [
@@ -116,6 +117,7 @@ leave(0)
 """
 
 
+@pytest.mark.slow
 def test_program_exits_while_loader_workers_are_still_running():
     words = [sys.executable, "-c", KEEPS_AN_ITERATOR]
     done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT, check=False)
