@@ -352,10 +352,10 @@ def state_moved(accelerator: Any) -> dict[str, Any]:
     }
 
 
-def compare_recorded(folder: Path) -> int:
-    """Take the recorded steps of reid-strong-baseline."""
+def compare_recorded(name: str, folder: Path) -> int:
+    """Take the recorded steps of reid-strong-baseline of this name."""
     with _session() as accelerator:
-        _write(folder, {name: trajectory(accelerator, name) for name in TRAJECTORIES})
+        _write(folder, trajectory(accelerator, name))
     return 0
 
 

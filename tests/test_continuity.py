@@ -415,6 +415,7 @@ def test_full_disk_throughout_ends_training_with_exit_code_74(place):
     assert names(place.folder / "full" / "checkpoints") == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small file system")
 def test_training_survives_a_temporarily_full_disk(place, straight):
     """The disk fills up behind the first checkpoint, and is free again before the end."""
@@ -551,14 +552,13 @@ def other_images_on_rank_1() -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "words"),
+    ("story", "before", "words"),
     [
-        (another_seed_on_rank_1, "SEED is 7, not 0"),
-        (other_code_on_rank_1, "the source code of reid is 'another', not "),
-        (other_images_on_rank_1, "the fingerprint of the test images is 'another', not "),
+        ("train", another_seed_on_rank_1, "SEED is 7, not 0"),
+        ("train", other_code_on_rank_1, "the source code of reid is 'another', not "),
+        ("evaluate", other_images_on_rank_1, "the fingerprint of the test images is 'another', not "),
     ],
 )
-@pytest.mark.parametrize("story", ["train", "evaluate"])
 def test_ranks_that_do_not_agree_do_not_start(place, straight, story, before, words):
     (best,) = (straight("SOLVER.MAX_EPOCHS", 3, *ADAM) / "checkpoints").glob("best_*")
     settings = ("OUTPUT_DIR", "disagreement", "TEST.WEIGHT", best)

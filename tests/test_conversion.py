@@ -189,6 +189,7 @@ def test_a_file_is_never_overwritten(tmp_path, baseline):
         convert(tmp_path / "gone.pth", tmp_path / "new.pth")
 
 
+@pytest.mark.slow
 def test_error_names_convert_command_whose_output_can_be_loaded(place):
     model = build_model(load_config(str(place.folder / "tiny.yml"), []), 8)
     torch.save(model, place.folder / "resnet18_model_120.pth", _use_new_zipfile_serialization=False)

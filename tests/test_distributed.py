@@ -18,7 +18,6 @@ from distributed_checks import (
     EQUAL_COUNTS,
     EQUAL_VARIANTS,
     EVALUATION_SIZES,
-    TRAJECTORIES,
     VARIANTS,
     compare_ranks,
     compare_recorded,
@@ -70,11 +69,18 @@ def largest_difference_of_gradients(one: dict[str, torch.Tensor], other: dict[st
     return largest_difference(one, other, floor=1e-3 * max(float(gradient.abs().max()) for gradient in one.values()))
 
 
-@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("name", TRAJECTORIES)
+@pytest.mark.parametrize(
+    ("name", "num_ranks"),
+    [
+        ("adam_center", 2),
+        pytest.param("adam_center", 1, marks=pytest.mark.slow),
+        pytest.param("sgd", 1, marks=pytest.mark.slow),
+        pytest.param("sgd", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_ten_steps_are_those_recorded_of_reid_strong_baseline(launch, name, num_ranks):
     golden = np.load(HERE / "golden" / f"trajectory_{name}.npz")
-    outcome = launch(compare_recorded, num_ranks)[0][name]
+    outcome = launch(partial(compare_recorded, name), num_ranks)[0]
     np.testing.assert_allclose(outcome["logged"]["lr"], golden["lr"], rtol=1e-12)
     np.testing.assert_allclose(outcome["logged"]["loss"], golden["loss"], rtol=1e-6)
     np.testing.assert_allclose(outcome["logged"]["acc"], golden["acc"], rtol=1e-12)

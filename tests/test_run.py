@@ -46,7 +46,7 @@ def output_dir(place: Place) -> Path:
 @pytest.fixture(scope="module")
 def first(place: Place, output_dir: Path) -> Ended:
     settings = ("WANDB.ENABLE", "yes", "OUTPUT_DIR", output_dir.relative_to(place.folder))
-    return place.command(*TORCHRUN, TRAIN, "--config_file", "tiny.yml", *settings, environment=SLURM_JOB)
+    return place.train(*settings, num_ranks=2, environment=SLURM_JOB)
 
 
 def test_training_ends_well_without_complaints(first):
@@ -343,6 +343,19 @@ def test_unreadable_images_of_all_splits_are_reported_at_once(place):
 
 
 # ---- started in other ways ----
+
+
+@pytest.mark.slow
+def test_under_torchrun_in_a_slurm_job(place, first, output_dir):
+    """As the README starts it; the rest of this file forks the ranks."""
+    settings = ("--config_file", "tiny.yml", "WANDB.ENABLE", "yes", "OUTPUT_DIR", "by_torchrun")
+    ended = place.command(*TORCHRUN, TRAIN, *settings, environment=SLURM_JOB)
+    assert (ended.code, ended.err) == (0, ""), ended
+    assert not re.search("warning|traceback|deprecat", ended.out, re.IGNORECASE)
+    assert len(ended.out.splitlines()) == len(first.out.splitlines())
+    folder = place.folder / "by_torchrun"
+    assert records(folder, "train", speeds=False) == records(output_dir, "train", speeds=False)
+    assert json.loads((folder / "environment.json").read_text())["world_size"] == 2
 
 
 @pytest.mark.slow

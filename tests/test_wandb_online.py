@@ -30,6 +30,8 @@ from wandb_server import ENTITY, Run, WandbServer
 from reid import weights
 from reid.gallery import read_facts
 
+pytestmark = pytest.mark.slow
+
 PROJECT = "reid-strong-baseline"
 
 
@@ -162,7 +164,6 @@ def test_the_fetched_model_scores_on_all_ranks_as_in_training(place, story):
     assert "TEST.WEIGHT=wandb:" in ended.out
 
 
-@pytest.mark.slow
 def test_the_evaluation_of_a_local_file_finds_its_model(place, story):
     server, _, _ = story
     (file,) = (place.folder / "online" / "checkpoints").glob("best_*.pt")
@@ -181,7 +182,6 @@ def photos(place) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_embed_search_and_export_fetch_model_from_wandb(place, story, photos):
     server, _, _ = story
     trained = next(iter(server.runs))
@@ -209,7 +209,6 @@ def test_embed_search_and_export_fetch_model_from_wandb(place, story, photos):
     assert weights.checksum(weights.read_file(made, "FILE")) == checksum
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("weight", "words", "code"),
     [
@@ -224,7 +223,6 @@ def test_missing_model_artifact_is_reported_in_one_sentence(place, story, photos
     assert words in place.refusal("embed", photos, "TEST.WEIGHT", weight, **options, bare=True)
 
 
-@pytest.mark.slow
 def test_the_key_is_written_nowhere(place, story):
     key = str(story[0].environment["WANDB_API_KEY"]).encode()
     files = [file for folder in ("online", "home", "wandb") for file in (place.folder / folder).rglob("*")]
@@ -234,7 +232,6 @@ def test_the_key_is_written_nowhere(place, story):
 # ---- going on ----
 
 
-@pytest.mark.slow
 def test_preempted_run_resumes_as_the_same_run(place, server):
     given = settings("preempted", 6)
     stop = partial(at_step, 4, partial(signal_self, signal.SIGTERM))
@@ -249,7 +246,6 @@ def test_preempted_run_resumes_as_the_same_run(place, server):
     assert the_run(server).config["world_size"]["value"] == 1
 
 
-@pytest.mark.slow
 def test_run_stopped_by_wandb_is_saved_and_not_marked_preempted(place, server):
     """A sweep that ends a hopeless trial would hand it out again."""
     ranks = place.start("train", *settings("stopped", 200), environment=server.environment, num_ranks=2)
@@ -272,7 +268,6 @@ def wait_for_rows(folder: Path, number: int) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.slow
 def test_rows_of_killed_rank_0_arrive_with_the_next_start(place, server):
     given = settings("killed", 6)
     ranks = place.start("train", *given, environment=server.environment, before=partial(at_step, 6, hang))
@@ -283,7 +278,6 @@ def test_rows_of_killed_rank_0_arrive_with_the_next_start(place, server):
     assert steps_once(the_run(server))[:5] == list(range(1, 6))
 
 
-@pytest.mark.slow
 def test_offline_records_are_synced_before_the_run_resumes(place, server):
     given = settings("later", 5, "WANDB.INIT_TIMEOUT", 1, "WANDB.LOG_CHECKPOINTS", "best")
     server.stop()
@@ -298,7 +292,6 @@ def test_offline_records_are_synced_before_the_run_resumes(place, server):
     assert {artifact.state for artifact in server.artifacts} == {"COMMITTED"}
 
 
-@pytest.mark.slow
 def test_three_offline_parts_become_one_run_with_all_checkpoints(place, server):
     given = settings("pieces", 6, "WANDB.LOG_CHECKPOINTS", "best+last")
     for _ in range(2):
@@ -358,7 +351,6 @@ def check_all_arrived(place: Place, server: WandbServer, folder: str, num_steps:
     assert len({one.digest for one in made if one.type == "run_table"}) == 2 * len(bests)  # and its CMC curve
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", AWAY)
 def test_server_loss_during_training_loses_no_rows(place, server, how):
     given = settings(f"away {how}", 4, "WANDB.FINISH_TIMEOUT", 12)
@@ -382,7 +374,6 @@ def test_server_loss_during_training_loses_no_rows(place, server, how):
     check_all_arrived(place, server, f"away {how}", 8)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["W&B: run ", "epoch 2: mAP"])
 def test_server_loss_before_artifact_or_at_the_end_loses_nothing(place, server, moment):
     folder = f"away at {len(moment)}"
@@ -397,7 +388,6 @@ def test_server_loss_before_artifact_or_at_the_end_loses_nothing(place, server, 
     check_all_arrived(place, server, folder, 4)
 
 
-@pytest.mark.slow
 def test_real_processes_end_without_a_server_as_well(place, server):
     """Those of the other tests are forked, and leave out what Python and wandb do at the very end."""
     given = {name: value for name, value in server.environment.items() if value is not None}
@@ -433,7 +423,6 @@ def paused_then_stopped() -> None:
     at_step(4, partial(signal_self, signal.SIGTERM))
 
 
-@pytest.mark.slow
 def test_next_start_sends_what_a_lost_server_missed(place, server):
     given = settings("came back", 4)
     ranks = place.start(
@@ -453,7 +442,6 @@ def test_next_start_sends_what_a_lost_server_missed(place, server):
     assert list((place.folder / "came back" / "wandb").rglob("*.pt")) == []
 
 
-@pytest.mark.slow
 def test_wandb_process_ends_with_killed_rank_0_without_server(place, server):
     given = settings("orphan", 4)
     ranks = place.start("train", *given, environment=server.environment, before=partial(at_step, 6, hang))
@@ -468,7 +456,6 @@ def test_wandb_process_ends_with_killed_rank_0_without_server(place, server):
     assert cores(ranks) == []
 
 
-@pytest.mark.slow
 def test_on_failure_disable_does_without(place, server):
     server.stop()
     given = settings("disable", 1, "WANDB.INIT_TIMEOUT", 1, "WANDB.ON_FAILURE", "disable")
@@ -478,7 +465,6 @@ def test_on_failure_disable_does_without(place, server):
     assert not list((place.folder / "disable" / "wandb").glob("offline-run-*"))
 
 
-@pytest.mark.slow
 def test_on_failure_raise_ends_at_once_at_the_start(place, server):
     server.stop()
     given = settings("raise", 1, "WANDB.INIT_TIMEOUT", 1, "WANDB.ON_FAILURE", "raise")
@@ -487,7 +473,6 @@ def test_on_failure_raise_ends_at_once_at_the_start(place, server):
     assert sentence.endswith("WANDB.ON_FAILURE offline records on the disk then, WANDB.MODE offline always")
 
 
-@pytest.mark.slow
 def test_on_failure_raise_ends_later_with_all_saved(place, server):
     given = settings("raise late", 2, "WANDB.FINISH_TIMEOUT", 6, "WANDB.ON_FAILURE", "raise")
     go_on = place.folder / "go on to raise"
@@ -510,14 +495,12 @@ def test_on_failure_raise_ends_later_with_all_saved(place, server):
     assert steps_once(the_run(server)) == [1, 2, 3, 4]
 
 
-@pytest.mark.slow
 def test_resume_must_refuses_another_run(place, server):
     given = settings("must", 1, "WANDB.RESUME", "must", "WANDB.RUN_ID", "unknown1")
     sentence = place.refusal("train", *given, environment=server.environment, code=2)
     assert sentence.startswith("WANDB.RESUME is must, but W&B says: ")
 
 
-@pytest.mark.slow
 def test_training_does_not_depend_on_wandb(place, server):
     place.train(*settings("with", 2), environment=server.environment)
     place.train("OUTPUT_DIR", "without", "WANDB.ENABLE", "no", "SOLVER.MAX_EPOCHS", 2)
@@ -564,7 +547,6 @@ def done(place: Place, *words: object, environment: dict[str, str | None]) -> st
     return ended.stdout + ended.stderr
 
 
-@pytest.mark.slow
 def test_sweep_py_starts_torchrun_once_for_each_trial(place, server, sweep_of):
     given = {name: value for name, value in server.environment.items() if value is not None}
     (place.folder / ".env").write_text("\n".join(f"export {name}='{value}'" for name, value in given.items()))
@@ -579,7 +561,6 @@ def test_sweep_py_starts_torchrun_once_for_each_trial(place, server, sweep_of):
     check_trial(place, server, "second", 0.002)
 
 
-@pytest.mark.slow
 def test_wandbs_own_commands_do_the_same(place, server, sweep_of):
     said = done(place, "wandb", "sweep", "sweep.yaml", environment=server.environment)
     (agent,) = re.findall(r"wandb agent (\S+)", said)
@@ -589,7 +570,6 @@ def test_wandbs_own_commands_do_the_same(place, server, sweep_of):
     check_trial(place, server, "third", 0.003)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("file", sorted((REPOSITORY / "configs" / "sweeps").glob("*.yaml")), ids=lambda file: file.name)
 def test_wandb_takes_the_shipped_sweeps_as_they_are(place, server, file):
     done(place, "wandb", "sweep", file, environment=server.environment)
