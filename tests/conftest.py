@@ -25,7 +25,7 @@ settings.register_profile("thorough", deadline=None, derandomize=True, max_examp
 settings.load_profile("default")
 
 # Workers take file after file, so the long ones come first.
-LONG_FILES = ("test_continuity", "test_wandb_online", "test_train_sbatch", "test_distributed", "test_run", "test_go_on")
+LONG = ("test_train_sbatch", "test_continuity", "test_wandb_online", "test_distributed", "test_torchrun", "test_run")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         marker = item.get_closest_marker("flaky")
         if marker is not None and not marker.kwargs.get("reason"):
             raise pytest.UsageError(f'{item.nodeid}: use @pytest.mark.flaky(reason="...", reruns=1)')
-    order = {name: number for number, name in enumerate(LONG_FILES)}
+    order = {name: number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
