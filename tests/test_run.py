@@ -346,13 +346,13 @@ def test_unreadable_images_of_all_splits_are_reported_at_once(place):
 
 
 @pytest.mark.slow
-def test_under_torchrun_in_a_slurm_job(place, first, output_dir):
+def test_under_torchrun_in_a_slurm_job(place, output_dir, first):
     """As the README starts it; the rest of this file forks the ranks."""
     settings = ("--config_file", "tiny.yml", "WANDB.ENABLE", "yes", "OUTPUT_DIR", "by_torchrun")
     ended = place.command(*TORCHRUN, TRAIN, *settings, environment=SLURM_JOB)
     assert (ended.code, ended.err) == (0, ""), ended
     assert not re.search("warning|traceback|deprecat", ended.out, re.IGNORECASE)
-    assert len(ended.out.splitlines()) == len(first.out.splitlines())
+    assert ended.out.count(f"training {SMALL}") == 1  # of two ranks, one is heard
     folder = place.folder / "by_torchrun"
     assert records(folder, "train", speeds=False) == records(output_dir, "train", speeds=False)
     assert json.loads((folder / "environment.json").read_text())["world_size"] == 2
