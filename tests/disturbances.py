@@ -28,7 +28,7 @@ def at_step(number: int, action: Action, ranks: Collection[int] | None = None) -
 
 
 def in_evaluation(action: Action, ranks: Collection[int] | None = None) -> None:
-    """After the first batch of the first evaluation."""
+    """When the first batch of the first evaluation is embedded."""
     from reid.evaluation import Evaluator
 
     _at_call(Evaluator, "_collect", 1, action, ranks)

@@ -303,9 +303,7 @@ def test_all_bad_images_are_named_in_one_error(tmp_path):
         "copy them again",
     ]
     with refused(DataError, "DATASETS.ROOT_DIR", *keywords):
-        with pytest.raises(DataError, match=r"\A[^\n]+\Z") as caught:
-            built(cache_dir, paths)
-        raise caught.value
+        built(cache_dir, paths)
     assert list(cache_dir.iterdir()) == []
 
 

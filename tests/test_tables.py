@@ -54,9 +54,7 @@ def write_parquet(folder: Path, columns: dict, name="people.parquet") -> Path:
 def assert_refused(table: Path, *keywords: str, kind=DataError) -> None:
     """The error is about the setting that names tables, names this one, and is one line."""
     with refused(kind, "DATASETS.NAMES", str(table), *keywords):
-        with pytest.raises(kind, match=r"\A[^\n]+\Z") as caught:
-            read_table(str(table), Path("nowhere"))
-        raise caught.value
+        read_table(str(table), Path("nowhere"))
 
 
 def names_of(split) -> list[str]:
