@@ -200,6 +200,19 @@ class Cluster:
         pattern = rf"slurmstepd: \[{number}\."
         _wait_until(lambda: not self.machines.pids(name, pattern), 300, f"job {number} is still on {name}")
 
+    @contextmanager
+    def without_node(self, name: str) -> Iterator[None]:
+        """Start no job on this node meanwhile.
+
+        A node that has come back may still act on an earlier order to end a job, and then refuses, and Slurm holds, the
+        job's next start there.
+        """
+        self.run("scontrol", "update", f"NodeName={name}", "State=DRAIN", "Reason=test")
+        try:
+            yield
+        finally:
+            self.run("scontrol", "update", f"NodeName={name}", "State=RESUME")
+
     def resume_drained_nodes(self) -> None:
         """A node whose slurmd did not know what the controller knew of it is drained, and stays so."""
         for line in self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T").stdout.splitlines():
