@@ -202,8 +202,8 @@ def restarts(folder: Path, *, quick: bool) -> None:
     if not quick:
         checkpoint = checkpoints(folder)[-1]
         say(
-            f"\nlimits, alone: python -c 'import reid.run', {NUM_RANKS} at a time: {import_seconds():.2f} s; read_file "
-            f"of the checkpoint ({checkpoint.stat().st_size / 1e6:.0f} MB): "
+            f"\nlimits, alone: python -c 'import reid.training.train', {NUM_RANKS} at a time: {import_seconds():.2f} "
+            f"s; read_file of the checkpoint ({checkpoint.stat().st_size / 1e6:.0f} MB): "
             f"{seconds_of(lambda: read_file(checkpoint, 'OUTPUT_DIR')):.2f} s"
         )
 
@@ -240,6 +240,6 @@ def report(outcomes: list[Outcome]) -> None:
 
 def import_seconds() -> float:
     begun = time.monotonic()
-    for process in [subprocess.Popen([sys.executable, "-c", "import reid.run"]) for _ in range(NUM_RANKS)]:
+    for process in [subprocess.Popen([sys.executable, "-c", "import reid.training.train"]) for _ in range(NUM_RANKS)]:
         process.wait()
     return time.monotonic() - begun

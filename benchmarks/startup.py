@@ -77,7 +77,7 @@ def imports(folder: Path, repeats: int) -> None:
         "pass",
         "import torch",
         "import reid.evaluation",
-        "import reid.run",
+        "import reid.training.train",
         "import torch._dynamo",
         "import torchvision",
     ]
@@ -91,7 +91,7 @@ def imports(folder: Path, repeats: int) -> None:
         ["code", "CPU s", "s"],
         rows,
     )
-    words = [sys.executable, "-X", "importtime", "-c", "import reid.run"]
+    words = [sys.executable, "-X", "importtime", "-c", "import reid.training.train"]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=True)
     own = Counter[str]()
     for micros, module in re.findall(r"^import time: +(\d+) \| +\d+ \| +(\S+)$", done.stderr, flags=re.MULTILINE):
@@ -99,7 +99,7 @@ def imports(folder: Path, repeats: int) -> None:
     total = sum(own.values())
     rows = [[name, micros / 1e6, f"{100 * micros / total:.0f} %"] for name, micros in own.most_common(NUM_PACKAGES)]
     table(
-        "Of `import reid.run` (-X importtime, which slows it down), seconds in modules of",
+        "Of `import reid.training.train` (-X importtime, which slows it down), seconds in modules of",
         ["package", "s", "share"],
         rows,
     )

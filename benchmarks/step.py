@@ -34,16 +34,16 @@ from reid.config import load_config
 from reid.criterion import Criterion
 from reid.data import augment
 from reid.data.loaders import Batch, StoredImages
+from reid.data.preprocessing import BatchPreprocessor
 from reid.data.samplers import IdentityPlan, TrainBatches
-from reid.engine import Preparation, build_trainer
 from reid.handlers import console, schedule
 from reid.handlers.meters import TrainMeter
 from reid.handlers.records import Progress
 from reid.model import ReIDModel, build_model
 from reid.neighbours import has_fast_bfloat16
-from reid.optim import build_optimizer
 from reid.run_directory import RunDirectory
-from reid.wrapping import build_accelerator, clip_gradients, place, wrap
+from reid.training.build import build_training
+from reid.wrapping import build_accelerator, clip_gradients, place
 
 NUM_PIDS, IMAGES_PER_PID = 64, 8
 
@@ -56,14 +56,14 @@ class Training(NamedTuple):
     wrapped: nn.Module
     optimizer: torch.optim.Optimizer
     accelerator: Accelerator
-    preparation: Preparation
+    preprocessor: BatchPreprocessor
     dataset: StoredImages
     batches: TrainBatches
     trainer: Engine
 
 
 def build(folder: Path, settings: Sequence[str]) -> Training:
-    """A training as `reid.run` wires it, but for what acts once an epoch or less."""
+    """A training as `reid.training.train` wires it, but for what acts once an epoch or less."""
     AcceleratorState._reset_state(reset_partial_state=True)  # a process of accelerate's has one precision only
     GradientState._reset_state()
     cfg = load_config(None, [*settings, "MODEL.PRETRAIN_CHOICE=none", f"OUTPUT_DIR={folder}", "WANDB.ENABLE=no"])
@@ -71,22 +71,22 @@ def build(folder: Path, settings: Sequence[str]) -> Training:
     torch.manual_seed(0)
     model = build_model(cfg, NUM_PIDS)
     place(model, cfg, accelerator)
-    wrapped, optimizer = wrap(accelerator, model, build_optimizer(cfg.SOLVER, model))
     dataset, batches = images_of(cfg)
     on_device = (
         torch.from_numpy(dataset.images(np.arange(len(dataset)))).to(device())
         if accelerator.device.type == "cuda"
         else None
     )
-    preparation = Preparation(cfg, accelerator.device, on_device)
-    trainer = build_trainer(wrapped, Criterion(cfg), optimizer, accelerator, preparation)
+    preprocessor = BatchPreprocessor(cfg, accelerator.device, on_device)
+    training = build_training(cfg, accelerator, model, preprocessor)
+    trainer, wrapped, optimizer = training.trainer, training.wrapped, training.optimizer
     meter = TrainMeter(log_period=cfg.SOLVER.LOG_PERIOD, batch_size=cfg.SOLVER.IMS_PER_BATCH, optimizer=optimizer)
     schedule.set_learning_rate_by_epoch(trainer, optimizer, cfg.SOLVER)
     schedule.place_sampler(trainer, batches)
     schedule.train_mode_by_epoch(trainer, wrapped)
     meter.attach(trainer)
     console.attach(trainer, RunDirectory(folder), Progress())
-    return Training(cfg, model, wrapped, optimizer, accelerator, preparation, dataset, batches, trainer)
+    return Training(cfg, model, wrapped, optimizer, accelerator, preprocessor, dataset, batches, trainer)
 
 
 def images_of(cfg: CfgNode) -> tuple[StoredImages, TrainBatches]:
@@ -112,7 +112,7 @@ def steps_of(training: Training, num_steps: int) -> Callable[[], object]:
 
 def backbone_of(training: Training, num_steps: int) -> Callable[[], object]:
     """Forward and backward of ready images, and nothing else."""
-    images = training.preparation.for_training(first_batch(training))
+    images = training.preprocessor.for_training(first_batch(training))
 
     def work() -> None:
         for _ in range(num_steps):
@@ -130,7 +130,7 @@ def backbone(training: Training, images: Tensor) -> None:
 
 def bare_loop(training: Training, num_steps: int) -> Callable[[], object]:
     """What one writes first: ready images, cross entropy, backward, torch's optimiser as it comes."""
-    images = training.preparation.for_training(first_batch(training)).contiguous()
+    images = training.preprocessor.for_training(first_batch(training)).contiguous()
     pids = first_batch(training).pids.to(images.device)
     model = training.model
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=5e-4)
@@ -199,7 +199,7 @@ def part_by_part(folder: Path, settings: list[str], repeats: int) -> None:
     training.wrapped.train()
     planned = next(iter(training.batches))
     batch = training.dataset.__getitems__(planned)
-    images, pids = training.preparation.for_training(batch), training.preparation.to_device(batch.pids)
+    images, pids = training.preprocessor.for_training(batch), training.preprocessor.to_device(batch.pids)
     counter = FlopCounterMode(display=False)
     with counter:
         backbone(training, images)
@@ -217,7 +217,7 @@ def part_by_part(folder: Path, settings: list[str], repeats: int) -> None:
     parts: dict[str, tuple[Callable[[], object], float, float]] = {  # work, FLOP, bytes
         "backbone, forward and backward": (lambda: backbone(training, images), flops, 3 * 4 * parameters),
         "gather and augment": (
-            lambda: training.preparation.for_training(training.dataset.__getitems__(planned)),
+            lambda: training.preprocessor.for_training(training.dataset.__getitems__(planned)),
             3 * pixels * size,
             5 * pixels * size,
         ),

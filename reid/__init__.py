@@ -20,9 +20,12 @@ assembly builds, gathers and wires.
     wrapping.py                 precision and wrapping, by accelerate
     sync_batchnorm.py           BatchNorm over the global batch
     start.py                    what is found out before a run builds anything
-    run.py                      the stories: train, evaluate
-    engine.py                   what happens to one batch
-    accumulation.py             the gradient of a global batch, one micro-batch at a time
+    training/train.py           the run of a training
+    training/build.py           the assembly of a training: model, optimizer, trainer
+    training/step.py            the train step, and the gradient of a global batch in parts
+    evaluate_command.py         the command evaluate
+    embedder.py                 embeddings of batches and of image files
+    data/preprocessing.py       from batches in host memory to the input of the model
     preflight.py                the check story: what a training would find, problems first
     link_speed.py               how fast collectives are between ranks and nodes
     trial_steps.py              the first steps of a training, timed

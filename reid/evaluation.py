@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from ignite.engine import Engine, Events
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from reid import distributed
 from reid.data.loaders import TestData, build_test_data
+from reid.data.preprocessing import BatchPreprocessor
 from reid.data.sets import DataSets
-from reid.engine import Embedded, Preparation, build_embedder
+from reid.embedder import Distance, EmbeddingBatch, build_embedder, distance_of
 from reid.errors import DataError, NonFiniteError, shared
 from reid.metrics import (
     Distances,
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from yacs.config import CfgNode
 
-Distance = Literal["cosine", "euclidean"]
 Scores = Mapping[str, RetrievalScores]  # by the name of the test set
 
 logger = logging.getLogger("reid.evaluation")
@@ -72,7 +72,7 @@ class Evaluator:
         self._model, self._data = model, data
         self._key_of_weights = "TEST.WEIGHT" if cfg.TEST.WEIGHT else "SOLVER.BASE_LR"  # for errors
         self._beat, self._is_stopped, self._on_scored = beat, is_stopped, on_scored
-        self._distance: Distance = "cosine" if cfg.TEST.FEAT_NORM else "euclidean"
+        self._distance: Distance = distance_of(cfg)
         self._num_features = model.num_features
         self._fprs: tuple[float, ...] = cfg.TEST.FPR
         choice = cfg.TEST.SINGLE_GALLERY_SHOT
@@ -80,10 +80,10 @@ class Evaluator:
         test = cfg.TEST
         parameters = test.RE_RANKING_K1, test.RE_RANKING_K2, test.RE_RANKING_LAMBDA
         self._re_ranking: tuple[int, int, float] | None = parameters if test.RE_RANKING else None
-        preparation = Preparation(cfg, accelerator.device)
-        self._embedder = build_embedder(model, accelerator, preparation, flip=cfg.TEST.FLIP)
+        preprocessor = BatchPreprocessor(cfg, accelerator.device)
+        self._embedder = build_embedder(model, accelerator, preprocessor, flip=cfg.TEST.FLIP)
         self._embedder.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
-        self._collected: list[Embedded] = []
+        self._collected: list[EmbeddingBatch] = []
 
     def run(self) -> RetrievalScores:
         """Scores of the model as it is now.

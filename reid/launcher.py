@@ -159,12 +159,13 @@ def _prepare(story: str, words: Words, cfg: CfgNode) -> tuple[CfgNode, Callable[
     Imports torch and what rests on it only now: a wrong setting must not cost the seconds that this takes.
     """
     try:
-        from reid import distributed, embedding, export, preflight, recorded, run, search, weight_file
+        from reid import distributed, embedding, evaluate_command, export, preflight, recorded, search, weight_file
+        from reid.training.train import train
     except (ImportError, RuntimeError) as error:
         raise explain_import_error(error) from error
     stories = {
-        "train": _Story(run.train),
-        "evaluate": _Story(run.evaluate),
+        "train": _Story(train),
+        "evaluate": _Story(evaluate_command.evaluate),
         "check": _Story(preflight.check),
         "export": _Story(export.export, recorded.of_checkpoint),
         "embed": _Story(embedding.embed, recorded.of_checkpoint),

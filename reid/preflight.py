@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from reid import distributed, run
+from reid import distributed
 from reid.checkpoint_files import checkpoints_in
 from reid.combinations import check_training
-from reid.data.sets import DataSets
+from reid.data.sets import DataSets, open_data_sets
 from reid.errors import ReidError, WorldError, shared
 from reid.link_speed import Link, measure
 from reid.preemption import Signals
@@ -77,7 +77,7 @@ def check(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     _machines(report, accelerator.device)
     fits = report.attempt(lambda: distributed.together(lambda: _batch(report, cfg)))
     _links(report, measure(accelerator.device))
-    data = report.attempt(lambda: run.open_data(cfg, train=True))
+    data = report.attempt(lambda: open_data_sets(cfg, train=True))
     if data:
         _data(report, data)
     trial = report.attempt(lambda: try_steps(cfg, accelerator, data)) if data and fits else None

@@ -18,7 +18,7 @@ from reid import weights
 from reid.checks import example
 from reid.config import as_plain_dict
 from reid.data.splits import DISTRACTOR_PID, JUNK_PID
-from reid.embedding import ImageEmbedder
+from reid.embedder import ImageEmbedder
 from reid.errors import DataError, SettingsError, WorldError
 from reid.gallery import Facts, Gallery, GalleryImage, read_gallery
 from reid.nearest import nearest

@@ -11,15 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from ignite.engine import Engine, Events
 
-from reid import distributed, weights
-from reid.criterion import Criterion
+from reid import distributed
 from reid.data.loaders import TrainData, build_train_data
+from reid.data.preprocessing import BatchPreprocessor
 from reid.data.sets import DataSets
-from reid.engine import Preparation, build_trainer
-from reid.model import build_model
-from reid.optim import build_optimizer
-from reid.sync_batchnorm import synchronise_batchnorm
-from reid.wrapping import place, settle_gradient_buckets, wrap
+from reid.training.build import build_initial_model, build_training
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -42,28 +38,13 @@ class Trial:
 def try_steps(cfg: CfgNode, accelerator: Accelerator, data: DataSets) -> Trial:
     """Builds all that a training builds and trains; writes nothing. Called by all ranks."""
     train_data = build_train_data(cfg, data.train, accelerator.device)
-    torch.manual_seed(cfg.SEED)
-    model = build_model(cfg, train_data.num_pids)
-    weights.initialise(model, cfg)
-    place(model, cfg, accelerator)
-    if cfg.SOLVER.SYNC_BN:
-        synchronise_batchnorm(model)
-    wrapped, optimizer = wrap(accelerator, model, build_optimizer(cfg.SOLVER, model), compiled=cfg.MODEL.COMPILE)
-    settle_gradient_buckets(wrapped, cfg.INPUT.SIZE_TRAIN)
-    trainer = build_trainer(
-        wrapped,
-        Criterion(cfg),
-        optimizer,
-        accelerator,
-        Preparation(cfg, accelerator.device, train_data.on_device),
-        num_parts=cfg.SOLVER.ACCUMULATE,
-        max_grad_norm=cfg.SOLVER.CLIP_GRAD_NORM,
-    )
-    wrapped.train()
-    seconds, waiting = _time_steps(trainer, train_data, accelerator.device)
+    model = build_initial_model(cfg, accelerator, train_data.num_pids)
+    training = build_training(cfg, accelerator, model, BatchPreprocessor(cfg, accelerator.device, train_data.on_device))
+    training.wrapped.train()
+    seconds, waiting = _time_steps(training.trainer, train_data, accelerator.device)
     of_ranks = distributed.gather_objects((seconds, waiting, _memory(accelerator.device)))
     slowest, most_waiting, most_memory = (max(values) for values in zip(*of_ranks, strict=True))
-    state = _num_bytes(model.state_dict()) + _num_bytes(optimizer.state_dict())
+    state = _num_bytes(model.state_dict()) + _num_bytes(training.optimizer.state_dict())
     return Trial(slowest, most_waiting / slowest, int(most_memory), len(train_data.loader), state)
 
 

@@ -22,21 +22,20 @@ from reid import distributed, metrics, neighbours
 from reid.backbones import BACKBONES, IBN
 from reid.checkpoint_files import host_copy
 from reid.config import load_config
-from reid.criterion import Criterion
 from reid.data import augment
 from reid.data.loaders import Batch, StoredImages, TestData
+from reid.data.preprocessing import BatchPreprocessor
 from reid.data.samplers import EvaluationBatches, IdentityPlan, ShufflePlan, TrainBatches
-from reid.engine import Preparation, build_trainer
 from reid.errors import DataError, WorldError
 from reid.evaluation import Evaluator
 from reid.handlers import guards, schedule
 from reid.metrics import Labels
 from reid.model import build_model
-from reid.optim import build_optimizer
 from reid.sync_batchnorm import synchronise_batchnorm
+from reid.training.build import build_training
 from reid.weights import load_state
 from reid.world import read_world
-from reid.wrapping import fsdp_plugin, load_optimizer, place, whole, wrap
+from reid.wrapping import fsdp_plugin, load_optimizer, place, whole
 
 GOLDEN = Path(__file__).parent / "golden"
 BASE = [
@@ -118,34 +117,36 @@ class TrunkWithoutBatchNorm(nn.Sequential):
         super().__init__(nn.Conv2d(3, 8, 3, 2), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2))
 
 
-class GivenImages(Preparation):
+class GivenImages(BatchPreprocessor):
     """Passes on images that are already normalised."""
 
     def for_training(self, batch: Batch) -> Tensor:
         return batch.images
 
 
-def built(accelerator: Any, cfg: Any) -> tuple[Any, Any, Any]:
-    """A model with weights made from names, the same wrapped, and its optimiser."""
+def built(accelerator: Any, cfg: Any) -> Any:
+    """Return a model whose weights are made from names, on its device."""
     torch.manual_seed(0)
     model = build_model(cfg, num_pids=20)
     fill(model.double())
     place(model, cfg, accelerator)
     if cfg.SOLVER.SYNC_BN:
         synchronise_batchnorm(model)
-    return model, *wrap(accelerator, model, build_optimizer(cfg.SOLVER, model))
+    return model
 
 
 def trained(
-    accelerator: Any, cfg: Any, loader: Any, prepare: type[Preparation], wire: Callable[..., None], num_epochs: int
+    accelerator: Any,
+    cfg: Any,
+    loader: Any,
+    prepare: type[BatchPreprocessor],
+    wire: Callable[..., None],
+    num_epochs: int,
 ) -> dict[str, Any]:
     """Trains a model; returns it with what was logged at every step."""
-    model, wrapped, optimizer = built(accelerator, cfg)
-    preparation = prepare(cfg, accelerator.device)
-    parts, norm = cfg.SOLVER.ACCUMULATE, cfg.SOLVER.CLIP_GRAD_NORM
-    trainer = build_trainer(
-        wrapped, Criterion(cfg), optimizer, accelerator, preparation, num_parts=parts, max_grad_norm=norm
-    )
+    model = built(accelerator, cfg)
+    training = build_training(cfg, accelerator, model, prepare(cfg, accelerator.device))
+    trainer, wrapped, optimizer = training.trainer, training.wrapped, training.optimizer
     schedule.set_learning_rate_by_epoch(trainer, optimizer, cfg.SOLVER)
     schedule.train_mode_by_epoch(trainer, wrapped)
     wire(trainer)
@@ -207,7 +208,7 @@ def variant(accelerator: Any, options: list[str], num_images_of_pid: list[int]) 
     batches = TrainBatches(plan, rank=distributed.rank(), num_ranks=distributed.num_ranks())
     loader = DataLoader(StoredImages([images], pids, recipe), batch_sampler=batches, collate_fn=lambda batch: batch)
     seen: list[Any] = []
-    preparation = Preparation(cfg, accelerator.device)
+    preprocessor = BatchPreprocessor(cfg, accelerator.device)
 
     def wire(trainer: Any) -> None:
         schedule.place_sampler(trainer, batches)
@@ -215,11 +216,11 @@ def variant(accelerator: Any, options: list[str], num_images_of_pid: list[int]) 
 
         def note(engine: Any) -> None:
             batch = engine.state.batch
-            seen.append((batch.sample_ids.tolist(), preparation.for_training(batch).sum((1, 2, 3)).tolist()))
+            seen.append((batch.sample_ids.tolist(), preprocessor.for_training(batch).sum((1, 2, 3)).tolist()))
 
         trainer.add_event_handler(Events.ITERATION_COMPLETED, note)
 
-    outcome = trained(accelerator, cfg, loader, Preparation, wire, num_epochs=2)
+    outcome = trained(accelerator, cfg, loader, BatchPreprocessor, wire, num_epochs=2)
     outcome["is_sharded"] = any(isinstance(p, DTensor) for p in outcome["model"].parameters())
     state = whole(outcome.pop("model").state_dict())
     outcome["state"] = {name: value.clone() for name, value in state.items()}
@@ -234,7 +235,7 @@ def evaluated(accelerator: Any, num_images: int) -> dict[str, Any]:
     metrics.QUERY_BLOCK = neighbours.PRODUCT_ROWS = 4
     options = ["TEST.IMS_PER_BATCH=8", "TEST.FPR=[0.01,0.3]", "TEST.FLIP=yes", "TEST.SINGLE_GALLERY_SHOT=yes"]
     cfg = load_config(None, [*BASE, *options])
-    model, _, _ = built(accelerator, cfg)
+    model = built(accelerator, cfg)
     generator = np.random.default_rng(num_images)
     images = generator.integers(0, 256, (num_images, 32, 16, 3), dtype=np.uint8)
     num_pids = min(3, num_images - 1)
@@ -320,35 +321,43 @@ def state_moved(accelerator: Any) -> dict[str, Any]:
     drawn = torch.zeros((8, 7), dtype=torch.int32)
     batch = Batch(images, torch.arange(2).repeat_interleave(4) + 2 * distributed.rank(), torch.arange(8), drawn)
 
-    def step(wrapped: Any, optimizer: Any) -> None:
-        preparation = Preparation(cfg, accelerator.device)
-        build_trainer(wrapped.train(), Criterion(cfg), optimizer, accelerator, preparation).run([batch], max_epochs=1)
+    def new() -> Any:
+        return build_training(cfg, accelerator, built(accelerator, cfg))
 
-    def content(model: Any, optimizer: Any) -> Any:
-        return host_copy({"model": whole(model.state_dict()), "optimizer": whole(optimizer.state_dict())})
+    def step(training: Any) -> None:
+        training.wrapped.train()
+        training.trainer.run([batch], max_epochs=1)
 
-    def receive(given: dict[str, Any]) -> tuple[Any, Any, Any]:
-        model, wrapped, optimizer = built(accelerator, cfg)
-        load_state(model, given["model"], "another model")
-        load_optimizer(optimizer, host_copy(given["optimizer"]))  # an optimiser works in what it is given
-        return model, wrapped, optimizer
+    def content(training: Any) -> Any:
+        return host_copy(
+            {
+                "model": whole(training.model.state_dict()),
+                "optimizer": whole(training.optimizer.state_dict()),
+            }
+        )
+
+    def receive(given: dict[str, Any]) -> Any:
+        training = new()
+        load_state(training.model, given["model"], "another model")
+        load_optimizer(training.optimizer, host_copy(given["optimizer"]))  # an optimizer works in what it is given
+        return training
 
     def all_sharded() -> list[Any]:
-        model, wrapped, optimizer = built(accelerator, cfg)
-        step(wrapped, optimizer)
-        first = content(model, optimizer)
-        other, other_wrapped, other_optimizer = receive(first)
-        received = content(other, other_optimizer)
-        step(wrapped, optimizer)
-        step(other_wrapped, other_optimizer)
-        return [first, received, content(model, optimizer), content(other, other_optimizer)]
+        training = new()
+        step(training)
+        first = content(training)
+        other = receive(first)
+        received = content(other)
+        step(training)
+        step(other)
+        return [first, received, content(training), content(other)]
 
     first, received, after, after_received = sharded(accelerator, all_sharded)
-    model, wrapped, optimizer = receive(first)
-    step(wrapped, optimizer)
+    plain = receive(first)
+    step(plain)
     return {
         **{"first": first, "received": received, "after": after, "after_received": after_received},
-        "after_plain": content(model, optimizer),
+        "after_plain": content(plain),
     }
 
 

@@ -36,9 +36,9 @@ def in_evaluation(action: Action, ranks: Collection[int] | None = None) -> None:
 
 def before_model(action: Action) -> None:
     """When the data is open, and before the model is built."""
-    import reid.run
+    from reid.training import build
 
-    _at_call(reid.run, "build_model", 1, action, None)
+    _at_call(build, "build_model", 1, action, None)
 
 
 def write_at_once() -> None:

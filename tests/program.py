@@ -51,7 +51,9 @@ WANDB: {ENABLE: no, NUM_QUERIES: 1}
 """
 
 _FORKS = get_context("forkserver")
-_FORKS.set_forkserver_preload(["reid.run", "reid.export", "reid.recorded", "reid.search", "timm", "wandb", "program"])
+_FORKS.set_forkserver_preload(
+    ["reid.training.train", "reid.export", "reid.recorded", "reid.search", "timm", "wandb", "program"]
+)
 _NUMBERS = count()
 
 
@@ -290,15 +292,15 @@ def first_rank_is_slow() -> None:
 
 class _NoTorchvision:
     def find_spec(self, name: str, *_: object) -> None:
-        if name == "reid.run":
+        if name == "reid.training.train":
             raise RuntimeError("operator torchvision::nms does not exist")
 
 
 def torchvision_is_of_another_torch() -> None:
     """To be done before the program starts: importing it fails as torchvision does there."""
-    import reid
+    import reid.training
 
-    del sys.modules["reid.run"], reid.run
+    del sys.modules["reid.training.train"], reid.training.train
     sys.meta_path.insert(0, _NoTorchvision())  # type: ignore[arg-type]
 
 

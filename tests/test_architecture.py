@@ -169,7 +169,7 @@ def test_the_map_names_every_file_once_and_no_other():
 def test_packages_export_nothing_by_themselves():
     for name, file in FILES.items():
         if name.endswith("/__init__.py"):
-            assert file.read_text() == ""
+            assert not ast.parse(file.read_text()).body[1:], "only a docstring"
 
 
 def test_files_stay_readable():

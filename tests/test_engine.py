@@ -1,6 +1,7 @@
 """The training step: what it computes in, in how many parts, and what is refused.
 
-Also covers reid.accumulation, reid.handlers.meters, reid.wrapping.
+Also covers reid.training.step, reid.training.build, reid.data.preprocessing, reid.embedder, reid.handlers.meters and
+reid.wrapping.
 """
 
 import copy
@@ -17,15 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reid.combinations import check_training
 from reid.config import load_config
-from reid.criterion import Criterion
 from reid.data.augment import augment_at_once
 from reid.data.loaders import Batch
-from reid.engine import Preparation, build_embedder, build_trainer
+from reid.data.preprocessing import BatchPreprocessor
+from reid.embedder import build_embedder
 from reid.errors import SettingsError, WorldError
 from reid.handlers.meters import TrainMeter
 from reid.model import ReIDModel
-from reid.optim import build_optimizer
-from reid.wrapping import build_accelerator, clip_gradients, wrap
+from reid.training.build import build_training
+from reid.wrapping import build_accelerator, clip_gradients
 
 BASE = ["MODEL.DEVICE=cpu", "SOLVER.IMS_PER_BATCH=16", "INPUT.SIZE_TRAIN=(32,16)", "INPUT.PADDING=2"]
 
@@ -60,13 +61,7 @@ def trained(
     cfg = load_config(None, [*BASE, *overrides])
     accelerator = build_accelerator(cfg, on_gpu=False, num_ranks=1)
     model = (model or tiny_model()).train()
-    optimizer = build_optimizer(cfg.SOLVER, model)
-    wrapped, optimizer = wrap(accelerator, model, optimizer, compiled=cfg.MODEL.COMPILE)
-    preparation = Preparation(cfg, accelerator.device)
-    parts, norm = cfg.SOLVER.ACCUMULATE, cfg.SOLVER.CLIP_GRAD_NORM
-    trainer = build_trainer(
-        wrapped, Criterion(cfg), optimizer, accelerator, preparation, num_parts=parts, max_grad_norm=norm
-    )
+    trainer = build_training(cfg, accelerator, model).trainer
     losses = []
     for batch in batches(num_steps):
         trainer.run([batch], max_epochs=1)
@@ -179,7 +174,7 @@ def test_flip_embedding_is_mean_of_image_and_mirrored_image(precision):
     model, (batch,) = tiny_model().eval(), batches(1)
 
     def embedded(batch: Batch, *, flip: bool = False) -> torch.Tensor:
-        embedder = build_embedder(model, accelerator, Preparation(cfg, accelerator.device), flip=flip)
+        embedder = build_embedder(model, accelerator, BatchPreprocessor(cfg, accelerator.device), flip=flip)
         return embedder.run([batch]).output.embedding
 
     mirrored = embedded(batch._replace(images=batch.images.flip(2)))
@@ -204,7 +199,7 @@ def test_reported_gradient_norm_is_global_and_before_clipping(monkeypatch, clipp
         assert after == pytest.approx(min(seen[-1], max_norm or seen[-1]), rel=1e-4)
         return told
 
-    monkeypatch.setattr("reid.engine.clip_gradients", recorded)
+    monkeypatch.setattr("reid.training.step.clip_gradients", recorded)
     told = []
     trained(*filter(None, (clipped, parts)), num_steps=3, told=told)
     assert told == pytest.approx(seen, rel=1e-6)
@@ -279,18 +274,15 @@ def test_device_synchronization_is_detected(monkeypatch, wait):
     ids=["defaults", "sgd", "accumulate", "bf16", "center"],
 )
 def test_no_step_waits_for_the_device_until_a_record_is_due(monkeypatch, overrides):
-    monkeypatch.setattr("reid.engine.augment", augment_at_once)  # as on a GPU
+    monkeypatch.setattr("reid.data.preprocessing.augment", augment_at_once)  # as on a GPU
     cfg = load_config(None, [*BASE, *overrides])
     accelerator = build_accelerator(cfg, on_gpu=False, num_ranks=1)
     model = tiny_model().train()
     if cfg.MODEL.IF_WITH_CENTER:
         model.register_buffer("centers", torch.randn(4, 16))
-    wrapped, optimizer = wrap(accelerator, model, build_optimizer(cfg.SOLVER, model))
-    preparation = Preparation(cfg, accelerator.device)
-    trainer = build_trainer(
-        *(wrapped, Criterion(cfg), optimizer, accelerator, preparation), num_parts=cfg.SOLVER.ACCUMULATE
-    )
-    meter = TrainMeter(log_period=4, batch_size=16, optimizer=optimizer)
+    training = build_training(cfg, accelerator, model)
+    trainer = training.trainer
+    meter = TrainMeter(log_period=4, batch_size=16, optimizer=training.optimizer)
     meter.attach(trainer)
     waits, seen = Waits(monkeypatch), []
 

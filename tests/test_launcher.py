@@ -246,15 +246,15 @@ class Raising:
 
 
 def raising_where_python_drops_it(cause):
-    from reid import run
+    from reid.training import train
 
-    original = run.build_stores
+    original = train.build_stores
 
     def build_stores(*arguments):
         Raising(cause)
         original(*arguments)
 
-    run.build_stores = build_stores
+    train.build_stores = build_stores
 
 
 def sigterm():

@@ -11,11 +11,11 @@ from refusals import refused
 from reid.config import load_config
 from reid.data import augment
 from reid.data.loaders import StoredImages, build_test_data, build_train_data
+from reid.data.preprocessing import BatchPreprocessor
 from reid.data.samplers import EvaluationBatches, PlannedBatch, TrainBatches
 from reid.data.sets import open_data_sets
 from reid.data.splits import Benchmark, Split
 from reid.data.store import decode
-from reid.engine import Preparation
 from reid.errors import DataError
 
 SIZE = (8, 8)
@@ -187,7 +187,7 @@ def test_batches_are_the_same_with_all_images_on_the_device(folder, benchmark, n
     assert usual.on_device is None
     assert cached.on_device.shape == (2 * len(benchmark.train), 32, 16, 3)
     device = torch.device("cpu")
-    preparations = Preparation(cfg, device), Preparation(cfg, device, cached.on_device)
+    preparations = BatchPreprocessor(cfg, device), BatchPreprocessor(cfg, device, cached.on_device)
     assert len(usual.loader) == len(cached.loader) > 1
     for one, other in zip(usual.loader, cached.loader, strict=True):
         assert other.images.shape == (0, 32, 16, 3)

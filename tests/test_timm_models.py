@@ -14,7 +14,7 @@ from torch import nn
 
 from reid import backbones, timm_models
 from reid.config import dump, load_config
-from reid.engine import Preparation
+from reid.data.preprocessing import BatchPreprocessor
 from reid.errors import SettingsError, WorldError
 from reid.model import build_model
 from reid.weights import initialise
@@ -160,7 +160,7 @@ def test_normalization_is_that_of_settings_or_else_of_the_model(tmp_path, name, 
 def test_the_normalisation_reaches_the_pixels():
     cfg = settings("test_vit")
     batch = type("Batch", (), {"images": torch.tensor([0, 255], dtype=torch.uint8).view(1, 2, 1, 1).expand(1, 2, 1, 3)})
-    pixels = Preparation(cfg, torch.device("cpu")).for_evaluation(batch)
+    pixels = BatchPreprocessor(cfg, torch.device("cpu")).for_evaluation(batch)
     assert pixels.flatten().unique().tolist() == [-1, 1]
 
 

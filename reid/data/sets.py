@@ -61,6 +61,7 @@ def open_data_sets(cfg: CfgNode, *, train: bool) -> DataSets:
 
     Raises:
         DataError: a benchmark is not what it must be.
+        WorldError: the ranks see different images.
     """
     to_train = tuple(cfg.DATASETS.NAMES) if train else ()
     to_test = tuple(cfg.TEST.DATASETS or cfg.DATASETS.NAMES)
@@ -73,7 +74,15 @@ def open_data_sets(cfg: CfgNode, *, train: bool) -> DataSets:
         opened[name] = _open(name, root_dir, options, parts)
         logger.info("%s", opened[name].statistics())
     _check_names(opened)
-    return DataSets(tuple(opened[name] for name in to_train), tuple(opened[name] for name in to_test))
+    data = DataSets(tuple(opened[name] for name in to_train), tuple(opened[name] for name in to_test))
+    distributed.agree(
+        {
+            "the fingerprint of the training images": data.fingerprint_of_training(),
+            "the fingerprint of the test images": data.fingerprint_of_tests(),
+        },
+        key="DATASETS.ROOT_DIR",
+    )
+    return data
 
 
 def _open(name: str, root_dir: Path, options: BenchmarkOptions, parts: Sequence[Part]) -> Benchmark:

@@ -18,8 +18,8 @@ from PIL import Image
 from reid import distributed
 from reid.backbones import normalisation
 from reid.data.loaders import TestData, TrainData
+from reid.data.preprocessing import BatchPreprocessor
 from reid.data.sets import DataSets
-from reid.engine import Preparation
 from reid.examples import Example, find_examples, query_table, seeded_queries, worst_queries
 from reid.handlers.records import Progress, Records
 from reid.metrics import Distances, RetrievalScores
@@ -188,7 +188,7 @@ class Pictures:
         num = min(max(_MOST_IMAGES // each, 1) * each, len(planned.sample_ids))
         some = planned._replace(sample_ids=planned.sample_ids[:num], positions=planned.positions[:num])
         batch = train_data.images.__getitems__(some)
-        prepared = Preparation(self._cfg, torch.device("cpu")).for_training(batch).numpy()
+        prepared = BatchPreprocessor(self._cfg, torch.device("cpu")).for_training(batch).numpy()
         images = denormalise(prepared, *normalisation(self._cfg))
         of_all = f"{num} of {len(planned.sample_ids)} images" if num < len(planned.sample_ids) else f"{num} images"
         note = f"{of_all} as the model sees them: flipped, padded and cropped, partly erased; pids are labels"

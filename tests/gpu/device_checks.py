@@ -18,13 +18,11 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from reid.config import load_config
-from reid.criterion import Criterion
 from reid.data.loaders import Batch
-from reid.engine import Preparation, build_trainer
 from reid.model import ReIDModel
-from reid.optim import build_optimizer
 from reid.sync_batchnorm import synchronise_batchnorm
-from reid.wrapping import build_accelerator, place, wrap
+from reid.training.build import build_training
+from reid.wrapping import build_accelerator, place
 
 NEEDS_CUDA = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device: torch.cuda.is_available() is False"
@@ -92,7 +90,7 @@ def forget_accelerator() -> None:
 
 
 def build(device: torch.device, *overrides: str) -> Training:
-    """Build a training of the tiny model, as `reid.run.train` does.
+    """Build a training of the tiny model, as `reid.training.train` does.
 
     SOLVER.PRECISION fp16 is refused on a CPU. There, the loss is scaled all the same, and gradients are rounded to
     float16, so that they overflow.
@@ -106,18 +104,13 @@ def build(device: torch.device, *overrides: str) -> Training:
         accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
     model = tiny_model(with_centers=cfg.MODEL.IF_WITH_CENTER).train()
     place(model, cfg, accelerator)
-    wrapped, optimizer = wrap(accelerator, model, build_optimizer(cfg.SOLVER, model), compiled=cfg.MODEL.COMPILE)
+    training = build_training(cfg, accelerator, model)
     if is_emulated:
         accelerator.state._mixed_precision = "fp16"  # so that gradients are unscaled before their norm is taken
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_hook(lambda gradient: gradient.half().float())
-    parts, norm = cfg.SOLVER.ACCUMULATE, cfg.SOLVER.CLIP_GRAD_NORM
-    preparation = Preparation(cfg, accelerator.device)
-    trainer = build_trainer(
-        wrapped, Criterion(cfg), optimizer, accelerator, preparation, num_parts=parts, max_grad_norm=norm
-    )
-    return Training(cfg, accelerator, model, optimizer, trainer)
+    return Training(cfg, accelerator, model, training.optimizer, training.trainer)
 
 
 def trained(device: torch.device, *overrides: str, num_steps: int = 6) -> Training:

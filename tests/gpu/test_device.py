@@ -28,8 +28,9 @@ from reid.checkpoint_files import host_copy
 from reid.config import load_config
 from reid.data import augment, loaders
 from reid.data.loaders import Batch, StoredImages
+from reid.data.preprocessing import BatchPreprocessor
 from reid.data.samplers import EvaluationBatches, ShufflePlan, TrainBatches
-from reid.engine import Preparation, build_embedder
+from reid.embedder import build_embedder
 from reid.handlers.checkpoint import Checkpoints
 from reid.handlers.records import Progress
 from reid.metrics import RetrievalScores, retrieval_scores, scores_from_distmat
@@ -224,8 +225,8 @@ def test_batches_are_pinned_and_arrive_as_on_a_cpu(device, num_workers):
         cfg, data = settings(on, "SOLVER.PRECISION=fp64"), stored()
         loader = loaders._build_loader(cfg, data, TrainBatches(plan, rank=0, num_ranks=1), num_workers)
         every = torch.from_numpy(data.images(np.arange(40))).to(on) if is_cached else None
-        preparation = Preparation(cfg, on, every)
-        return [(batch, preparation.for_training(batch)) for batch in loader]
+        preprocessor = BatchPreprocessor(cfg, on, every)
+        return [(batch, preprocessor.for_training(batch)) for batch in loader]
 
     expected = prepared(CPU)
     for received in (prepared(device), prepared(device, is_cached=True)):
@@ -254,7 +255,7 @@ def test_embeddings_equal_those_of_a_cpu(device, flip):
         accelerator = accelerate(cfg, on)
         model = tiny_model().eval()
         place(model, cfg, accelerator)
-        embedder = build_embedder(model, accelerator, Preparation(cfg, accelerator.device), flip=flip)
+        embedder = build_embedder(model, accelerator, BatchPreprocessor(cfg, accelerator.device), flip=flip)
         data = stored()
         data._recipe = None
         loader = loaders._build_loader(cfg, data, EvaluationBatches(40, batch_size=16, rank=0, num_ranks=1), 0)

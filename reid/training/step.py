@@ -1,22 +1,74 @@
-"""The gradient of the global batch's loss, one micro-batch at a time."""
+"""The train step, as an Ignite engine, and the gradient of a global batch in several parts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from ignite.engine import Engine
 from torch import Tensor, nn
 
-from reid.criterion import Losses
+from reid.criterion import Criterion, Losses
+from reid.data.preprocessing import BatchPreprocessor
 from reid.model import ReIDOutput
-from reid.wrapping import statistics_kept
+from reid.wrapping import clip_gradients, statistics_kept
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from reid.data.loaders import Batch
+
+
+def build_trainer(
+    model: nn.Module,
+    criterion: Criterion,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    preprocessor: BatchPreprocessor,
+    *,
+    num_parts: int = 1,
+    max_grad_norm: float = 0,
+) -> Engine:
+    """An engine whose output is this rank's shares of the step's losses and of the gradient's 2-norm before clipping.
+
+    They are scalars on the device, as the step never waits for it.
+
+    Args:
+        model: wrapped by accelerate.
+        criterion: of the global batch.
+        optimizer: wrapped by accelerate.
+        accelerator: which wrapped them.
+        preprocessor: of the batch's images.
+        num_parts: SOLVER.ACCUMULATE.
+        max_grad_norm: SOLVER.CLIP_GRAD_NORM.
+    """
+    centers = getattr(accelerator.unwrap_model(model), "centers", None)
+
+    def backward(batch: Batch) -> Losses:
+        pids = preprocessor.to_device(batch.pids)
+        if num_parts > 1:
+            loss = partial(criterion, pids=pids, centers=centers)
+            return backward_in_parts(model, preprocessor.for_training, batch, num_parts, loss, accelerator)
+        losses = criterion(model(preprocessor.for_training(batch)), pids, centers)
+        accelerator.backward(losses.to_minimise)
+        return losses
+
+    def step(engine: Engine, batch: Batch) -> dict[str, Tensor]:
+        del engine
+        optimizer.zero_grad()
+        losses = backward(batch)
+        norm = clip_gradients(accelerator, model, max_grad_norm)
+        optimizer.step()
+        if centers is not None:
+            criterion.move_centers(losses, centers)
+        # It is the same on all ranks. Where fp16 overflows, the step is left out, and says nothing of the loss.
+        share = norm.nan_to_num(0, 0, 0) / accelerator.num_processes
+        return {**losses.shares, "grad_norm": share}
+
+    return Engine(step)
 
 
 def backward_in_parts(

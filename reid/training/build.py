@@ -1,0 +1,93 @@
+"""Assembly of a training: the model with its first weights, then everything that one step needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from ignite.engine import Engine
+from torch import nn
+
+from reid import weights
+from reid.criterion import Criterion
+from reid.data.preprocessing import BatchPreprocessor
+from reid.model import ReIDModel, build_model
+from reid.optim import build_optimizer
+from reid.sync_batchnorm import synchronise_batchnorm
+from reid.training.step import build_trainer
+from reid.wrapping import place, settle_gradient_buckets, wrap
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from yacs.config import CfgNode
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that one training step needs.
+
+    Attributes:
+        model: Model without its wrapper, as checkpoints and evaluations use it.
+        wrapped: The same model as training calls it.
+        optimizer: Optimizer, wrapped by accelerate.
+        preprocessor: Preprocessing of the batches' images.
+        trainer: Ignite engine of `build_trainer`.
+    """
+
+    model: ReIDModel
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    preprocessor: BatchPreprocessor
+    trainer: Engine
+
+
+def build_initial_model(
+    cfg: CfgNode, accelerator: Accelerator, num_pids: int, *, load_weights: bool = True
+) -> ReIDModel:
+    """Return the model of step 0 on its device, the same on all ranks; called by all ranks.
+
+    Args:
+        cfg: Whole configuration; MODEL, SEED, SOLVER.PRECISION and SOLVER.SYNC_BN are read.
+        accelerator: Accelerator whose device the model moves to.
+        num_pids: Number C of training identities.
+        load_weights: Whether to load the weights that MODEL.PRETRAIN_CHOICE names; False where a checkpoint follows.
+
+    Raises:
+        SettingsError, WorldError: The weights are missing or do not fit.
+    """
+    torch.manual_seed(cfg.SEED)
+    model = build_model(cfg, num_pids)
+    if load_weights:
+        weights.initialise(model, cfg)
+    place(model, cfg, accelerator)
+    if cfg.SOLVER.SYNC_BN:
+        synchronise_batchnorm(model)
+    return model
+
+
+def build_training(
+    cfg: CfgNode, accelerator: Accelerator, model: ReIDModel, preprocessor: BatchPreprocessor | None = None
+) -> Training:
+    """Wrap the model and assemble its training step; called by all ranks.
+
+    Args:
+        cfg: Whole configuration.
+        accelerator: Accelerator that wraps model and optimizer.
+        model: Model on its device, see `build_initial_model`.
+        preprocessor: Preprocessing of the batches; by default that of batches which hold their images.
+    """
+    optimizer = build_optimizer(cfg.SOLVER, model)
+    wrapped, optimizer = wrap(accelerator, model, optimizer, compiled=cfg.MODEL.COMPILE)
+    settle_gradient_buckets(wrapped, cfg.INPUT.SIZE_TRAIN)
+    preprocessor = preprocessor or BatchPreprocessor(cfg, accelerator.device)
+    trainer = build_trainer(
+        wrapped,
+        Criterion(cfg),
+        optimizer,
+        accelerator,
+        preprocessor,
+        num_parts=cfg.SOLVER.ACCUMULATE,
+        max_grad_norm=cfg.SOLVER.CLIP_GRAD_NORM,
+    )
+    return Training(model, wrapped, optimizer, preprocessor, trainer)

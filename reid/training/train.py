@@ -1,0 +1,189 @@
+"""The run of a training: open the data, build, attach what acts on each event, resume, train, report."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ignite.engine import Engine
+
+from reid import distributed
+from reid.checkpoint_files import checkpoints_in
+from reid.data.loaders import TrainData, build_stores, build_train_data
+from reid.data.preprocessing import BatchPreprocessor
+from reid.data.sets import DataSets, open_data_sets
+from reid.evaluation import Evaluators, report_queries
+from reid.handlers import console, guards, interruption, schedule
+from reid.handlers.checkpoint import Checkpoints
+from reid.handlers.meters import TrainMeter
+from reid.handlers.pictures import Pictures
+from reid.handlers.records import Progress
+from reid.handlers.tensorboard import TensorBoard
+from reid.handlers.tracking import Tracker
+from reid.handlers.watchdog import Watchdog
+from reid.layouts import epoch_in_name
+from reid.model import ReIDModel
+from reid.ownership import claim
+from reid.preemption import Preempted, Signals
+from reid.run_directory import RunDirectory, environment_facts
+from reid.start import check_start
+from reid.training.build import Training, build_initial_model, build_training
+from reid.world import read_start, slurm_job
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from yacs.config import CfgNode
+
+logger = logging.getLogger("reid.run")
+
+
+def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
+    """Train from the newest checkpoint in OUTPUT_DIR, or from the start, to SOLVER.MAX_EPOCHS; called by all ranks.
+
+    Raises:
+        Preempted: On all ranks, after a signal; everything is saved.
+    """
+    check_start(cfg)
+    folder = RunDirectory(Path(cfg.OUTPUT_DIR))
+    ownership = claim(folder, read_start(os.environ))
+    data = open_data_sets(cfg, train=True)
+    training, train_data = _build(cfg, accelerator, folder, data)
+    trainer, model, optimizer = training.trainer, training.model, training.optimizer
+
+    fingerprint = data.fingerprint_of_training()
+    watchdog, progress = Watchdog(cfg.SOLVER.TIMEOUT_MINUTES), Progress()
+    tracker = build_tracker(cfg, folder, [benchmark.name for benchmark in data.train], fingerprint)
+    tensorboard = TensorBoard(cfg, folder.path)
+    pictures = Pictures(cfg, folder.pictures, data, tracker.show)
+    evaluator = Evaluators(
+        data,
+        model,
+        accelerator,
+        cfg,
+        on_scored=pictures.compare,
+        beat=watchdog.beat,
+        is_stopped=signals.were_received,
+    )
+    evaluations = schedule.Evaluations(evaluator.run, progress, cfg.SOLVER)
+    meter = TrainMeter(log_period=cfg.SOLVER.LOG_PERIOD, batch_size=cfg.SOLVER.IMS_PER_BATCH, optimizer=optimizer)
+    checkpoints = Checkpoints(
+        folder.checkpoints,
+        model,
+        optimizer,
+        progress,
+        cfg,
+        fingerprint,
+        meter=meter,
+        scaler=accelerator.scaler,
+        on_saved=tracker.keep_checkpoint,
+        check=ownership.check,
+    )
+
+    # Where two act on the same event, the upper one is first: evaluate, keep the best, write records, save.
+    watchdog.attach(trainer)
+    schedule.set_learning_rate_by_epoch(trainer, optimizer, cfg.SOLVER)
+    schedule.place_sampler(trainer, train_data.batches)
+    schedule.train_mode_by_epoch(trainer, training.wrapped)
+    guards.check_first_batch(trainer, cfg)
+    meter.attach(trainer)
+    evaluations.attach(trainer)
+    ownership.attach(trainer)
+    checkpoints.attach(trainer)
+    console.attach(trainer, folder, progress)
+    tracker.attach(trainer, progress)
+    tensorboard.attach(trainer, progress)
+    pictures.attach(trainer, progress, train_data)
+    interruption.save_and_stop_when_asked(trainer, checkpoints, signals)
+
+    _resume(trainer, checkpoints, cfg, len(train_data.loader))
+    folder.go_on_from(trainer.state.iteration, progress.last["iteration"] if progress.last else 0)
+    num_steps = cfg.SOLVER.MAX_EPOCHS * len(train_data.loader)
+    if trainer.state.iteration >= num_steps and not evaluations.is_missing(trainer):
+        logger.info("all %d epochs are done; raise SOLVER.MAX_EPOCHS to train further", cfg.SOLVER.MAX_EPOCHS)
+        return
+    _announce(cfg, accelerator, model, train_data, folder)
+    with tracker.training(progress), tensorboard.running(trainer), watchdog.watching(), signals.deferred():
+        _run(trainer, train_data, num_steps, evaluations, checkpoints, folder)
+    report_queries(folder, evaluator.data, evaluations.scores)
+    _report_best(progress, folder)
+
+
+def _build(cfg: CfgNode, accelerator: Accelerator, folder: RunDirectory, data: DataSets) -> tuple[Training, TrainData]:
+    is_resumed = distributed.on_main(lambda: bool(checkpoints_in(folder.checkpoints, "last")))
+    # Before the images are decoded, as weights may be missing.
+    model = build_initial_model(cfg, accelerator, data.num_train_pids, load_weights=not is_resumed)
+    build_stores(cfg, data)
+    train_data = build_train_data(cfg, data.train, accelerator.device)
+    preprocessor = BatchPreprocessor(cfg, accelerator.device, train_data.on_device)
+    return build_training(cfg, accelerator, model, preprocessor), train_data
+
+
+def _resume(trainer: Engine, checkpoints: Checkpoints, cfg: CfgNode, epoch_length: int) -> None:
+    """Resume from the newest checkpoint, or after the epoch of one of reid-strong-baseline's."""
+    if checkpoints.resume(trainer) or cfg.MODEL.PRETRAIN_CHOICE != "self":
+        return
+    name = Path(cfg.MODEL.PRETRAIN_PATH).name
+    epoch = epoch_in_name(name)
+    if epoch:
+        logger.info("MODEL.PRETRAIN_CHOICE self: resumes after epoch %d of %s, with a new optimizer", epoch, name)
+        max_epochs = max(cfg.SOLVER.MAX_EPOCHS, epoch)  # Ignite requires at least this
+        trainer.load_state_dict({"epoch": epoch, "epoch_length": epoch_length, "max_epochs": max_epochs})
+
+
+def build_tracker(cfg: CfgNode, folder: RunDirectory, data_sets: Sequence[str], fingerprint: str) -> Tracker:
+    """Return the tracker of a run whose W&B configuration also records the environment and the data set."""
+    facts = environment_facts() | {"slurm": slurm_job(os.environ), "dataset": fingerprint}
+    return Tracker(cfg, folder.path, facts, data_sets)
+
+
+def _run(
+    trainer: Engine,
+    train_data: TrainData,
+    num_steps: int,
+    evaluations: schedule.Evaluations,
+    checkpoints: Checkpoints,
+    folder: RunDirectory,
+) -> None:
+    """Train to the last step or to a signal, and wait until every file is on the disk."""
+    try:
+        if evaluations.is_missing(trainer):
+            evaluations.run(trainer)
+            checkpoints.save(trainer)
+        if trainer.state.iteration < num_steps:  # Ignite would start a finished run from the beginning
+            epoch_length = len(train_data.loader)
+            trainer.run(train_data.loader, max_epochs=num_steps // epoch_length, epoch_length=epoch_length)
+    except Preempted:
+        checkpoints.save(trainer)
+        checkpoints.finish()
+        folder.finish()
+        folder.leave_marker(f"saved after iteration {trainer.state.iteration}")
+        raise
+    checkpoints.finish()
+    folder.finish()
+
+
+def _report_best(progress: Progress, folder: RunDirectory) -> None:
+    best = progress.best
+    assert best is not None  # the last epoch is evaluated
+    console.report_test_sets(best)
+    logger.info("best mAP %.1f %% after epoch %d; all files are in %s", 100 * best["mAP"], best["epoch"], folder.path)
+
+
+def _announce(
+    cfg: CfgNode, accelerator: Accelerator, model: ReIDModel, train_data: TrainData, folder: RunDirectory
+) -> None:
+    folder.describe(cfg, accelerator.device)
+    logger.info(
+        "training %s (%.1f million parameters) on %d x %s: %d identities, %d steps of %d images an epoch, %d epochs",
+        cfg.MODEL.NAME,
+        sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+        distributed.num_ranks(),
+        accelerator.device.type,
+        train_data.num_pids,
+        len(train_data.loader),
+        cfg.SOLVER.IMS_PER_BATCH,
+        cfg.SOLVER.MAX_EPOCHS,
+    )
