@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reid import distributed
-from reid.config import dump
+from reid.config.load import dump
 from reid.data.loaders import Batch
 from reid.data.samplers import EvaluationBatches
 from reid.data.splits import IMAGE_SUFFIXES

@@ -17,7 +17,7 @@ from program import _FORKS, TIMEOUT, free_port
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from reid.config import load_config
+from reid.config.load import load_config
 from reid.criterion import Criterion
 from reid.data.loaders import Batch
 from reid.engine import Preparation, build_trainer
