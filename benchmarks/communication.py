@@ -20,7 +20,7 @@ import torch
 from tables import MIB, machine, say, table
 from torch import nn
 
-from reid.config import load_config
+from reid.config.load import load_config
 from reid.launcher import leave
 from reid.model import build_model
 

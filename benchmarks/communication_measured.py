@@ -21,7 +21,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from reid import distributed
-from reid.config import load_config
+from reid.config.load import load_config
 from reid.criterion import Criterion
 from reid.model import build_model
 from reid.optim import build_optimizer

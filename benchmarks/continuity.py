@@ -27,7 +27,7 @@ from tables import machine, median_seconds, say, seconds_of, table
 from torch import Tensor, nn
 
 from reid.checkpoint_files import BackgroundWriter, host_copy, save_atomically
-from reid.config import load_config
+from reid.config.load import load_config
 from reid.handlers.checkpoint import Checkpoints
 from reid.handlers.records import Progress
 from reid.model import ReIDModel, build_model

@@ -24,7 +24,7 @@ from communication import all_gather_bytes, fixed_rows, packed_bytes, sizes
 from tables import MIB, machine, say, table
 from torch.utils.flop_counter import FlopCounterMode
 
-from reid.config import load_config
+from reid.config.load import load_config
 from reid.launcher import leave
 from reid.metrics import QUERY_BLOCK
 from reid.model import build_model

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from yacs.config import CfgNode
 
-from reid.config import load_config
+from reid.config.load import load_config
 from reid.criterion import Criterion
 from reid.data import augment
 from reid.data.loaders import Batch, StoredImages

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from tables import say
 
-from reid.config import load_config
+from reid.config.load import load_config
 from reid.handlers.records import Progress, SavedCheckpoint
 from reid.handlers.tracking import Tracker
 

@@ -7,10 +7,12 @@ assembly builds, gathers and wires.
     errors.py                   errors written for the user
     world.py                    what the launcher told this process about ranks
     environment_file.py         variables from .env
-    config.py                   the yacs tree: names, defaults, units, checks
-    combinations.py             which losses the settings choose, and which settings do not fit
-    checks.py                   from a file's or command line's words to plain values
-    data_settings.py            the settings that name benchmarks
+    config/schema.py            every setting: key, default, check
+    config/load.py              from files and command lines to the frozen yacs tree, and back
+    config/parsing.py           reading, literals, wording
+    config/validators.py        checks of single settings
+    config/rules.py             which losses the settings choose, and which settings do not fit
+    config/benchmark_names.py   what a benchmark may be called, and in which forms it comes
     commands.py                 what each command takes besides settings
     launcher.py                 from the command line to a running story
     sweeps.py                   searches for settings, by W&B
@@ -63,7 +65,6 @@ assembly builds, gathers and wires.
     whole_files.py              files that appear whole
 
     the parts
-    data/names.py               what a benchmark may be called, and in which forms it comes
     data/benchmarks.py          name -> train, query, gallery
     data/splits.py              what these are, and what all readers share
     data/folders.py             Market-1501, DukeMTMC-reID, Occluded-Duke, VeRi-776

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from reid.config import SETTINGS
+from reid.config.schema import SETTINGS
 from reid.errors import SettingsError
 
 FORMATS = ("onnx", "torch", "safetensors")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reid import distributed
-from reid.combinations import label_smoothing, use_center_loss, use_identity_loss, use_triplet_loss
+from reid.config.rules import label_smoothing, use_center_loss, use_identity_loss, use_triplet_loss
 from reid.losses import batch_hard_triplet, center_loss, center_step, label_smoothed_cross_entropy
 from reid.model import ReIDOutput
 

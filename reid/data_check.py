@@ -15,14 +15,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from reid.config import load_config
+from reid.config.benchmark_names import NAMES, PARTS, BenchmarkOptions, is_table
+from reid.config.load import load_config
+from reid.config.rules import benchmark_options
 from reid.data.benchmarks import differences, read_benchmark
-from reid.data.names import NAMES, PARTS, BenchmarkOptions, is_table
 from reid.data.sources import SOURCES, documented
 from reid.data.splits import Benchmark, is_folder, shown
 from reid.data.store import fault_of_image
 from reid.data.tables import COLUMNS, SPLITS
-from reid.data_settings import benchmark_options
 from reid.errors import ReidError, SettingsError
 from reid.logs import answer
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from reid.config import SETTINGS
+from reid.config.schema import SETTINGS
 from reid.errors import ReidError, WorldError, shared
 from reid.preemption import Preempted
 from reid.world import World

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 from tqdm import tqdm
 
 from reid import distributed
-from reid.config import dump
+from reid.config.load import dump
 from reid.data.splits import IMAGE_SUFFIXES
 from reid.embedder import ImageEmbedder, distance_of
 from reid.errors import DataError

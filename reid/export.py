@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from reid import weights
 from reid.backbones import normalisation
-from reid.config import dump
+from reid.config.load import dump
 from reid.data.augment import normalise_at_once
 from reid.errors import DataError, SettingsError, WorldError
 from reid.export_checks import Comparison, Embed, evaluation_pass, random_pass

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from reid import logs
-from reid.combinations import check_training, fitting_nodes
 from reid.commands import COMMANDS, Words, read_words
-from reid.config import load_config
+from reid.config.load import load_config
+from reid.config.rules import check_training, fitting_nodes
 from reid.environment_file import read_environment_file
 from reid.errors import ReidError, SettingsError, UnsavedError, WorldError
 from reid.preemption import MARKER, Preempted, Signals, write_marker
@@ -26,7 +26,7 @@ from reid.world import World, read_world, speaks_for_node
 if TYPE_CHECKING:
     from yacs.config import CfgNode
 
-    from reid.checks import Given
+    from reid.config.parsing import Given
 
 # Exit codes of a process; torchrun prints them, and itself ends with 1 whenever one is not 0.
 FAILED, BAD_INPUT, UNSAVED, PREEMPTED = 1, 2, 74, 85

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from reid.backbones import build_trunk
-from reid.combinations import use_center_loss, use_identity_loss
+from reid.config.rules import use_center_loss, use_identity_loss
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from reid.combinations import FUSED
+from reid.config.rules import FUSED
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode

@@ -21,7 +21,7 @@ import torch
 
 from reid import distributed
 from reid.checkpoint_files import checkpoints_in
-from reid.combinations import check_training
+from reid.config.rules import check_training
 from reid.data.sets import DataSets, open_data_sets
 from reid.errors import ReidError, WorldError, shared
 from reid.link_speed import Link, measure

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from reid.checks import Given
-from reid.config import SETTINGS
+from reid.config.parsing import Given
+from reid.config.schema import SETTINGS
 from reid.errors import WorldError
 from reid.gallery import read_facts
 from reid.trained import check_weight_is_named

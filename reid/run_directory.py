@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from reid import distributed
-from reid.config import dump
+from reid.config.load import dump
 from reid.errors import UnsavedError, WorldError
 from reid.logs import LogFile
 from reid.preemption import MARKER, write_marker

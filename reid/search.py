@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from reid import weights
-from reid.checks import example
-from reid.config import as_plain_dict
+from reid.config.load import as_plain_dict
+from reid.config.parsing import example
 from reid.data.splits import DISTRACTOR_PID, JUNK_PID
 from reid.embedder import ImageEmbedder
 from reid.errors import DataError, SettingsError, WorldError

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from reid import backbones, distributed
-from reid.config import by_full_key
+from reid.config.load import by_full_key
 from reid.run_directory import commit, source_fingerprint
 
 if TYPE_CHECKING:

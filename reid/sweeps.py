@@ -11,9 +11,10 @@ from typing import Any
 
 import yaml
 
-from reid.checks import Refused, nearest, shown
 from reid.commands import Parser, at_least_one
-from reid.config import SETTINGS
+from reid.config.parsing import nearest, shown
+from reid.config.schema import SETTINGS
+from reid.config.validators import Refused
 from reid.environment_file import read_environment_file
 from reid.errors import ReidError, SettingsError, UnknownKeyError, WorldError
 from reid.logs import Console
@@ -85,7 +86,7 @@ def read_sweep(file: Path) -> dict[str, Any]:
 
 def _check_parameter(key: str, space: Any, file: Path) -> None:
     if key not in SETTINGS:
-        meant = " or ".join(nearest(key, SETTINGS)) or "a key in reid/config.py"
+        meant = " or ".join(nearest(key, SETTINGS)) or "a key in reid/config/schema.py"
         raise UnknownKeyError(
             f"parameters in {file} must be settings by their full keys, got {key}; use {meant}", key=key
         )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from reid import distributed, imagenet, timm_models
 from reid.backbones import own_normalisation
-from reid.config import as_plain_dict
+from reid.config.load import as_plain_dict
 from reid.errors import WorldError
 from reid.layouts import CLASSIFIERS, holds_whole_model, inner, is_optimizer, likely_backbone
 from reid.model import ReIDModel

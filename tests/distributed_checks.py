@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from reid import distributed, metrics, neighbours
 from reid.backbones import BACKBONES, IBN
 from reid.checkpoint_files import host_copy
-from reid.config import load_config
+from reid.config.load import load_config
 from reid.data import augment
 from reid.data.loaders import Batch, StoredImages, TestData
 from reid.data.preprocessing import BatchPreprocessor

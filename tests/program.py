@@ -27,7 +27,7 @@ from unittest import mock
 
 import torch
 
-from reid.config import dump, load_config
+from reid.config.load import dump, load_config
 from reid.model import build_model
 
 REPOSITORY = Path(__file__).parent.parent

@@ -20,7 +20,7 @@ from refusals import refused
 from torch import nn
 
 from reid.checkpoint_files import checkpoints_in, host_copy, save_atomically
-from reid.config import load_config
+from reid.config.load import load_config
 from reid.errors import NonFiniteError, UnsavedError, WorldError
 from reid.handlers.checkpoint import Checkpoints, _differences
 from reid.handlers.records import Progress, Records

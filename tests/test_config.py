@@ -1,6 +1,6 @@
 """Settings: defaults, old spellings, every refusal, which losses a configuration means, and the way back to YAML.
 
-Also covers reid.checks, reid.combinations.
+Also covers reid.config.schema, reid.config.load, reid.config.parsing, reid.config.validators, reid.config.rules.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from refusals import refused
 
-from reid import config
-from reid.combinations import (
+from reid.config import schema
+from reid.config.load import as_plain_dict, dump, load_config
+from reid.config.rules import (
     check_training,
     fitting_nodes,
     label_smoothing,
@@ -28,7 +29,7 @@ from reid.combinations import (
     use_identity_loss,
     use_triplet_loss,
 )
-from reid.config import SETTINGS, as_plain_dict, dump, load_config
+from reid.config.schema import SETTINGS
 from reid.errors import SettingsError, UnknownKeyError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -141,7 +142,7 @@ def test_every_default_passes_its_own_check():
 
 
 def test_every_key_has_a_comment():
-    lines = Path(config.__file__).read_text().splitlines()
+    lines = Path(schema.__file__).read_text().splitlines()
     rows = {match[1]: row for row, line in enumerate(lines) if (match := re.match(r'    "([A-Z_.0-9]+)": \(', line))}
     assert set(rows) == set(SETTINGS)
     for key, row in rows.items():
@@ -165,9 +166,9 @@ def test_two_trees_share_nothing():
 
 def test_a_settings_error_needs_no_torch():
     code = (
-        "import sys, reid.config\n"
-        "try: reid.config.load_config(None, ['SOLVER.BASE_LR', '0'])\n"
-        "except reid.config.SettingsError: pass\n"
+        "import sys\nfrom reid.config.load import load_config\n"
+        "try: load_config(None, ['SOLVER.BASE_LR', '0'])\n"
+        "except ValueError: pass\n"
         "print([name for name in ('torch', 'ignite', 'numpy', 'accelerate', 'wandb', 'PIL') if name in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ))
@@ -534,7 +535,7 @@ def test_an_unknown_key_gets_the_nearest(key, meant):
 
 
 def test_an_unknown_key_far_from_all_others():
-    assert_refused(None, ["QQQQ", "1"], "QQQQ", "command line", "reid/config.py", kind=UnknownKeyError)
+    assert_refused(None, ["QQQQ", "1"], "QQQQ", "command line", "reid/config/schema.py", kind=UnknownKeyError)
     assert_refused(None, ["=1"], "", "command line", kind=UnknownKeyError)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from reid.combinations import check_training, label_smoothing, use_center_loss, use_identity_loss, use_triplet_loss
-from reid.config import by_full_key, load_config
+from reid.config.load import by_full_key, load_config
+from reid.config.rules import check_training, label_smoothing, use_center_loss, use_identity_loss, use_triplet_loss
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted(CONFIGS.rglob("*.yml"))

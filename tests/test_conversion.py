@@ -12,7 +12,7 @@ from program import REPOSITORY, TRAIN
 from refusals import refused
 from torch import nn
 
-from reid.config import load_config
+from reid.config.load import load_config
 from reid.conversion import convert, weights_in
 from reid.errors import WorldError
 from reid.model import build_model

@@ -10,8 +10,8 @@ from PIL import Image
 from refusals import refused
 from scipy.io import savemat
 
+from reid.config.benchmark_names import DEFAULTS, BenchmarkOptions
 from reid.data.cuhk03 import cuhk03, prepare_cuhk03
-from reid.data.names import DEFAULTS, BenchmarkOptions
 from reid.data.splits import fingerprint
 from reid.errors import DataError, WorldError
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from program import TIMEOUT
 
-from reid.data.names import NAMES
+from reid.config.benchmark_names import NAMES
 from reid.data.sources import DOCUMENTED, SOURCES, Count
 from reid.data_check import main
 

@@ -10,7 +10,7 @@ from PIL import Image
 from program import REPOSITORY, untrained
 from refusals import refused
 
-from reid.config import load_config
+from reid.config.load import load_config
 from reid.data.store import decode
 from reid.embedding import list_images
 from reid.errors import DataError

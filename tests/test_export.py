@@ -16,7 +16,7 @@ from program import REPOSITORY, TIMEOUT, untrained
 from refusals import refused
 from torch import nn
 
-from reid.config import load_config
+from reid.config.load import load_config
 from reid.data.augment import normalise
 from reid.errors import WorldError
 from reid.export import FromPixels

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from refusals import refused
 
+from reid.config.benchmark_names import BenchmarkOptions
 from reid.data.folders import FOLDERS, dukemtmc, market1501, occluded_duke, parse_name, synthetic, veri
-from reid.data.names import BenchmarkOptions
 from reid.data.splits import fingerprint
 from reid.errors import DataError
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from refusals import refused
 
-from reid.config import load_config
+from reid.config.load import load_config
 from reid.data import augment
 from reid.data.loaders import StoredImages, build_test_data, build_train_data
 from reid.data.preprocessing import BatchPreprocessor

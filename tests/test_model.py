@@ -15,7 +15,7 @@ from torch import nn
 from torchvision.models import resnet
 
 from reid.backbones import BACKBONES, IBN
-from reid.config import load_config
+from reid.config.load import load_config
 from reid.errors import SettingsError
 from reid.model import ReIDOutput, build_model
 

@@ -8,7 +8,7 @@ import torch
 from refusals import refused
 from torch import nn
 
-from reid.config import load_config
+from reid.config.load import load_config
 from reid.errors import SettingsError
 from reid.model import build_model
 from reid.optim import build_optimizer, learning_rate, set_learning_rate

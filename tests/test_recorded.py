@@ -10,7 +10,7 @@ import torch
 from program import untrained
 from refusals import refused
 
-from reid.config import load_config
+from reid.config.load import load_config
 from reid.errors import DataError, SettingsError, UnknownKeyError, WorldError
 from reid.recorded import of_checkpoint, of_gallery
 

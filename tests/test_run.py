@@ -16,7 +16,7 @@ import pytest
 import torch
 from program import REPOSITORY, SMALL, TRAIN, Ended, Place, names, records
 
-from reid.config import as_plain_dict, load_config
+from reid.config.load import as_plain_dict, load_config
 
 SCORES = ["mAP", "mINP", "rank-1", "rank-5", "rank-10"]
 TORCHRUN = ("torchrun", "--standalone", "--nproc_per_node=2")

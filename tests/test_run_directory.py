@@ -11,7 +11,7 @@ import torch
 from program import Place
 from refusals import refused
 
-from reid.config import load_config
+from reid.config.load import load_config
 from reid.errors import WorldError
 from reid.run_directory import RunDirectory, write_atomically
 

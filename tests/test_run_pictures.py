@@ -15,7 +15,7 @@ from ignite.engine import Engine
 from PIL import Image
 from program import Ended, Place, names, records
 
-from reid.config import load_config
+from reid.config.load import load_config
 from reid.data import loaders
 from reid.data.loaders import StoredImages
 from reid.handlers.pictures import Drawn, Pictures

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from program import SMALL, TINY, Place, names, newest, records
 from refusals import refused
 
-from reid.config import load_config
+from reid.config.load import load_config
 from reid.data.sets import DataSets, join_training, open_data_sets
 from reid.data.splits import Benchmark, Split
 from reid.errors import SettingsError

@@ -8,12 +8,12 @@ from textwrap import dedent
 import pytest
 from setting_names import Schema, faults_in_code, faults_in_text
 
-from reid.config import _NO_EFFECT, SETTINGS
+from reid.config.schema import NO_EFFECT, SETTINGS
 
 REPOSITORY = Path(__file__).parent.parent
 CODE = ("reid", "launch", "benchmarks", "tests")
 SCHEMA = Schema(SETTINGS)
-IN_TEXT = Schema([*SETTINGS, *_NO_EFFECT])  # messages name the keys of reid-strong-baseline too
+IN_TEXT = Schema([*SETTINGS, *NO_EFFECT])  # messages name the keys of reid-strong-baseline too
 # Deliberately wrong names: file and part of the line.
 MISSPELT_ON_PURPOSE = {("benchmarks/startup.py", "SOLVER.BASELR")}  # measures how fast a typo is refused
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from reid import backbones, timm_models
-from reid.config import dump, load_config
+from reid.config.load import dump, load_config
 from reid.data.preprocessing import BatchPreprocessor
 from reid.errors import SettingsError, WorldError
 from reid.model import build_model

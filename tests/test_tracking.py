@@ -13,7 +13,7 @@ import wandb_files
 from disturbances import at_step
 from program import Ended, Place, Ranks, wait_for_file
 
-from reid.config import SETTINGS
+from reid.config.schema import SETTINGS
 
 KEY = "0123456789abcdef" * 3
 NO_SERVER = {"WANDB_MODE": None, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}

@@ -22,7 +22,7 @@ from torch import nn
 from torchvision.models import resnet18, resnext50_32x4d
 
 from reid.backbones import BACKBONES
-from reid.config import dump, load_config
+from reid.config.load import dump, load_config
 from reid.errors import WorldError
 from reid.imagenet import SOURCES
 from reid.model import build_model

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from reid.config.benchmark_names import DEFAULTS, PARTS, BenchmarkOptions, Part, is_table
 from reid.data.cuhk03 import cuhk03, prepare_cuhk03
 from reid.data.folders import dukemtmc, market1501, occluded_duke, synthetic, veri
 from reid.data.lists import msmt17, vehicleid
-from reid.data.names import DEFAULTS, PARTS, BenchmarkOptions, Part, is_table
 from reid.data.sources import documented
 from reid.data.splits import Benchmark
 from reid.data.tables import read_table

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from reid.config.benchmark_names import DEFAULTS, PARTS, BenchmarkOptions, Part
 from reid.data.folders import FOLDERS, read_market_like
-from reid.data.names import DEFAULTS, PARTS, BenchmarkOptions, Part
 from reid.data.sources import SOURCES
 from reid.data.splits import (
     CORRECT_ROOT,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reid.data.names import DEFAULTS, PARTS, BenchmarkOptions, Part
+from reid.config.benchmark_names import DEFAULTS, PARTS, BenchmarkOptions, Part
 from reid.data.sources import SOURCES
 from reid.data.splits import (
     CORRECT_ROOT,

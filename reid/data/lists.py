@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from reid.data.names import DEFAULTS, PARTS, BenchmarkOptions, Part
+from reid.config.benchmark_names import DEFAULTS, PARTS, BenchmarkOptions, Part
 from reid.data.sources import SOURCES
 from reid.data.splits import (
     CORRECT_ROOT,

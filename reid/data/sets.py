@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reid import distributed
+from reid.config.benchmark_names import PARTS, BenchmarkOptions, Part
+from reid.config.rules import benchmark_options
 from reid.data import synthetic
 from reid.data.benchmarks import load_benchmark, prepare_benchmark
-from reid.data.names import PARTS, BenchmarkOptions, Part
 from reid.data.splits import Benchmark, Split, fingerprint
-from reid.data_settings import benchmark_options
 from reid.errors import SettingsError, shared
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from reid.data.names import BenchmarkOptions
+from reid.config.benchmark_names import BenchmarkOptions
 
 
 class Count(NamedTuple):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from reid.data.names import Part
+from reid.config.benchmark_names import Part
 from reid.errors import DataError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp"})

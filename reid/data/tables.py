@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reid.data.names import PARTS, Part
+from reid.config.benchmark_names import PARTS, Part
 from reid.data.splits import (
     Benchmark,
     build_benchmark,

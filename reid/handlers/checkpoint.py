@@ -16,7 +16,7 @@ from torch import Tensor
 
 from reid import distributed
 from reid.checkpoint_files import BackgroundWriter, checkpoints_in, host_copy, save_atomically
-from reid.config import dump
+from reid.config.load import dump
 from reid.errors import NonFiniteError, TakenOverError, UnsavedError, WorldError
 from reid.handlers.meters import TrainMeter
 from reid.handlers.records import Progress, Records, SavedCheckpoint

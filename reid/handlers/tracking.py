@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ignite.engine import Engine
 
 from reid import distributed
-from reid.config import as_plain_dict
+from reid.config.load import as_plain_dict
 from reid.errors import SettingsError
 from reid.handlers import artifacts
 from reid.handlers.records import Progress, Records, SavedCheckpoint, score_numbers, validation_numbers

@@ -17,7 +17,7 @@ from program import _FORKS, TIMEOUT, free_port
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from reid.config import load_config
+from reid.config.load import load_config
 from reid.data.loaders import Batch
 from reid.model import ReIDModel
 from reid.sync_batchnorm import synchronise_batchnorm

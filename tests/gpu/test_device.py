@@ -25,7 +25,7 @@ from torch import nn
 
 from reid import neighbours
 from reid.checkpoint_files import host_copy
-from reid.config import load_config
+from reid.config.load import load_config
 from reid.data import augment, loaders
 from reid.data.loaders import Batch, StoredImages
 from reid.data.preprocessing import BatchPreprocessor

@@ -1,41 +1,49 @@
-"""The yacs tree: names, defaults, units, checks; old spellings accepted; frozen."""
+"""The table of settings: full key, default, validator."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable
-from functools import reduce
-from itertools import chain
-from operator import getitem
-from pathlib import Path
 from typing import Any
 
-import yaml
-from yacs.config import CfgNode
-
-from reid.checks import (
+from reid.config.benchmark_names import NAMES, NUM_CLASSIC_SPLITS, VEHICLEID_TESTS, is_table
+from reid.config.validators import (
     Check,
-    Given,
     Refused,
     as_list,
-    example,
+    distinct,
     flag,
     increasing,
     integer,
-    nearest,
     one_of,
     optional,
-    read_file,
-    read_overrides,
     real,
     sequence,
-    shown,
     text,
 )
-from reid.combinations import check_combinations
-from reid.data.names import NUM_CLASSIC_SPLITS
-from reid.data_settings import benchmarks, benchmarks_or_none, vehicleid_test
-from reid.errors import SettingsError, UnknownKeyError
+
+_name, _path, _number = one_of(*NAMES), text(), integer(0)
+
+
+def vehicleid_test(value: Any) -> int:
+    """A check: the size of one of VehicleID's test lists."""
+    wanted = f"one of {', '.join(map(str, VEHICLEID_TESTS))}"
+    try:
+        number = int(_number(value))
+    except Refused as refused:
+        raise Refused(wanted, refused.remedy) from None
+    if number not in VEHICLEID_TESTS:
+        raise Refused(wanted)
+    return number
+
+
+def _benchmark(value: Any) -> str:
+    if isinstance(value, str) and is_table(path := str(_path(value))):
+        return path
+    return str(_name(value))
+
+
+_WANTED = f"a list of {', '.join(NAMES)} or paths of .csv or .parquet tables"
+benchmarks: Check = distinct(sequence(_benchmark, _WANTED, least=1))
+benchmarks_or_none: Check = distinct(sequence(_benchmark, _WANTED))
 
 _OPTIMIZERS = one_of("Adam", "AdamW", "SGD", "NAdam", "RAdam", "RMSprop", "Adagrad")
 _SIZE = sequence(integer(8), "height and width, two whole numbers >= 8", length=2)
@@ -46,7 +54,7 @@ _RATES = sequence(real(above=0, below=1), "numbers between 0 and 1, as [0.0001,0
 _NO_NAME = "/\\#?%:"  # which W&B takes in no name
 _TAGS = as_list(sequence(text(shortest=1, longest=64), "a list of texts of 1 to 64 characters"))
 
-_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 _SENETS = ("se_resnet50", "se_resnet101", "se_resnet152", "se_resnext50", "se_resnext101", "senet154")
 _IBN_RESNETS = ("resnet50_ibn_a", "resnet101_ibn_a")
 
@@ -57,7 +65,7 @@ SETTINGS: dict[str, tuple[Any, Check]] = {
     "OUTPUT_DIR": ("", text()),
     # ---- MODEL ----
     # the backbone: one of reid-strong-baseline's, resnet101_ibn_a, or any that timm has, as timm/vit_small_patch16_224
-    "MODEL.NAME": ("resnet50", one_of(*_RESNETS, *_SENETS, *_IBN_RESNETS, or_prefix="timm/")),
+    "MODEL.NAME": ("resnet50", one_of(*RESNETS, *_SENETS, *_IBN_RESNETS, or_prefix="timm/")),
     "MODEL.DEVICE": ("auto", one_of("auto", "cuda", "cpu")),  # auto: cuda where there is a GPU, else cpu
     # stride of the last residual stage; 1 doubles the height and width of its map (16 x 8 for 256 x 128 images). Of
     # timm/NAME: 1 is timm's output_stride 16 where the model has that, and nothing where it has not, which is logged
@@ -214,11 +222,11 @@ SETTINGS: dict[str, tuple[Any, Check]] = {
     # it is about to begin, in the end (when all else is saved) where something could not be recorded or sent.
     "WANDB.ON_FAILURE": ("offline", one_of("offline", "disable", "raise")),
 }
-_SECTIONS = {key[:dot] for key in SETTINGS for dot, letter in enumerate(key) if letter == "."}
+SECTIONS = {key[:dot] for key in SETTINGS for dot, letter in enumerate(key) if letter == "."}
 
 _UNREAD = "reid-strong-baseline itself never reads it"
 # Keys of reid-strong-baseline's files that do nothing here, and why.
-_NO_EFFECT = {
+NO_EFFECT = {
     "MODEL.DEVICE_ID": "CUDA_VISIBLE_DEVICES or torchrun chooses the GPUs",
     "SOLVER.CLUSTER_MARGIN": _UNREAD,
     "SOLVER.RANGE_K": _UNREAD,
@@ -227,110 +235,3 @@ _NO_EFFECT = {
     "SOLVER.RANGE_BETA": _UNREAD,
     "SOLVER.RANGE_LOSS_WEIGHT": _UNREAD,
 }
-
-log = logging.getLogger("reid.config")
-
-
-def load_config(
-    config_file: str | None, overrides: list[str], *, recorded: Iterable[Given] = (), subfolder: str = ""
-) -> CfgNode:
-    """The frozen settings: defaults, then the file, then the command line (KEY VALUE or KEY=VALUE; the last wins).
-
-    Args:
-        config_file: YAML.
-        overrides: the command line's.
-        recorded: what a checkpoint says that it was made with, in the place of a file.
-        subfolder: of OUTPUT_DIR, which becomes OUTPUT_DIR; empty: none.
-    """
-    values = {key: default for key, (default, _) in SETTINGS.items()}
-    places: dict[str, str] = {}  # where each key was given
-    unused = {}
-    from_file = read_file(config_file, _SECTIONS) if config_file else ()
-    for given in chain(recorded, from_file, read_overrides(overrides, SETTINGS)):
-        if given.key in _NO_EFFECT:
-            unused[given.key] = given.where
-        else:
-            values[given.key] = _checked(given)
-            places[given.key] = given.where
-    _settle_backbone(values, places)
-    values["OUTPUT_DIR"] = values["OUTPUT_DIR"] or f"runs/{Path(config_file).stem if config_file else 'default'}"
-    values["OUTPUT_DIR"] += f"/{subfolder}" if subfolder else ""
-    cfg = _tree(values)
-    check_combinations(cfg)
-    for key, where in unused.items():
-        log.warning("%s has no effect (%s): %s", key, where, _NO_EFFECT[key])
-    return cfg
-
-
-def dump(cfg: CfgNode) -> str:
-    """The settings as YAML that load_config reads back to the same tree."""
-    return str(yaml.safe_dump(as_plain_dict(cfg), sort_keys=False, width=120))
-
-
-def as_plain_dict(cfg: CfgNode) -> dict[str, Any]:
-    """The settings as nested dicts, lists, texts and numbers."""
-    return {
-        name: as_plain_dict(value)
-        if isinstance(value, CfgNode)
-        else list(value)
-        if isinstance(value, tuple | list)
-        else value
-        for name, value in cfg.items()
-    }
-
-
-def by_full_key(cfg: CfgNode) -> dict[str, Any]:
-    """The settings without nesting: SOLVER.BASE_LR -> its value."""
-    return {key: reduce(getitem, key.split("."), cfg) for key in SETTINGS}
-
-
-# ---- checks of one setting ----
-
-
-def _checked(given: Given) -> Any:
-    key, value, where = given
-    if key in _SECTIONS:
-        first = next(known for known in SETTINGS if known.startswith(f"{key}."))
-        raise SettingsError(
-            f"{key} is a section and takes no value itself, got {shown(value)} {where}; "
-            f"set one of its keys, as {first}",
-            key=key,
-        )
-    if key not in SETTINGS:
-        meant = " or ".join(nearest(key, [*SETTINGS, *_SECTIONS]))
-        remedy = f"did you mean {meant}?" if meant else "the keys are in reid/config.py"
-        raise UnknownKeyError(f"every setting must be one of the known keys, got {key} {where}; {remedy}", key=key)
-    default, check = SETTINGS[key]
-    try:
-        return check(value)
-    except Refused as refused:
-        remedy = refused.remedy or f"use for example {example(default)}"
-        raise SettingsError(f"{key} must be {refused.wanted}, got {shown(value)} {where}; {remedy}", key=key) from None
-
-
-def _settle_backbone(values: dict[str, Any], places: dict[str, str]) -> None:
-    """Gives the settings that not every backbone leaves open the value that they have there."""
-    name = values["MODEL.NAME"]
-    if name in _RESNETS:
-        return
-    if "MODEL.STEM_RELU" in places and not values["MODEL.STEM_RELU"]:
-        log.warning(
-            "MODEL.STEM_RELU no has no effect (%s): the stem of %s always has its activation",
-            *(places["MODEL.STEM_RELU"], name),
-        )
-    values["MODEL.STEM_RELU"] = True
-    if name.startswith("timm/"):
-        values |= {key: None for key in ("INPUT.PIXEL_MEAN", "INPUT.PIXEL_STD") if key not in places}
-
-
-def _tree(values: dict[str, Any]) -> CfgNode:
-    nested: dict[str, Any] = {}
-    for key, value in values.items():
-        *sections, name = key.split(".")
-        node = nested
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[name] = value
-    cfg = CfgNode(nested)
-    cfg.freeze()
-    return cfg

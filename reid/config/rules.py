@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from reid.checks import multiples_around
+from reid.config.benchmark_names import BenchmarkOptions
 from reid.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -36,6 +36,21 @@ def label_smoothing(cfg: CfgNode) -> float:
     """Epsilon of the identity loss; 0 without smoothing, as where the published code leaves it out."""
     left_out = cfg.DATALOADER.SAMPLER == "softmax" and not use_center_loss(cfg) and not cfg.MODEL.SMOOTH_SOFTMAX
     return _LABEL_SMOOTHING if cfg.MODEL.IF_LABELSMOOTH and use_identity_loss(cfg) and not left_out else 0.0
+
+
+# ---- which benchmarks ----
+
+
+def benchmark_options(cfg: CfgNode) -> BenchmarkOptions:
+    """The forms that DATASETS asks for."""
+    return BenchmarkOptions(
+        market1501_distractors=cfg.DATASETS.MARKET1501.DISTRACTORS,
+        msmt17_train=cfg.DATASETS.MSMT17.TRAIN,
+        cuhk03_protocol=cfg.DATASETS.CUHK03.PROTOCOL,
+        cuhk03_boxes=cfg.DATASETS.CUHK03.BOXES,
+        cuhk03_split=cfg.DATASETS.CUHK03.SPLIT,
+        vehicleid_test=cfg.DATASETS.VEHICLEID.TEST,
+    )
 
 
 # ---- what does not fit ----
@@ -216,3 +231,9 @@ def _check_micro_batches(cfg: CfgNode, num_ranks: int) -> None:
             f"SOLVER.IMS_PER_BATCH={batch} on {num_ranks} ranks; lower SOLVER.ACCUMULATE",
             key="SOLVER.ACCUMULATE",
         )
+
+
+def multiples_around(value: int, step: int, least: int) -> str:
+    """The multiples of `step` next to `value`, not below `least`."""
+    below = value // step * step
+    return f"{below} or {below + step}" if below >= least else str(max(below + step, least))
