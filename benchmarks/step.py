@@ -70,7 +70,7 @@ def build(folder: Path, settings: Sequence[str]) -> Training:
     accelerator = build_accelerator(cfg, on_gpu=torch.cuda.is_available(), num_ranks=1)
     torch.manual_seed(0)
     model = build_model(cfg, NUM_PIDS)
-    place(model, cfg, accelerator)
+    place(model, cfg, accelerator.device)
     dataset, batches = images_of(cfg)
     on_device = (
         torch.from_numpy(dataset.images(np.arange(len(dataset)))).to(device())

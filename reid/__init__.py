@@ -27,6 +27,8 @@ assembly builds, gathers and wires.
     training/step.py            the train step, and the gradient of a global batch in parts
     evaluate_command.py         the command evaluate
     embedder.py                 embeddings of batches and of image files
+    model_file.py               a trained model for programs that embed in one process
+    api.py                      train and evaluate as functions
     data/preprocessing.py       from batches in host memory to the input of the model
     preflight.py                the check story: what a training would find, problems first
     link_speed.py               how fast collectives are between ranks and nodes
@@ -109,3 +111,62 @@ assembly builds, gathers and wires.
 Letters in shape comments: B batch, C training identities (or channels), D feature, G gallery, H height, K images per
 identity, N data set, P identities in a batch, Q queries, T batches in an epoch, W width (or the number of ranks).
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from reid.api import evaluate, train
+    from reid.config.load import load_config
+    from reid.embedder import Embedder
+    from reid.losses import batch_hard_triplet, center_loss, label_smoothed_cross_entropy
+    from reid.metrics import retrieval_scores, scores_from_distmat
+    from reid.model import build_model
+    from reid.model_file import load_model
+    from reid.optim import learning_rate
+    from reid.reranking import k_reciprocal
+
+# Imported when first used, as torch takes seconds.
+_MODULES = {
+    "Embedder": "reid.embedder",
+    "batch_hard_triplet": "reid.losses",
+    "build_model": "reid.model",
+    "center_loss": "reid.losses",
+    "evaluate": "reid.api",
+    "k_reciprocal": "reid.reranking",
+    "label_smoothed_cross_entropy": "reid.losses",
+    "learning_rate": "reid.optim",
+    "load_config": "reid.config.load",
+    "load_model": "reid.model_file",
+    "retrieval_scores": "reid.metrics",
+    "scores_from_distmat": "reid.metrics",
+    "train": "reid.api",
+}
+
+__all__ = [
+    "Embedder",
+    "batch_hard_triplet",
+    "build_model",
+    "center_loss",
+    "evaluate",
+    "k_reciprocal",
+    "label_smoothed_cross_entropy",
+    "learning_rate",
+    "load_config",
+    "load_model",
+    "retrieval_scores",
+    "scores_from_distmat",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'reid' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -19,7 +19,7 @@ from reid.config.schema import SETTINGS
 from reid.errors import ReidError, WorldError, shared
 from reid.preemption import Preempted
 from reid.world import World
-from reid.wrapping import build_accelerator
+from reid.wrapping import build_accelerator, forget_accelerator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -61,6 +61,7 @@ def session(world: World, cfg: CfgNode) -> Iterator[Accelerator]:
     finally:
         if world.has_group:
             idist.finalize()
+        forget_accelerator()
 
 
 def _on_gpu(world: World, device: str) -> bool:

@@ -6,20 +6,21 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from reid import distributed
 from reid.data.loaders import Batch
 from reid.data.preprocessing import BatchPreprocessor
 from reid.data.samplers import EvaluationBatches
-from reid.data.store import decode, reason_of
-from reid.errors import NonFiniteError, shared
+from reid.data.store import decode, pixels_of, reason_of
+from reid.errors import DataError, NonFiniteError, shared
 from reid.metrics import prepare_embeddings
 from reid.model import ReIDModel
 
@@ -55,22 +56,107 @@ def build_embedder(
         preprocessor: of the batch's images.
         flip: the embedding is the mean of those of the image and of its mirror image, before any normalisation.
     """
-    dtype = next(model.parameters()).dtype
 
-    def embed(images: Tensor) -> Tensor:
-        with accelerator.autocast():
-            return model(images).to(dtype)  # type: ignore[no-any-return]
-
-    @torch.no_grad()
     def step(engine: Engine, batch: Batch) -> EmbeddingBatch:
         del engine
-        images = preprocessor.for_evaluation(batch)
-        embedding = embed(images)
-        if flip:
-            embedding = (embedding + embed(images.flip(-1))) / 2
+        with accelerator.autocast():
+            embedding = embed_images(model, preprocessor.for_evaluation(batch), flip=flip)
         return EmbeddingBatch(embedding, batch.sample_ids)
 
     return Engine(step)
+
+
+@torch.no_grad()
+def embed_images(model: nn.Module, images: Tensor, *, flip: bool) -> Tensor:
+    """Return the embeddings [B, D] of normalized images [B, 3, H, W], in the number type of the weights."""
+    dtype = next(model.parameters()).dtype
+    embedding: Tensor = model(images).to(dtype)
+    return (embedding + model(images.flip(-1)).to(dtype)) / 2 if flip else embedding
+
+
+ImageSource = Path | str | Image.Image | NDArray[np.uint8]
+
+
+class Embedder:
+    """A trained model that turns images into embeddings; see `reid.load_model`.
+
+    Args:
+        model: Model in evaluation mode, on its device.
+        cfg: Whole configuration; TEST, INPUT and SOLVER.PRECISION are read.
+
+    Attributes:
+        cfg: The frozen configuration that the model is used with.
+        input_size: Height and width in pixels that images are resized to.
+        num_features: Length D of an embedding.
+
+    Example:
+        >>> embedder = reid.load_model("runs/market1501/checkpoints/best_0120.pt")
+        >>> embedder.embed(["a.jpg", "b.jpg"]).shape
+        torch.Size([2, 2048])
+    """
+
+    def __init__(self, model: ReIDModel, cfg: CfgNode) -> None:
+        self.cfg, self.num_features = cfg, model.num_features
+        height, width = cfg.INPUT.SIZE_TEST
+        self.input_size: tuple[int, int] = (height, width)
+        self._model, self._device = model, next(model.parameters()).device
+        self._preprocessor = BatchPreprocessor(cfg, self._device)
+        self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.SOLVER.PRECISION)
+
+    def embed(self, images: ImageSource | Sequence[ImageSource]) -> Tensor:
+        """Return the embeddings of N images as evaluation computes them: float32 [N, D] on the CPU.
+
+        Their length is 1 where TEST.FEAT_NORM is yes; the dot product of two is then their cosine similarity.
+
+        Args:
+            images: Image files, PIL images, or uint8 RGB arrays [H, W, 3] of any size; a single one counts as N = 1.
+
+        Raises:
+            DataError: An image cannot be read, or an array is not uint8 [H, W, 3].
+            NonFiniteError: The model computes NaN or infinity.
+        """
+        is_single = isinstance(images, str | Path | Image.Image) or (
+            isinstance(images, np.ndarray) and images.ndim == 3
+        )
+        sources = cast("Sequence[ImageSource]", [images] if is_single else images)
+        size = self.cfg.TEST.IMS_PER_BATCH
+        batches = [self._embed_batch(sources[i : i + size], start=i) for i in range(0, len(sources), size)]
+        embedding = torch.cat([torch.zeros(0, self.num_features), *batches])
+        try:
+            return prepare_embeddings(embedding, distance_of(self.cfg))
+        except ValueError as error:
+            raise NonFiniteError(
+                f"the model's {error}; its weights or BatchNorm statistics are broken", key="TEST.WEIGHT"
+            ) from error
+
+    def _embed_batch(self, images: Sequence[ImageSource], start: int) -> Tensor:
+        pixels = b"".join(self._pixels(image, number) for number, image in enumerate(images, start))
+        stored = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(len(images), *self.input_size, 3)
+        with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype is not None):
+            embedding = embed_images(self._model, self._preprocessor.normalized(stored), flip=self.cfg.TEST.FLIP)
+        return embedding.float().cpu()
+
+    def _pixels(self, image: ImageSource, number: int) -> bytes:
+        """The resized pixels of one image, H*W*3 bytes."""
+        try:
+            if isinstance(image, np.ndarray):
+                if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                    raise DataError(
+                        f"an image array must be uint8 [H, W, 3] in RGB, got {image.dtype} {list(image.shape)} at "
+                        f"position {number}; convert it first",
+                        key="images",
+                    )
+                return pixels_of(Image.fromarray(image), self.input_size)
+            if isinstance(image, Image.Image):
+                return pixels_of(image, self.input_size)
+            return decode(Path(image), self.input_size)
+        except (OSError, ValueError, SyntaxError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(
+                f"{image} at position {number} must be an image that can be read, got {reason_of(error)}; replace it",
+                key="images",
+            ) from error
 
 
 class EmbeddedImages(NamedTuple):

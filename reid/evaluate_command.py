@@ -30,8 +30,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("reid.run")
 
 
-def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
+def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> dict[str, Any]:
     """Evaluate the checkpoint TEST.WEIGHT and write result.json and per_query.csv; called by all ranks.
+
+    Returns:
+        The content of result.json.
 
     Raises:
         SettingsError: TEST.WEIGHT is empty.
@@ -70,3 +73,4 @@ def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
         logger.info("%s: %s", cfg.TEST.WEIGHT, line)
     report_queries(folder, evaluator.data, scores)
     console.report_test_sets(summary)
+    return result

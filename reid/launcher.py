@@ -45,7 +45,7 @@ def _nothing_recorded(cfg: CfgNode, own: dict[str, Any]) -> list[Given]:
 class _Story(NamedTuple):
     """What a command does."""
 
-    work: Callable[..., None]  # of cfg, accelerator, signals, and the command's own arguments by name
+    work: Callable[..., object]  # of cfg, accelerator, signals, and the command's own arguments by name
     # of cfg and these arguments: the settings to go by without --config_file
     recorded: Callable[[CfgNode, dict[str, Any]], list[Given]] = _nothing_recorded
 

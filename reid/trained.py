@@ -60,5 +60,5 @@ def read_trained(cfg: CfgNode, accelerator: Accelerator) -> Trained:
     distributed.agree({"the contents of TEST.WEIGHT": checksum}, key="TEST.WEIGHT")
     model = build_model(cfg, num_pids=weights.num_pids_of(content))
     weights.load_for_evaluation(model, content, source)
-    place(model, cfg, accelerator)
+    place(model, cfg, accelerator.device)
     return Trained(model.eval(), file, content, source, checksum)

@@ -327,8 +327,10 @@ def checksum(content: dict[str, Any]) -> str:
 
 
 def load_for_evaluation(model: ReIDModel, content: dict[str, Any], source: str) -> None:
-    """Backbone and neck from a checkpoint, as the classifier plays no part in retrieval; called by all ranks."""
-    state = state_dict_of(content)
-    distributed.together(
-        lambda: load_state(model, state, source, optional=(*_OF_IDENTITIES, *_UNUSED), key="TEST.WEIGHT")
-    )
+    """Load backbone and neck of a checkpoint; the classifier plays no part in retrieval. Called by all ranks."""
+    distributed.together(lambda: load_here(model, content, source))
+
+
+def load_here(model: ReIDModel, content: dict[str, Any], source: str) -> None:
+    """Load backbone and neck of a checkpoint on this process alone."""
+    load_state(model, state_dict_of(content), source, optional=(*_OF_IDENTITIES, *_UNUSED), key="TEST.WEIGHT")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     FullyShardedDataParallelPlugin,
@@ -68,6 +69,12 @@ def build_accelerator(cfg: CfgNode, *, on_gpu: bool, num_ranks: int) -> Accelera
     )
 
 
+def forget_accelerator() -> None:
+    """Allow another `build_accelerator` in this process: accelerate keeps the first one's settings for ever."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 def has_bf16(*, on_gpu: bool) -> bool:
     """Whether the device multiplies bfloat16 itself; a convolution took 20 times as long on a CPU with AVX2 only."""
     if on_gpu:
@@ -75,12 +82,12 @@ def has_bf16(*, on_gpu: bool) -> bool:
     return platform.machine() not in ("x86_64", "AMD64") or has_fast_bfloat16()  # of others it is not known
 
 
-def place(model: nn.Module, cfg: CfgNode, accelerator: Accelerator) -> None:
-    """Moves the model to its device, in the number type and memory format that it computes in."""
+def place(model: nn.Module, cfg: CfgNode, device: torch.device) -> None:
+    """Move the model to the device, in the number type and memory format that it computes in."""
     dtype = torch.float64 if cfg.SOLVER.PRECISION == "fp64" else torch.float32
-    model.to(device=accelerator.device, dtype=dtype)
+    model.to(device=device, dtype=dtype)
     choice = cfg.MODEL.CHANNELS_LAST  # on a CPU its BatchNorm is less exact
-    if choice == "yes" or (choice == "auto" and accelerator.device.type == "cuda"):
+    if choice == "yes" or (choice == "auto" and device.type == "cuda"):
         model.to(memory_format=torch.channels_last)
 
 

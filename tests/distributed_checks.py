@@ -129,7 +129,7 @@ def built(accelerator: Any, cfg: Any) -> Any:
     torch.manual_seed(0)
     model = build_model(cfg, num_pids=20)
     fill(model.double())
-    place(model, cfg, accelerator)
+    place(model, cfg, accelerator.device)
     if cfg.SOLVER.SYNC_BN:
         synchronise_batchnorm(model)
     return model

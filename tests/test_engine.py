@@ -16,8 +16,8 @@ from refusals import refused
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reid.config.rules import check_training
 from reid.config.load import load_config
+from reid.config.rules import check_training
 from reid.data.augment import augment_at_once
 from reid.data.loaders import Batch
 from reid.data.preprocessing import BatchPreprocessor

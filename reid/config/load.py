@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from itertools import chain
 from operator import getitem
@@ -23,7 +23,11 @@ log = logging.getLogger("reid.config")
 
 
 def load_config(
-    config_file: str | None, overrides: list[str], *, recorded: Iterable[Given] = (), subfolder: str = ""
+    config_file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    recorded: Iterable[Given] = (),
+    subfolder: str = "",
 ) -> CfgNode:
     """The frozen settings: defaults, then the file, then the command line (KEY VALUE or KEY=VALUE; the last wins).
 
@@ -36,7 +40,7 @@ def load_config(
     values = {key: default for key, (default, _) in SETTINGS.items()}
     places: dict[str, str] = {}  # where each key was given
     unused = {}
-    from_file = read_file(config_file, SECTIONS) if config_file else ()
+    from_file = read_file(str(config_file), SECTIONS) if config_file else ()
     for given in chain(recorded, from_file, read_overrides(overrides, SETTINGS)):
         if given.key in NO_EFFECT:
             unused[given.key] = given.where

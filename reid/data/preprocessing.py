@@ -46,4 +46,8 @@ class BatchPreprocessor:
 
     def for_evaluation(self, batch: Batch) -> Tensor:
         """Normalised images [B, 3, H, W]."""
-        return normalise(self.to_device(batch.images), self._mean, self._std)
+        return self.normalized(batch.images)
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Images uint8 [B, H, W, 3] as the model takes them: [B, 3, H, W]."""
+        return normalise(self.to_device(images), self._mean, self._std)

@@ -138,13 +138,18 @@ def decode(path: Path, size: tuple[int, int]) -> bytes:
 
     The EXIF orientation is not applied and transparency is ignored, as in reid-strong-baseline.
     """
-    height, width = size
     # Read at once: PIL reads a JPEG's header in many small pieces, and that costs 10 % of all the time here.
     with Image.open(io.BytesIO(path.read_bytes())) as image:
-        # PIL warns when a palette with transparency becomes RGB at once; by way of RGBA the colours are the same.
-        opaque = image.convert("RGBA") if image.mode == "P" else image
-        rgb = opaque if opaque.mode == "RGB" else opaque.convert("RGB")
-        return rgb.resize((width, height), Image.Resampling.BILINEAR).tobytes()
+        return pixels_of(image, size)
+
+
+def pixels_of(image: Image.Image, size: tuple[int, int]) -> bytes:
+    """Return the image as H*W*3 bytes of RGB, resized as in `decode`."""
+    height, width = size
+    # PIL warns when a palette with transparency becomes RGB at once; by way of RGBA the colors are the same.
+    opaque = image.convert("RGBA") if image.mode == "P" else image
+    rgb = opaque if opaque.mode == "RGB" else opaque.convert("RGB")
+    return rgb.resize((width, height), Image.Resampling.BILINEAR).tobytes()
 
 
 def fault_of_image(path: Path) -> str | None:

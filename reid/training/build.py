@@ -60,7 +60,7 @@ def build_initial_model(
     model = build_model(cfg, num_pids)
     if load_weights:
         weights.initialise(model, cfg)
-    place(model, cfg, accelerator)
+    place(model, cfg, accelerator.device)
     if cfg.SOLVER.SYNC_BN:
         synchronise_batchnorm(model)
     return model

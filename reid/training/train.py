@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ignite.engine import Engine
 
@@ -40,8 +40,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("reid.run")
 
 
-def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
+def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> dict[str, Any]:
     """Train from the newest checkpoint in OUTPUT_DIR, or from the start, to SOLVER.MAX_EPOCHS; called by all ranks.
+
+    Returns:
+        The scores of the last evaluation, as in result.json, and under "best" those of the best one.
 
     Raises:
         Preempted: On all ranks, after a signal; everything is saved.
@@ -103,12 +106,13 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     num_steps = cfg.SOLVER.MAX_EPOCHS * len(train_data.loader)
     if trainer.state.iteration >= num_steps and not evaluations.is_missing(trainer):
         logger.info("all %d epochs are done; raise SOLVER.MAX_EPOCHS to train further", cfg.SOLVER.MAX_EPOCHS)
-        return
+        return _result(progress)
     _announce(cfg, accelerator, model, train_data, folder)
     with tracker.training(progress), tensorboard.running(trainer), watchdog.watching(), signals.deferred():
         _run(trainer, train_data, num_steps, evaluations, checkpoints, folder)
     report_queries(folder, evaluator.data, evaluations.scores)
     _report_best(progress, folder)
+    return _result(progress)
 
 
 def _build(cfg: CfgNode, accelerator: Accelerator, folder: RunDirectory, data: DataSets) -> tuple[Training, TrainData]:
@@ -163,6 +167,10 @@ def _run(
         raise
     checkpoints.finish()
     folder.finish()
+
+
+def _result(progress: Progress) -> dict[str, Any]:
+    return {**(progress.last or {}), "best": progress.best}
 
 
 def _report_best(progress: Progress, folder: RunDirectory) -> None:

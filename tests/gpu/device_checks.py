@@ -103,7 +103,7 @@ def build(device: torch.device, *overrides: str) -> Training:
     if is_emulated:
         accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
     model = tiny_model(with_centers=cfg.MODEL.IF_WITH_CENTER).train()
-    place(model, cfg, accelerator)
+    place(model, cfg, accelerator.device)
     training = build_training(cfg, accelerator, model)
     if is_emulated:
         accelerator.state._mixed_precision = "fp16"  # so that gradients are unscaled before their norm is taken

@@ -254,7 +254,7 @@ def test_embeddings_equal_those_of_a_cpu(device, flip):
         cfg = settings(on, "SOLVER.PRECISION=fp64")
         accelerator = accelerate(cfg, on)
         model = tiny_model().eval()
-        place(model, cfg, accelerator)
+        place(model, cfg, accelerator.device)
         embedder = build_embedder(model, accelerator, BatchPreprocessor(cfg, accelerator.device), flip=flip)
         data = stored()
         data._recipe = None
