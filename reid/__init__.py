@@ -5,6 +5,7 @@ assembly builds, gathers and wires.
 
     the spine
     errors.py                   errors written for the user
+    process/files.py            the one atomic writer of files; large files and copies
     world.py                    what the launcher told this process about ranks
     environment_file.py         variables from .env
     config.py                   the yacs tree: names, defaults, units, checks
@@ -44,7 +45,7 @@ assembly builds, gathers and wires.
     handlers/wandb_process.py   W&B's own process, which must not outlive the one that it works for
     run_directory.py            the files of a run
     ownership.py                which start of a training may write them
-    checkpoint_files.py         files that are whole or absent, written in the background
+    checkpoint_files.py         checkpoint files, written in the background
 
     the use of a trained model
     weight_file.py              the file that TEST.WEIGHT names, on the disk or at W&B
@@ -57,7 +58,6 @@ assembly builds, gathers and wires.
     export.py                   the story of a model that leaves for other programs
     export_checks.py            whether it still computes the same
     safetensors_files.py        checkpoints that cannot run code
-    whole_files.py              files that appear whole
 
     the parts
     data/names.py               what a benchmark may be called, and in which forms it comes
@@ -72,7 +72,6 @@ assembly builds, gathers and wires.
     data/people.py              how its people look
     data/photographs.py         how its cameras see them
     data/store.py               images decoded and resized once, memory-mapped
-    data/large_files.py         large files that appear whole, and copies of them
     data/randomness.py          random numbers as a pure function of integers
     data/samplers.py            the global batch of (seed, epoch, step), and this rank's part
     data/augment.py             whole uint8 batches to normalised float batches on the device

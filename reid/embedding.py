@@ -35,6 +35,7 @@ from reid.handlers.watchdog import Watchdog
 from reid.metrics import prepare_embeddings
 from reid.model import ReIDModel
 from reid.preemption import Signals
+from reid.process.files import printable
 from reid.trained import Trained, load_trained
 
 if TYPE_CHECKING:
@@ -249,7 +250,7 @@ def _tell_unreadable(out: Path, folder: str, names: Sequence[str], unreadable: d
     file = write_unreadable(out, lines)
     if not lines:
         return
-    shown = ", ".join(lines[:_NUM_SHOWN]).encode("utf-8", "backslashreplace").decode()
+    shown = printable(", ".join(lines[:_NUM_SHOWN]))
     more = f" and {len(lines) - _NUM_SHOWN} more" if len(lines) > _NUM_SHOWN else ""
     words = f"{len(lines)} of {len(names)} images in {folder} cannot be read: {shown}{more}, all listed in {file}"
     if strict or len(lines) == len(names):

@@ -34,7 +34,7 @@ OWNERS = {
     "psutil": {"handlers/wandb_process.py"},
     "yacs": {"config.py"},
 }
-# Pure functions on tensors and arrays: they may import each other and nothing else of ours but the errors.
+# Pure functions on tensors and arrays: of ours they may import only each other, the errors and the writer of files.
 MATHEMATICS = {
     "layouts.py",
     "losses.py",
@@ -62,7 +62,6 @@ MATHEMATICS = {
     "data/splits.py",
     "data/store.py",
     "data/synthetic.py",
-    "data/large_files.py",
     "data/tables.py",
 }
 # Answer before torch is imported.
@@ -76,6 +75,7 @@ LIGHT = {
     "launcher.py",
     "logs.py",
     "preemption.py",
+    "process/files.py",
     "combinations.py",
     "data/names.py",
     "data_settings.py",
@@ -132,7 +132,7 @@ def test_a_library_with_an_owner_is_imported_nowhere_else(library):
 
 @pytest.mark.parametrize("name", sorted(MATHEMATICS))
 def test_mathematics_knows_nothing_of_assembly(name):
-    assert own_files(imports(name, only_at_run_time=False)) <= MATHEMATICS | {"errors.py"}
+    assert own_files(imports(name, only_at_run_time=False)) <= MATHEMATICS | {"errors.py", "process/files.py"}
 
 
 @pytest.mark.parametrize("name", sorted(LIGHT))
@@ -169,7 +169,7 @@ def test_the_map_names_every_file_once_and_no_other():
 def test_packages_export_nothing_by_themselves():
     for name, file in FILES.items():
         if name.endswith("/__init__.py"):
-            assert file.read_text() == ""
+            assert all(isinstance(node, ast.Expr) for node in ast.parse(file.read_text()).body)  # a docstring at most
 
 
 def test_files_stay_readable():
