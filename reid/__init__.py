@@ -7,7 +7,7 @@ assembly builds, gathers and wires.
     errors.py                   errors written for the user
     process/files.py            the one atomic writer of files; large files and copies
     world.py                    what the launcher told this process about ranks
-    environment_file.py         variables from .env
+    process/environment.py      variables from .env
     config.py                   the yacs tree: names, defaults, units, checks
     combinations.py             which losses the settings choose, and which settings do not fit
     checks.py                   from a file's or command line's words to plain values
