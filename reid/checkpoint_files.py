@@ -1,10 +1,7 @@
-"""Checkpoint files: whole or absent, verified when read, written while training goes on."""
+"""Checkpoint files: complete or absent, verified when read, written in the background."""
 
 from __future__ import annotations
 
-import errno
-import os
-import secrets
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,31 +10,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reid.errors import TakenOverError, WorldError
+from reid.errors import WorldError
+from reid.process.files import atomic_write
 
 
 def checkpoints_in(folder: Path, kind: str) -> list[Path]:
-    """The checkpoints that are called last or best, the oldest first."""
+    """Return the checkpoints of a kind, last or best, the oldest first."""
     return sorted(folder.glob(f"{kind}_*.pt"), key=_age)
 
 
 def _age(file: Path) -> tuple[int, str]:
-    """Orders checkpoints by epoch, whatever number of digits it has, then by name."""
+    """Return a sort key: the epoch, whatever number of digits it has, then the name."""
     number = file.stem.split("_")[1]
     return (int(number) if number.isdecimal() else -1, file.name)
 
 
 def host_copy(content: Any, used: Any = None) -> Any:
-    """The same values with every tensor copied into host memory, where training cannot change it any more.
+    """Return the content with every tensor copied into host memory, where training cannot change it any more.
 
     Args:
-        content: nested dicts, lists and tuples.
-        used: an earlier copy that nobody needs any more. Its memory is taken where it fits, which is eight times as
-            fast as getting new memory from the system.
+        content: Nested dicts, lists and tuples.
+        used: Earlier copy that is no longer needed. Its memory is reused where it fits, which is eight times as fast
+            as allocating.
     """
     if isinstance(content, Tensor):
         fits = isinstance(used, Tensor) and (used.shape, used.dtype) == (content.shape, content.dtype)
-        # A GPU copies into pinned memory only at full speed.
+        # A GPU copies at full speed only into pinned memory.
         memory = used if fits else torch.empty(content.shape, dtype=content.dtype, pin_memory=content.is_cuda)
         return memory.copy_(content.detach())
     if isinstance(content, dict):
@@ -50,77 +48,51 @@ def host_copy(content: Any, used: Any = None) -> Any:
 
 
 def save_atomically(
-    file: Path, content: dict[str, Any], check: Callable[[], None] = lambda: None, *, key: str = "OUTPUT_DIR"
+    file: Path, content: dict[str, Any], verify: Callable[[], None] = lambda: None, *, key: str = "OUTPUT_DIR"
 ) -> None:
-    """The whole file under that name, or what stood there before.
+    """Save the content with torch.save; the file is complete, or what it was before.
 
-    torch.save writes a zip archive with a CRC-32 of every tensor, which `weights.read_file` checks.
+    torch.save writes a zip archive with a CRC-32 of every tensor, which `weights.read_file` verifies.
 
     Args:
-        file: to write.
-        content: of it.
-        check: raises where the file must not appear after all; called last of all.
-        key: Setting or argument that names the place, for the error.
+        file: Path of the checkpoint.
+        content: Content of the checkpoint.
+        verify: Function called right before the file appears. If it raises, the file does not appear.
+        key: Setting or argument that names the file, for the error.
 
     Raises:
-        WorldError: the disk is full or not writable.
+        WorldError: The disk is full or not writable.
     """
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            torch.save(content, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        check()
-        temporary.replace(file)
-        _sync_folder(file.parent)
-    except TakenOverError:
-        raise
-    except (OSError, RuntimeError) as error:
-        # Whatever stops torch.save while it writes, Ctrl-C too, comes out as a RuntimeError about positions.
-        reason = error if isinstance(error, OSError) else error.__context__ or error
-        if not isinstance(reason, OSError):
-            raise reason from None
-        raise WorldError(
-            f"the checkpoint {file} cannot be written: {reason.strerror}; free some space", key=key
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """So that a power failure does not take the new name away again."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that does not sync folders
-            raise
-    finally:
-        os.close(descriptor)
+    with atomic_write(file, key=key, verify=verify) as temporary:
+        try:
+            with temporary.open("wb") as stream:
+                torch.save(content, stream)
+        except RuntimeError as error:
+            # Whatever stops torch.save while it writes, Ctrl-C too, becomes a RuntimeError about positions.
+            raise error.__context__ or error from None
 
 
 class BackgroundWriter:
-    """One write at a time, in a thread, while training goes on."""
+    """A thread that writes one file at a time while training continues."""
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._begun: tuple[str, Future[None]] | None = None
+        self._started: tuple[str, Future[None]] | None = None
 
     @property
     def is_busy(self) -> bool:
-        return self._begun is not None and not self._begun[1].done()
+        return self._started is not None and not self._started[1].done()
 
     def start(self, name: str, work: Callable[[], None]) -> None:
-        """Begins the work; `wait` must have ended what was begun before."""
-        assert self._begun is None
-        self._begun = name, self._executor.submit(work)
+        """Start the work; `wait` must have been called for the work before it."""
+        assert self._started is None
+        self._started = name, self._executor.submit(work)
 
     def wait(self) -> tuple[str, WorldError | None]:
-        """Waits for the work that was begun, if any; returns its name and what went wrong with it."""
-        if self._begun is None:
+        """Wait for the started work, if any; return its name and its error."""
+        if self._started is None:
             return "", None
-        (name, future), self._begun = self._begun, None
+        (name, future), self._started = self._started, None
         error = future.exception()
         if error is not None and not isinstance(error, WorldError):
             raise error

@@ -25,6 +25,7 @@ from reid.data.store import fault_of_image
 from reid.data.tables import COLUMNS, SPLITS
 from reid.errors import ReidError, SettingsError
 from reid.logs import answer
+from reid.process.files import printable
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
@@ -140,4 +141,4 @@ def _unreadable_images(benchmark: Benchmark) -> list[str]:
 
 def _say(*lines: str) -> None:
     for line in lines:
-        answer(line.encode("utf-8", "backslashreplace").decode() + "\n")  # a name may be no valid text
+        answer(printable(line) + "\n")

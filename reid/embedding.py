@@ -22,6 +22,7 @@ from reid.errors import DataError
 from reid.gallery import EmbeddingFile, Facts, write_gallery, write_unreadable, writing_embeddings
 from reid.handlers.watchdog import Watchdog
 from reid.preemption import Signals
+from reid.process.files import printable
 from reid.trained import Trained, load_trained
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def _tell_unreadable(out: Path, folder: str, names: Sequence[str], unreadable: d
     file = write_unreadable(out, lines)
     if not lines:
         return
-    shown = ", ".join(lines[:_NUM_SHOWN]).encode("utf-8", "backslashreplace").decode()
+    shown = printable(", ".join(lines[:_NUM_SHOWN]))
     more = f" and {len(lines) - _NUM_SHOWN} more" if len(lines) > _NUM_SHOWN else ""
     words = f"{len(lines)} of {len(names)} images in {folder} cannot be read: {shown}{more}, all listed in {file}"
     if strict or len(lines) == len(names):

@@ -23,9 +23,9 @@ from reid.errors import DataError, SettingsError, WorldError
 from reid.export_checks import Comparison, Embed, evaluation_pass, random_pass
 from reid.model import ReIDModel
 from reid.preemption import Signals
+from reid.process.files import atomic_write, disk_errors
 from reid.safetensors_files import write_safetensors
 from reid.trained import Trained, load_trained
-from reid.whole_files import appearing, disk_errors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -90,7 +90,7 @@ def export(
     undo = _to_pixels(cfg) if uint8 else nn.Identity()
     for writer in writers:
         file = folder / f"{weight.stem}{writer.suffix}"
-        with appearing(file, key="--output") as temporary:
+        with atomic_write(file, key="--output") as temporary:
             with _quiet(f"{file} cannot be made by torch {torch.__version__}"):
                 run = writer.write(temporary, program, metadata | {"input": _INPUTS[uint8]})
             told = "not checked"
@@ -187,7 +187,7 @@ def _write_weights(file: Path, weight: Path, trained: Trained, metadata: dict[st
             f"{file} must be another file than TEST.WEIGHT, which would be overwritten; add --output FOLDER",
             key="--output",
         )
-    with appearing(file, key="--output") as temporary:
+    with atomic_write(file, key="--output") as temporary:
         write_safetensors(temporary, weights.state_dict_of(trained.content), metadata)
         checksum = weights.checksum(weights.read_file(temporary, "the file", key="--output"))
         if checksum != trained.checksum:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from reid.data.folders import parse_name
 from reid.errors import DataError
-from reid.whole_files import appearing, disk_errors
+from reid.process.files import atomic_write, disk_errors, write_text
 
 FORMAT_VERSION = 1
 EMBEDDINGS, IMAGES, FACTS, UNREADABLE = "embeddings.npy", "images.csv", "gallery.json", "unreadable.txt"
@@ -122,7 +122,7 @@ def writing_embeddings(folder: Path, num_features: int) -> Iterator[EmbeddingFil
         folder.mkdir(parents=True, exist_ok=True)
         for unfinished in folder.glob(".embeddings.*.tmp.npy"):
             unfinished.unlink(missing_ok=True)  # of a process that was killed while it wrote
-    with appearing(folder / EMBEDDINGS, key=_WRITTEN_BY) as temporary:
+    with atomic_write(folder / EMBEDDINGS, key=_WRITTEN_BY) as temporary:
         with temporary.open("wb") as stream:
             file = EmbeddingFile(stream, num_features)
             yield file
@@ -137,12 +137,11 @@ def write_gallery(folder: Path, paths: Sequence[str], facts: Facts) -> None:
         WorldError: the folder cannot be written to.
     """
     rows = [GalleryImage.of(path) for path in paths]
-    with appearing(folder / IMAGES, key=_WRITTEN_BY) as temporary, _open_text(temporary, "w") as stream:
+    with atomic_write(folder / IMAGES, key=_WRITTEN_BY) as temporary, _open_text(temporary, "w") as stream:
         writer = csv.writer(stream, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
         writer.writerow(_COLUMNS)
         writer.writerows(rows)
-    with appearing(folder / FACTS, key=_WRITTEN_BY) as temporary:
-        temporary.write_text(json.dumps(asdict(facts), indent=2) + "\n", encoding="utf-8")
+    write_text(folder / FACTS, json.dumps(asdict(facts), indent=2) + "\n", key=_WRITTEN_BY)
 
 
 def write_unreadable(folder: Path, lines: Sequence[str]) -> Path:
@@ -151,7 +150,7 @@ def write_unreadable(folder: Path, lines: Sequence[str]) -> Path:
     with disk_errors(file, key=_WRITTEN_BY):
         file.unlink(missing_ok=True)
     if lines:
-        with appearing(file, key=_WRITTEN_BY) as temporary, _open_text(temporary, "w") as stream:
+        with atomic_write(file, key=_WRITTEN_BY) as temporary, _open_text(temporary, "w") as stream:
             stream.writelines(f"{line}\n" for line in lines)
     return file
 

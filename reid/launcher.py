@@ -18,9 +18,9 @@ from reid import logs
 from reid.commands import COMMANDS, Words, read_words
 from reid.config.load import load_config
 from reid.config.rules import check_training, fitting_nodes
-from reid.environment_file import read_environment_file
 from reid.errors import ReidError, SettingsError, UnsavedError, WorldError
 from reid.preemption import MARKER, Preempted, Signals, write_marker
+from reid.process.environment import load_environment_file
 from reid.world import World, read_world, speaks_for_node
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def print_plan() -> int:
 
 def _answer(story: str, description: str, signals: Signals) -> int:
     try:
-        read_environment_file(Path(".env"), os.environ)  # before wandb or torch look
+        load_environment_file(Path(".env"), os.environ)  # before wandb or torch look
         world = read_world(os.environ)
         if world.rank != 0:
             logging.getLogger("reid").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Where lines go, and what happens where they cannot go there."""
+"""Log lines on the console and in log.txt; a full disk or a closed pipe costs lines, never the run."""
 
 from __future__ import annotations
 
@@ -12,28 +12,27 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-_UNENCODABLE = "backslashreplace"  # names of files need not be text in any encoding
-_UNANSWERED = 120  # as Python has it
+_EXIT_CODE = 120  # Python's own code when stdout cannot be flushed
 
-_warned = threading.Event()
+_has_warned = threading.Event()
 
 
 class Console(logging.StreamHandler[TextIO]):
-    """stdout or stderr, which may be a full disk or have nobody who reads: said once, and the work goes on."""
+    """Handler for stdout or stderr that reports only the first line that it cannot write."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exception()
         if isinstance(error, OSError):
-            _warn(error)
+            _warn_once(error)
         else:
             super().handleError(record)
 
 
 class LogFile(logging.FileHandler):
-    """log.txt, of which a full disk takes lines away and nothing else."""
+    """Handler for log.txt that drops the lines that a full disk does not take."""
 
     def __init__(self, file: Path) -> None:
-        super().__init__(file, encoding="utf-8", errors=_UNENCODABLE)
+        super().__init__(file, encoding="utf-8", errors="backslashreplace")  # names of files need not be valid text
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exception(), OSError):
@@ -41,53 +40,49 @@ class LogFile(logging.FileHandler):
 
 
 def set_up_console() -> None:
-    """What happens goes to stdout, what went wrong to stderr."""
+    """Send log lines to stdout, and errors to stderr."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors=_UNENCODABLE)  # as stderr is
-    ours = logging.getLogger("reid")
-    ours.handlers.clear()
-    ours.setLevel(logging.INFO)
-    ours.propagate = False
-    happenings, errors = Console(sys.stdout), Console(sys.stderr)
-    happenings.addFilter(lambda record: record.levelno < logging.ERROR)
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it
+    lines, errors = Console(sys.stdout), Console(sys.stderr)
+    lines.addFilter(lambda record: record.levelno < logging.ERROR)
     errors.setLevel(logging.ERROR)
-    ours.addHandler(happenings)
-    ours.addHandler(errors)
-    # Ignite would tell every error too, twice on every rank.
-    logging.getLogger("ignite").addHandler(logging.NullHandler())
+    logger = logging.getLogger("reid")
+    logger.handlers = [lines, errors]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logging.getLogger("ignite").addHandler(logging.NullHandler())  # it would repeat every error, twice on every rank
 
 
 def answer(text: str) -> None:
-    """Writes what a program was asked for to stdout; where that takes nothing, the program ends, with code 120."""
-    stdout = sys.stdout
+    """Write the result of a command to stdout; exit with code 120 if that is impossible."""
     try:
-        if stdout is None:  # closed by whoever started it
+        if sys.stdout is None:  # closed by the parent process
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        stdout.write(text)
-        stdout.flush()
+        sys.stdout.write(text)
+        sys.stdout.flush()
     except OSError as error:
-        _say("error", error)
-        if stdout is not None:  # Python would try again at its end, and complain
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
-        raise SystemExit(_UNANSWERED) from error
+        _report("error", error)
+        if sys.stdout is not None:  # the interpreter would flush it again at exit, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(_EXIT_CODE) from error
 
 
 def flush() -> None:
-    """What is not written yet, at the end of a program."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by whoever started it
+    """Flush stdout and stderr before an exit without interpreter finalization."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by the parent process
         try:
             stream.flush()
         except OSError as error:
-            _warn(error)
+            _warn_once(error)
 
 
-def _warn(error: OSError) -> None:
-    if not _warned.is_set():
-        _warned.set()
-        _say("warning", error, "; what is said there is lost, and the work goes on")
+def _warn_once(error: OSError) -> None:
+    if not _has_warned.is_set():
+        _has_warned.set()
+        _report("warning", error, ". Its lines are lost; the run continues.")
 
 
-def _say(kind: str, error: OSError, outcome: str = "") -> None:
-    with suppress(OSError):  # nobody is left to tell
-        sys.stderr.write(f"{kind}: stdout cannot be written to: {error.strerror}{outcome}\n")
+def _report(level: str, error: OSError, outcome: str = "") -> None:
+    with suppress(OSError):
+        sys.stderr.write(f"{level}: stdout cannot be written to: {error.strerror}{outcome}\n")
         sys.stderr.flush()

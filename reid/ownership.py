@@ -14,7 +14,8 @@ from ignite.engine import Engine
 from reid import distributed
 from reid.errors import TakenOverError, WorldError
 from reid.handlers.records import Records
-from reid.run_directory import RunDirectory, write_atomically
+from reid.process.files import write_text
+from reid.run_directory import RunDirectory
 from reid.world import Start
 
 logger = logging.getLogger("reid.run")
@@ -74,7 +75,7 @@ class Ownership:
                 *(self._folder.path, owner["host"]),
             )
         content = {"start": asdict(self._start), "host": platform.node(), "token": self._token}
-        write_atomically(self._file, json.dumps(content) + "\n")
+        write_text(self._file, json.dumps(content) + "\n", key="OUTPUT_DIR")
         self._folder.tidy()
 
     def attach(self, trainer: Engine) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from reid.metrics import Labels
+from reid.process.files import printable
 from reid.ranking import QueryScores
 
 
@@ -39,7 +40,7 @@ def per_query_rows(scores: QueryScores, query: Labels, paths: Sequence[Path] = (
     values = zip(*(column.tolist() for column in (*columns, scores.first_match)), strict=True)
     for number, (pid, camid, num_matches, precision, penalty, first) in enumerate(values):
         # A name on disk may hold bytes that are no text.
-        path = str(paths[number]).encode("utf-8", "backslashreplace").decode() if paths else ""
+        path = printable(paths[number]) if paths else ""
         of_match = (precision, penalty, first + 1) if num_matches else (None, None, None)
         rows.append(QueryRow(number, path, pid, camid, num_matches, *of_match))
     return rows

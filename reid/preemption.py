@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted until it has saved; a second one is obeyed at once."""
+"""Signals that ask a run to stop: the first one is kept until the run has saved, the second one ends it at once."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 MARKER = "PREEMPTED"
 
-# Seconds in which the same signal again is taken for the same request: a job's end often signals the whole step, and
-# torchrun then passes its own on.
+# Seconds in which a repeated signal counts as the same request: the end of a job often signals all processes of a
+# step, and torchrun then forwards its own signal.
 _ECHO = 1.0
 
-# Seconds in which Python leaves the place where it drops exceptions.
-_AGAIN = 0.1
+# Seconds after which a signal is sent again whose exception Python dropped; by then Python has left that code.
+_RETRY = 0.1
 
 
 class Preempted(BaseException):
-    """The run was asked to stop, and all that there is to save is saved. No Exception: no library may swallow it."""
+    """The run was asked to stop and has saved everything. Not an Exception, so that no library swallows it."""
 
-    is_shared: bool = False  # as that of ReidError
+    is_shared: bool = False  # as ReidError.is_shared
 
 
 class Signals:
     """SIGTERM, SIGINT, SIGUSR1 and SIGHUP of this process.
 
-    Outside of `deferred` the first one raises `Preempted` where the program stands; inside it is only noted. The second
-    one ends the process as if nobody had ever caught it.
+    Inside `deferred` the first signal is only recorded; outside it raises `Preempted`. The second signal ends the
+    process as if there were no handler.
 
     Args:
-        under_launcher: whether torchrun may pass on a signal that this process has had already.
+        under_launcher: Whether torchrun may forward a signal that this process has already received.
     """
 
     def __init__(self, *, under_launcher: bool) -> None:
@@ -44,27 +44,27 @@ class Signals:
         self._first: tuple[int, float] | None = None
 
     def install(self) -> None:
-        """Takes the signals over, for as long as the process lives; only in its main thread."""
+        """Handle the signals from now on; must be called in the main thread."""
         for number in SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which nohup ignores
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self._receive)
 
     def were_received(self) -> bool:
         return self._first is not None
 
     def release(self) -> None:
-        """Gives the signals back: there is nothing left to save."""
+        """Restore the default actions: nothing is left to save."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
 
     def ignore(self) -> None:
-        """All is done: torchrun, which ends all processes with the first that ends, shall not spoil the exit code."""
+        """Ignore the signals: torchrun, which ends all ranks after the first one, must not change the exit code."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Signals are noted in here, for the work to come to a good end by itself."""
+        """Only record signals, so that the run can save and stop by itself."""
         self._is_deferred = True
         try:
             yield
@@ -72,13 +72,13 @@ class Signals:
             self._is_deferred = False
 
     def repeat(self) -> None:
-        """The first one again in a moment, because Python has dropped what it raised."""
+        """Send the first signal again in a moment, because Python dropped the exception that it raised."""
         assert self._first is not None
         number, _ = self._first
         self._first = None
-        again = threading.Timer(_AGAIN, os.kill, (os.getpid(), number))
-        again.daemon = True
-        again.start()
+        timer = threading.Timer(_RETRY, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -92,10 +92,8 @@ class Signals:
             os.kill(os.getpid(), number)
 
 
-def write_marker(folder: Path, words: str) -> None:
-    """Leaves word in the run's folder that the run is to be started again; a job script looks for the file."""
-    try:
+def write_marker(folder: Path, outcome: str) -> None:
+    """Write a file into the run directory that tells a job script to start the run again."""
+    with suppress(OSError):  # a full disk; the exit code tells it too
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MARKER).write_text(f"preempted: resume me\n{words}\n", encoding="utf-8")
-    except OSError:
-        pass  # a full disk; the exit code says it too
+        (folder / MARKER).write_text(f"preempted: resume me\n{outcome}\n", encoding="utf-8")

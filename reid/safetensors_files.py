@@ -1,37 +1,37 @@
-"""Checkpoints as safetensors files: tensors that cannot run code, and what is known about them as text."""
+"""Checkpoints as safetensors files: tensors that cannot run code, and metadata as text."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 _DIGEST = "data_sha256"
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes the tensors with the metadata, and a SHA-256 of all their bytes that `read_safetensors` checks."""
+    """Write the tensors and the metadata, with a SHA-256 of all tensors that `read_safetensors` verifies."""
     separate = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    digest = _digest_of_data(safetensors.torch.save(separate))
-    file.write_bytes(safetensors.torch.save(separate, {**metadata, _DIGEST: digest}))
+    save_file(separate, file)  # to know the order of the tensors in the file, which the digest follows
+    written, _ = _read(file)
+    save_file(separate, file, {**metadata, _DIGEST: _digest_of(written)})
 
 
 def read_safetensors(file: Path) -> dict[str, Any]:
-    """The file as one of our checkpoints: "model", and where they are known "config", "epoch" and "metadata".
+    """Return the file as a checkpoint of ours: "model", "metadata" and, where they are known, "config" and "epoch".
 
     Raises:
-        ValueError: it is damaged.
-        safetensors.SafetensorError: it is no such file.
+        ValueError: The file is damaged.
+        safetensors.SafetensorError: The file is not a safetensors file.
     """
-    blob = file.read_bytes()
-    tensors = safetensors.torch.load(blob)
-    metadata: dict[str, str] = json.loads(blob[8 : 8 + _header_length(blob)]).get("__metadata__", {})
-    if metadata.get(_DIGEST, digest := _digest_of_data(blob)) != digest:
+    tensors, metadata = _read(file)
+    if _DIGEST in metadata and metadata[_DIGEST] != (digest := _digest_of(tensors)):
         raise ValueError(f"the checksum of its data is {digest[:16]} and must be {metadata[_DIGEST][:16]}")
     content: dict[str, Any] = {"model": tensors, "metadata": metadata}
     if "config" in metadata:
@@ -41,10 +41,14 @@ def read_safetensors(file: Path) -> dict[str, Any]:
     return content
 
 
-def _digest_of_data(blob: bytes) -> str:
-    return hashlib.sha256(memoryview(blob)[8 + _header_length(blob) :]).hexdigest()
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors in the order in which they lie in the file, and the metadata."""
+    with safe_open(file, "pt") as opened:
+        return {name: opened.get_tensor(name) for name in opened.offset_keys()}, opened.metadata() or {}
 
 
-def _header_length(blob: bytes) -> int:
-    """Of the JSON between these 8 bytes and the data."""
-    return int.from_bytes(blob[:8], "little")
+def _digest_of(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors.values():
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

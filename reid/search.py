@@ -24,8 +24,8 @@ from reid.gallery import Facts, Gallery, GalleryImage, read_gallery
 from reid.nearest import nearest
 from reid.pictures import Shown, pixels_of, ranked_gallery, sheet
 from reid.preemption import Signals
+from reid.process.files import atomic_write, printable, write_text
 from reid.trained import load_trained
-from reid.whole_files import appearing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -98,11 +98,10 @@ def search(
     for image, found in zip(images, results, strict=True):
         logger.info("%s", _table(image, found, opened.facts))
     if own["json"]:
-        with appearing(Path(own["json"]), key="--json") as temporary:
-            report = _report(images, results, opened.facts)
-            temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        report = _report(images, results, opened.facts)
+        write_text(Path(own["json"]), json.dumps(report, indent=2) + "\n", key="--json")
     picture = _draw(images, results, opened.facts)
-    with appearing(Path(output), key="--output") as temporary:
+    with atomic_write(Path(output), key="--output") as temporary:
         picture.save(temporary)
     left_out = len(images) > _MOST_ROWS or top > _MOST_COLUMNS
     limits = f" (of the first {_MOST_ROWS} images, and {_MOST_COLUMNS} for each)" if left_out else ""
@@ -157,11 +156,11 @@ def _name_of_measure(facts: Facts) -> str:
 
 
 def _table(query: str, found: Sequence[Found], facts: Facts) -> str:
-    lines = [_printable(query), f"{'rank':>6}{_name_of_measure(facts):>12}  image"]
+    lines = [printable(query), f"{'rank':>6}{_name_of_measure(facts):>12}  image"]
     for one in found:
         remarks = ", ".join(_remarks(one))
         remark = f" ({remarks})" if remarks else ""
-        lines.append(f"{one.number:>6}{_measure(one.distance, facts):>12.4f}  {_printable(one.image.path)}{remark}")
+        lines.append(f"{one.number:>6}{_measure(one.distance, facts):>12.4f}  {printable(one.image.path)}{remark}")
     return "\n".join(lines)
 
 
@@ -169,11 +168,6 @@ def _remarks(one: Found) -> list[str]:
     """What is known of it."""
     verdict = {True: "match", False: "other", None: ""}[one.is_match]
     return [words for words in (verdict, "same camera" if one.same_camera else "") if words]
-
-
-def _printable(name: str) -> str:
-    """A file name that is no valid text has escapes in it."""
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _report(images: Sequence[str], results: Sequence[Sequence[Found]], facts: Facts) -> dict[str, Any]:

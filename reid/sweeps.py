@@ -15,9 +15,9 @@ from reid.commands import Parser, at_least_one
 from reid.config.parsing import nearest, shown
 from reid.config.schema import SETTINGS
 from reid.config.validators import Refused
-from reid.environment_file import read_environment_file
 from reid.errors import ReidError, SettingsError, UnknownKeyError, WorldError
 from reid.logs import Console
+from reid.process.environment import load_environment_file
 
 logger = logging.getLogger("reid.sweeps")
 
@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--count", metavar="N", type=at_least_one, help=count_help)
     try:
         arguments = parser.parse_args()
-        read_environment_file(Path(".env"), os.environ)
+        load_environment_file(Path(".env"), os.environ)
         if not (arguments.sweep_config or arguments.sweep_id):
             raise SettingsError(
                 "one of --sweep-config and --sweep-id must be given, got neither; add one of them", key="--sweep-config"

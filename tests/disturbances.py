@@ -49,7 +49,7 @@ def write_at_once() -> None:
 
     def start(self, name, work):
         original(self, name, work)
-        wait([self._begun[1]])
+        wait([self._started[1]])
 
     BackgroundWriter.start = start  # type: ignore[method-assign]
 

@@ -1,4 +1,4 @@
-"""Lines that cannot be written: said once, and the work goes on."""
+"""Lines that cannot be written are reported once, and the run continues."""
 
 import errno
 import io
@@ -34,7 +34,7 @@ class Stream(io.StringIO):
 
 @pytest.fixture
 def logger(monkeypatch):
-    monkeypatch.setattr(logs, "_warned", threading.Event())
+    monkeypatch.setattr(logs, "_has_warned", threading.Event())
     return logging.Logger("lines")  # of no other's; pytest would keep its lines
 
 

@@ -1,19 +1,16 @@
-"""The files of a run: whole or as they were, one training at a time."""
+"""The files of a run, of one training at a time."""
 
 import csv
 import json
 import logging
-import resource
 from typing import NamedTuple
 
 import pytest
 import torch
 from program import Place
-from refusals import refused
 
 from reid.config.load import load_config
-from reid.errors import WorldError
-from reid.run_directory import RunDirectory, write_atomically
+from reid.run_directory import RunDirectory
 
 
 @pytest.fixture
@@ -43,14 +40,14 @@ def test_records_after_the_checkpoint_and_torn_lines_are_dropped(folder):
         folder.append_metrics({"kind": "train", "iteration": iteration})
     with (folder.path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "itera')
-    folder.go_on_from(3, 0)
+    folder.resume_from(3, 0)
     folder.append_metrics({"kind": "train", "iteration": 4})
     lines = (folder.path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3, 4]
 
 
 def test_a_run_without_records_has_none_to_drop(folder):
-    folder.go_on_from(0, 0)
+    folder.resume_from(0, 0)
     assert not (folder.path / "metrics.jsonl").exists()
 
 
@@ -60,19 +57,6 @@ def test_the_settings_are_written_as_they_can_be_loaded(folder):
     )
     folder.describe(cfg, torch.device("cpu"))
     assert load_config(str(folder.path / "config.yaml"), []) == cfg
-
-
-def test_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
-    file = tmp_path / "result.json"
-    write_atomically(file, "old")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
-    try:
-        with refused(WorldError, "OUTPUT_DIR", str(file), "File too large"):
-            write_atomically(file, "new" * 100)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("result.json", "old")]
 
 
 class Row(NamedTuple):

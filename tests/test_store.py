@@ -387,7 +387,7 @@ def test_the_disk_fills_up_while_building(tmp_path, monkeypatch, call, number):
 
     paths = write_images(tmp_path / "images", 3)
     file = tmp_path / "cache" / "store.npy"
-    monkeypatch.setattr(f"reid.data.large_files.os.{call}", refuse)
+    monkeypatch.setattr(f"reid.process.files.os.{call}", refuse)
     needed = f"{128 + 3 * 32 * 16 * 3:,} bytes"
     with refused(WorldError, "DATASETS.CACHE_DIR", str(file), needed, "bytes are free", os.strerror(number)):
         build_store(file, paths, SIZE)
@@ -396,7 +396,7 @@ def test_the_disk_fills_up_while_building(tmp_path, monkeypatch, call, number):
 
 def test_short_writes_are_continued(tmp_path, monkeypatch):
     pwrite = os.pwrite
-    monkeypatch.setattr("reid.data.large_files.os.pwrite", lambda fd, data, offset: pwrite(fd, data[:100], offset))
+    monkeypatch.setattr("reid.process.files.os.pwrite", lambda fd, data, offset: pwrite(fd, data[:100], offset))
     paths = write_images(tmp_path / "images", 3)
     np.testing.assert_array_equal(open_store(built(tmp_path, paths), 3, SIZE), expected(paths))
 
@@ -406,7 +406,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     paths = write_images(tmp_path / "images", 3)
-    monkeypatch.setattr("reid.data.large_files.os.fsync", interrupt)
+    monkeypatch.setattr("reid.process.files.os.fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         built(tmp_path / "cache", paths)
     assert list((tmp_path / "cache").iterdir()) == []
@@ -464,7 +464,7 @@ def test_partial_file_removed_before_lock_is_created_again(tmp_path, monkeypatch
             stolen[0].unlink()
         flock(descriptor, operation)
 
-    monkeypatch.setattr("reid.data.large_files.fcntl.flock", steal_then_lock)
+    monkeypatch.setattr("reid.process.files.fcntl.flock", steal_then_lock)
     paths = write_images(tmp_path / "images", 2)
     file = built(tmp_path / "cache", paths)
     assert len(stolen) == 1
@@ -475,7 +475,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("reid.data.large_files.fcntl.flock", refuse)
+    monkeypatch.setattr("reid.process.files.fcntl.flock", refuse)
     paths = write_images(tmp_path / "images", 2)
     (tmp_path / "cache").mkdir()
     other = tmp_path / "cache" / "other.npy.0123.partial"

@@ -21,13 +21,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from reid import distributed
-from reid.data import augment, large_files, store
+from reid.data import augment, store
 from reid.data.samplers import EvaluationBatches, IdentityPlan, PlannedBatch, ShufflePlan, TrainBatches
 from reid.data.sets import DataSets, join_training
 from reid.data.splits import Benchmark, Split
 from reid.data.workers import BatchLoader
 from reid.errors import DataError
 from reid.metrics import Labels
+from reid.process.files import copy_path, temporary_copy
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
@@ -253,7 +254,7 @@ def _local_copy(cfg: CfgNode, file: Path) -> Iterator[Callable[[], Path]]:
     """
     folder = os.path.expandvars(cfg.DATASETS.NODE_LOCAL_DIR)
     token = distributed.on_main(lambda: secrets.token_hex(8))
-    copy = large_files.copy_of(file, Path(folder), token)
+    copy = copy_path(file, Path(folder), token)
     begun = ExitStack()
     faults: list[str] = []
 
@@ -262,7 +263,7 @@ def _local_copy(cfg: CfgNode, file: Path) -> Iterator[Callable[[], Path]]:
             return
         try:
             start = time.monotonic()
-            begun.enter_context(large_files.copied(file, copy))
+            begun.enter_context(temporary_copy(file, copy))
             logger.info("%s: copied to %s in %.1f s", file, folder, time.monotonic() - start)
         except OSError as error:
             faults.append(f"{folder} on {platform.node()} has no room or cannot be written to: {error.strerror}")

@@ -14,6 +14,7 @@ import numpy as np
 
 from reid.config.benchmark_names import Part
 from reid.errors import DataError
+from reid.process.files import printable
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp"})
 
@@ -299,6 +300,6 @@ def check_once(source: object, paths: Sequence[Path], remedy: str, *, key: str) 
 
 def shown(names: Sequence[str]) -> str:
     """The first names, for a message."""
-    text = ", ".join(names[:_NUM_SHOWN]).encode("utf-8", "backslashreplace").decode()  # a name may be no valid text
+    text = printable(", ".join(names[:_NUM_SHOWN]))
     more = f" and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else ""
     return f"{text}{more}" if names else "nothing"

@@ -23,8 +23,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from reid.data.large_files import new_file, write_at
 from reid.errors import DataError, WorldError
+from reid.process.files import reserved_file, write_at
 
 FORMAT_VERSION = 1  # raise it when the same image files would give other pixels
 
@@ -99,7 +99,7 @@ def build_store(
     start = time.monotonic()
     with (
         _disk_errors(file, num_bytes),
-        new_file(file, num_bytes) as descriptor,
+        reserved_file(file, num_bytes) as descriptor,
         tqdm(total=len(paths), desc=file.stem, unit="img", disable=not (progress and sys.stderr.isatty())) as bar,
     ):
         write_at(descriptor, header, 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from reid.examples import Example, find_examples, query_table, seeded_queries, w
 from reid.handlers.records import Progress, Records
 from reid.metrics import Distances, RetrievalScores
 from reid.pictures import Shown, batch_grid, cmc_chart, denormalise, ranked_gallery, sheet
+from reid.process.files import atomic_write
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
@@ -213,11 +213,6 @@ def _in_words(scores: RetrievalScores) -> str:
 
 
 def _save(file: Path, image: Image.Image) -> None:
-    """The whole picture under that name, or what stood there before."""
     file.parent.mkdir(exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        image.save(temporary, format="PNG", compress_level=3)  # a fifth of the time, a tenth more bytes
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(file, key="OUTPUT_DIR") as temporary:
+        image.save(temporary, compress_level=3)  # a fifth of the time, a tenth more bytes

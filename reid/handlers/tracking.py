@@ -18,7 +18,7 @@ from reid.handlers import artifacts
 from reid.handlers.records import Progress, Records, SavedCheckpoint, score_numbers, validation_numbers
 from reid.handlers.wandb_session import Identity, Session
 from reid.preemption import Preempted
-from reid.run_directory import write_atomically
+from reid.process.files import write_text
 
 if TYPE_CHECKING:
     import wandb
@@ -78,7 +78,7 @@ class Tracker:
         begun_here = file.read_text().strip() if file.exists() else progress.wandb_run_id
         identity = choose_run(self._cfg.WANDB, begun_here, os.environ)
         progress.wandb_run_id = identity.run_id
-        write_atomically(file, identity.run_id + "\n")
+        write_text(file, identity.run_id + "\n", key="OUTPUT_DIR")
         self._begin(identity, "-".join(self._data_sets))
         for kept in artifacts.unlogged_checkpoints(self._folder, identity.run_id):
             self._log_kept(kept)

@@ -1,4 +1,4 @@
-"""Ends all ranks when one hangs, with the stack of the one that does."""
+"""Ends all ranks when one of them hangs, and logs its stack."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from reid import distributed
 logger = logging.getLogger("reid.watchdog")
 
 _EXIT_CODE = 1
-_GRACE = 3.0  # seconds between the first rank that gives up and the last one that still answers
-# Where a rank stands that waits for the others: in a collective, or in a backward pass with one.
+_GRACE = 3.0  # seconds between the timeouts of the first and the last rank that can still answer
+# Files of the innermost frame of a rank that waits for the others: in a collective, or in a backward pass with one.
 _WAITING = ("torch/distributed/", "torch/autograd/", "ignite/distributed/", "torch/nn/parallel/")
 
 
 class Watchdog:
-    """A thread that ends the process when the main thread has given no sign of life for too long.
+    """A thread that ends the process when the main thread has made no progress for too long.
 
-    All ranks give up at about the same time, as those that do not hang wait for the one that does. Each leaves word of
-    where it stands, and the lowest that can speak says which one hangs.
+    All ranks time out at about the same time, because those that do not hang wait for the one that does. Each of them
+    publishes its state, and the lowest rank that can still answer reports which rank hangs.
 
     Args:
-        minutes: without a sign of life.
+        minutes: Longest time without progress.
     """
 
     def __init__(self, minutes: float) -> None:
@@ -45,20 +45,18 @@ class Watchdog:
         self._board = distributed.Noticeboard("hang", _GRACE) if distributed.num_ranks() > 1 else None
 
     def beat(self) -> None:
-        """A sign of life."""
+        """Record progress."""
         self._num_beats += 1
         self._last_beat = time.monotonic()
 
     def attach(self, trainer: Engine) -> None:
-        trainer.add_event_handler(Events.GET_BATCH_STARTED, self.beat)
-        trainer.add_event_handler(Events.ITERATION_STARTED, self.beat)
-        trainer.add_event_handler(Events.ITERATION_COMPLETED, self.beat)
+        for event in (Events.GET_BATCH_STARTED, Events.ITERATION_STARTED, Events.ITERATION_COMPLETED):
+            trainer.add_event_handler(event, self.beat)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         self.beat()
-        thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        thread.start()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         try:
             yield
         finally:
@@ -67,66 +65,64 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._is_over.wait(min(1.0, self._limit / 10)):
             if time.monotonic() - self._last_beat > self._limit:
-                self._give_up()
+                self._end_process()
 
-    def _give_up(self) -> None:
-        own = _Report(distributed.rank(), platform.node(), self._num_beats, *_place(self._main))
+    def _end_process(self) -> None:
+        own = _State(distributed.rank(), platform.node(), self._num_beats, *_position(self._main))
         try:
-            # In a thread, as it waits for ever where the process that keeps the board, rank 0's, is stopped.
-            found = ThreadPoolExecutor(1).submit(self._gather, own).result(timeout=3 * _GRACE)
-        except Exception:  # whatever has become of that process, this one must end
-            found, silent = [own], [0]
+            # In a thread, because it waits forever if rank 0's process, which keeps the board, is stopped.
+            states = ThreadPoolExecutor(1).submit(self._exchange, own).result(timeout=3 * _GRACE)
+        except Exception:  # whatever happened to that process, this one must end
+            states, silent = [own], [0]
         else:
-            silent = sorted(set(range(distributed.num_ranks())) - {report.rank for report in found})
-        if found[0] == own:
-            _accuse(found, silent, self._limit)
+            silent = sorted(set(range(distributed.num_ranks())) - {state.rank for state in states})
+        if states[0] == own:
+            _report(states, silent, f"SOLVER.TIMEOUT_MINUTES={self._limit / 60:g} minutes")
         else:
-            # The one that speaks may have come up to _GRACE later: were this one gone before, it would speak of a lost
-            # rank instead.
+            # The rank that reports may be up to _GRACE behind; if this one had ended, it would report a lost rank.
             time.sleep(2 * _GRACE)
-        # Not sys.exit, for which the main thread would have to come back.
-        os._exit(_EXIT_CODE)
+        os._exit(_EXIT_CODE)  # sys.exit would need the main thread
 
-    def _gather(self, own: _Report) -> list[_Report]:
-        """What all ranks that can answer have put up, in rank order."""
+    def _exchange(self, own: _State) -> list[_State]:
+        """Return the states of all ranks that can answer, in rank order."""
         if self._board is None:
             return [own]
         self._board.put_up(json.dumps(own))
         time.sleep(_GRACE)
-        return [_Report(*json.loads(text)) for _, text in sorted(self._board.read().items())]
+        return [_State(*json.loads(text)) for _, text in sorted(self._board.read().items())]
 
 
-class _Report(NamedTuple):
-    """Where a rank stands."""
+class _State(NamedTuple):
+    """The state of a rank at its timeout."""
 
     rank: int
     host: str
     num_beats: int
-    waits: bool  # for other ranks
+    is_waiting: bool  # for other ranks
     stack: str
 
 
-def _place(thread: threading.Thread) -> tuple[bool, str]:
-    """Whether the thread's stack ends in something that waits for other ranks, and the stack."""
+def _position(thread: threading.Thread) -> tuple[bool, str]:
+    """Return whether the thread waits for other ranks, and its stack."""
     stack = traceback.extract_stack(sys._current_frames().get(thread.ident or 0))
     return any(part in stack[-1].filename for part in _WAITING), "".join(traceback.format_list(stack))
 
 
-def _accuse(found: list[_Report], silent: list[int], seconds: float) -> None:
-    """Says which ranks hang: those that do not answer; else, of those not waiting for others, the ones least far."""
-    limit = f"SOLVER.TIMEOUT_MINUTES={seconds / 60:g} minutes"
-    remedy = "all ranks end; start again to go on from the last checkpoint, or raise it if a step may take longer"
+def _report(states: list[_State], silent: list[int], limit: str) -> None:
+    """Log the ranks that do not answer; else, of those that do not wait for others, those with the least progress."""
+    fix = "Fix: start again to resume from the last checkpoint, or raise it if a step may take longer."
     if silent:
+        ranks = ", ".join(map(str, silent))
         logger.error(
-            "error: rank %s did not answer within %s: its process is stopped or its machine is gone; %s",
-            *(", ".join(map(str, silent)), limit, remedy),
+            "error: rank %s did not answer within %s: its process is stopped or its machine is gone. All ranks end. %s",
+            *(ranks, limit, fix),
         )
         return
-    suspects = [report for report in found if not report.waits] or found
-    least = min(report.num_beats for report in suspects)
-    for report in suspects:
-        if report.num_beats == least:
+    suspects = [state for state in states if not state.is_waiting] or states
+    least = min(state.num_beats for state in suspects)
+    for state in suspects:
+        if state.num_beats == least:
             logger.error(
-                "error: rank %d on %s made no step within %s; %s; it stands at\n%s",
-                *(report.rank, report.host, limit, remedy, report.stack),
+                "error: rank %d on %s made no step within %s. All ranks end. %s Its stack:\n%s",
+                *(state.rank, state.host, limit, fix, state.stack),
             )

@@ -102,7 +102,7 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> dict[str,
     interruption.save_and_stop_when_asked(trainer, checkpoints, signals)
 
     _resume(trainer, checkpoints, cfg, len(train_data.loader))
-    folder.go_on_from(trainer.state.iteration, progress.last["iteration"] if progress.last else 0)
+    folder.resume_from(trainer.state.iteration, progress.last["iteration"] if progress.last else 0)
     num_steps = cfg.SOLVER.MAX_EPOCHS * len(train_data.loader)
     if trainer.state.iteration >= num_steps and not evaluations.is_missing(trainer):
         logger.info("all %d epochs are done; raise SOLVER.MAX_EPOCHS to train further", cfg.SOLVER.MAX_EPOCHS)

@@ -3,13 +3,13 @@
 import pytest
 from refusals import refused
 
-from reid.environment_file import read_environment_file
 from reid.errors import SettingsError
+from reid.process.environment import load_environment_file
 
 
 def read(tmp_path, text: str, **before: str) -> dict[str, str]:
     (tmp_path / ".env").write_text(text)
-    read_environment_file(tmp_path / ".env", before)
+    load_environment_file(tmp_path / ".env", before)
     return before
 
 
@@ -26,6 +26,7 @@ def read(tmp_path, text: str, **before: str) -> dict[str, str]:
         ("NAME=", ""),
         ("NAME=''", ""),
         ("NAME=$HOME", "$HOME"),
+        ("NAME=a b", "a b"),
     ],
 )
 def test_a_line_gives_a_variable(tmp_path, line, value):
@@ -38,13 +39,11 @@ def test_the_environment_keeps_its_values(tmp_path):
 
 def test_without_a_file_there_is_nothing_to_do(tmp_path):
     environment: dict[str, str] = {}
-    read_environment_file(tmp_path / ".env", environment)
+    load_environment_file(tmp_path / ".env", environment)
     assert environment == {}
 
 
-@pytest.mark.parametrize(
-    "line", ["secret", "secret value", "NAME=secret value", "NAME='secret", "1NAME=secret", "=secret"]
-)
+@pytest.mark.parametrize("line", ["secret", "secret value", "NAME='secret", 'NAME="secret', "=secret"])
 def test_another_line_is_named_and_not_shown(tmp_path, line):
     with pytest.raises(SettingsError, match="line 2") as error:
         read(tmp_path, f"NAME=value\n{line}\n")
@@ -56,4 +55,4 @@ def test_another_line_is_named_and_not_shown(tmp_path, line):
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / ".env").write_bytes(b"NAME=\xff\n")
     with refused(SettingsError, ".env", f"{tmp_path}/.env", "UnicodeDecodeError"):
-        read_environment_file(tmp_path / ".env", {})
+        load_environment_file(tmp_path / ".env", {})
