@@ -241,7 +241,7 @@ def _new_model(cfg: CfgNode, accelerator: Accelerator, num_pids: int, folder: Ru
     torch.manual_seed(cfg.SEED)
     model = build_model(cfg, num_pids)
     if not distributed.on_main(lambda: checkpoints_in(folder.checkpoints, "last")):  # else all weights come from there
-        weights.initialise(model, cfg)
+        weights.initialize(model, cfg)
     place(model, cfg, accelerator)
     if cfg.SOLVER.SYNC_BN:
         synchronise_batchnorm(model)

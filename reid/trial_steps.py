@@ -44,7 +44,7 @@ def try_steps(cfg: CfgNode, accelerator: Accelerator, data: DataSets) -> Trial:
     train_data = build_train_data(cfg, data.train, accelerator.device)
     torch.manual_seed(cfg.SEED)
     model = build_model(cfg, train_data.num_pids)
-    weights.initialise(model, cfg)
+    weights.initialize(model, cfg)
     place(model, cfg, accelerator)
     if cfg.SOLVER.SYNC_BN:
         synchronise_batchnorm(model)
