@@ -32,7 +32,7 @@ BY_HAND = ("torchrun itself starts", r"starting workers for entrypoint")
 STAGES = (
     ("rendezvous", r"Starting worker group"),
     ("processes start, import, form the group", r"^synthetic +ids"),
-    ("data, model; checkpoint read and verified", r"^going on from"),
+    ("data, model; checkpoint read and verified", r"^resuming from"),
     ("checkpoint handed to the ranks, loaded", r"^weights from the checkpoint"),
     ("the first step", FIRST_STEP),
 )

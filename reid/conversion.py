@@ -1,8 +1,8 @@
-"""The weights of a whole model that torch.save has pickled, taken out without running anything of the file's.
+"""Extraction of the weights of a pickled model, without running code of the file.
 
 Ignite 0.1.2, which reid-strong-baseline pins, saves live objects. Loading such a file imports its classes and calls
-what it names, which may be anything. Here a class or function of the file is never looked up: something inert stands in
-for it, which keeps what it is given, and the weights are read from that.
+whatever it names. Here no class or function of the file is looked up: an inert object that keeps its state takes its
+place, and the weights are read from that state.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ logger = logging.getLogger("reid.conversion")
 
 
 class _Inert:
-    """Stands for whatever the file names; keeps the state that it is given, and does nothing else."""
+    """Replacement for any class or function that the file names; it keeps its state and does nothing else."""
 
-    origin = ""  # what the file calls it
+    origin = ""  # name in the file
     state: Any = None
-    dump_patches = False  # what torch asks of a class whose source code is another than in the file
+    dump_patches = False  # torch reads it of a class whose source code differs from the file's
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         del arguments, options
@@ -54,10 +54,10 @@ class _Inert:
         return _Inert()
 
 
-# All that a file can reach. None of it calls anything that it is given.
+# Everything that a file can reach. None of it calls its arguments.
 _REAL: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
-    **{(module, "set"): set for module in ("builtins", "__builtin__")},  # the latter is how protocol 2 calls it
+    **{(module, "set"): set for module in ("builtins", "__builtin__")},  # the latter in protocol 2
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor_v2,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
@@ -77,7 +77,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
 
 
 class _RestrictedPickle:
-    """What torch.load takes in place of the module `pickle`."""
+    """Replacement for the module `pickle` in torch.load."""
 
     __name__ = "restricted pickle"
     Unpickler = _RestrictedUnpickler
@@ -87,23 +87,24 @@ class _RestrictedPickle:
         return _RestrictedUnpickler(file, **options).load()
 
 
-def weights_in(path: Path) -> tuple[str, dict[str, Tensor]]:
-    """What a file holds, as its author calls it, and the state dict of that.
+def extract_weights(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """Return the class name and the state dict of the model in a file.
 
     Args:
-        path: of a file in torch.save's present format or in that of before PyTorch 1.6.
+        path: Path of a file that torch.save wrote, in its present format or in that before PyTorch 1.6.
 
     Raises:
-        WorldError: there is no such file, it is damaged, or holds no model.
+        WorldError: The file is missing, damaged, or does not hold a model.
     """
     if not path.is_file():
         raise WorldError(
-            f"IN must be a file that torch.save has written, but there is none at {path}; correct the path", key="IN"
+            f"IN must be a file that torch.save wrote, got {path}, which does not exist. Fix: correct the path.",
+            key="IN",
         )
     try:
-        _refuse_other_archives(path)
+        _reject_other_archives(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of classes whose source code is not at hand
+            warnings.simplefilter("ignore")  # about classes whose source code is missing
             content = torch.load(path, map_location="cpu", pickle_module=_RestrictedPickle(), weights_only=False)
         return _model_in(content, path)
     except WorldError:
@@ -111,53 +112,56 @@ def weights_in(path: Path) -> tuple[str, dict[str, Tensor]]:
     except Exception as error:  # a damaged file makes the unpickler raise nearly anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise WorldError(
-            f"IN={path} cannot be read as a file of torch.save's, it is damaged or none: {reason}; give another file",
+            f"IN must be a file that torch.save wrote, got {path}, which is damaged or another: {reason}. Fix: give "
+            "another file.",
             key="IN",
         ) from error
 
 
-def _refuse_other_archives(path: Path) -> None:
-    """Those that torch.load would not read with the unpickler that it is given."""
-    scripted = False
+def _reject_other_archives(path: Path) -> None:
+    """Raise for archives that torch.load reads without the given unpickler."""
+    is_scripted = False
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            scripted = any(Path(name).name == "constants.pkl" for name in archive.namelist())
-    if scripted or tarfile.is_tarfile(path):
-        what = "TorchScript" if scripted else "an archive of PyTorch 0.1"
+            is_scripted = any(Path(name).name == "constants.pkl" for name in archive.namelist())
+    if is_scripted or tarfile.is_tarfile(path):
+        kind = "TorchScript" if is_scripted else "an archive of PyTorch 0.1"
         raise WorldError(
-            f"IN={path} must be a file that torch.save has written, and it is {what}; give another file", key="IN"
+            f"IN must be a file that torch.save wrote, got {path}, {kind}. Fix: give another file.", key="IN"
         )
 
 
 def _model_in(content: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
-    what, held = "", content
+    name, state = "", content
     if isinstance(content, _Inert):
-        what, held = content.origin, content.state
-    if isinstance(held, dict) and ("param_groups" in held or is_optimizer(held)):
+        name, state = content.origin, content.state
+    if isinstance(state, dict) and ("param_groups" in state or is_optimizer(state)):
         raise WorldError(
-            f"IN={path} must hold a model, and it holds an optimiser, {what or 'its state'}, which is not taken over: "
-            "training goes on with a new one; give the file with the model, NAME_model_N.pth",
+            f"IN={path} must hold a model, got an optimizer ({name or 'state dict'}); training resumes with a new "
+            "optimizer. Fix: give the file with the model, NAME_model_N.pth.",
             key="IN",
         )
-    if isinstance(content, _Inert) and isinstance(held, dict) and "_modules" in held:
-        return what, {name.removeprefix("module."): value for name, value in _entries(content)}
+    if isinstance(content, _Inert) and isinstance(state, dict) and "_modules" in state:
+        return name, {key.removeprefix("module."): value for key, value in _entries(content)}
     if isinstance(content, dict):
         for key in ("model", "state_dict"):
             if isinstance(content.get(key), _Inert | dict):
                 return _model_in(content[key], path)
-        state = {name: value for name, value in content.items() if isinstance(value, Tensor) and isinstance(name, str)}
-        if state:
-            return "state dict", {name.removeprefix("module."): value.clone() for name, value in state.items()}
-    raise WorldError(f"IN={path} must hold a model, got {what or type(content).__name__}; give another file", key="IN")
+        entries = {key: value for key, value in content.items() if isinstance(value, Tensor) and isinstance(key, str)}
+        if entries:
+            return "state dict", {key.removeprefix("module."): value.clone() for key, value in entries.items()}
+    raise WorldError(
+        f"IN={path} must hold a model, got {name or type(content).__name__}. Fix: give another file.", key="IN"
+    )
 
 
 def _entries(module: _Inert, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Names and values as the module's own state_dict() would give them."""
+    """Yield the entries that the module's state_dict() would have."""
     state = module.state if isinstance(module.state, dict) else {}
-    left_out = state.get("_non_persistent_buffers_set") or ()
+    skipped = state.get("_non_persistent_buffers_set") or ()
     for kind in ("_parameters", "_buffers"):
         for name, value in (state.get(kind) or {}).items():
-            if isinstance(value, Tensor) and name not in left_out:
+            if isinstance(value, Tensor) and name not in skipped:
                 yield f"{prefix}{name}", value.detach().clone()
     for name, child in (state.get("_modules") or {}).items():
         if isinstance(child, _Inert):
@@ -165,31 +169,31 @@ def _entries(module: _Inert, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def convert(source: Path, target: Path) -> None:
-    """Writes the weights in one file to another, as a plain state dict.
+    """Write the weights of one file to another, as a plain state dict.
 
     Raises:
-        WorldError: the source holds no model, or the target is there already or cannot be written.
+        WorldError: The source does not hold a model, or the target exists or cannot be written.
     """
     if target.exists():
         raise WorldError(
-            f"OUT must be a new file, but there is one at {target}; choose another name or folder", key="OUT"
+            f"OUT must be a new file, got {target}, which exists. Fix: choose another name or folder.", key="OUT"
         )
-    what, state = weights_in(source)
+    name, state = extract_weights(source)
     target.parent.mkdir(parents=True, exist_ok=True)
     save_atomically(target, state, key="OUT")
     backbone, classifier = likely_backbone(state), state.get("classifier.weight")
     logger.info(
-        "%s: %d entries of a %s (MODEL.NAME %s%s), a state dict that MODEL.PRETRAIN_PATH and TEST.WEIGHT take",
-        *(target, len(state), what, backbone or "not known"),
+        "%s: state dict with %d entries of %s (MODEL.NAME %s%s), for MODEL.PRETRAIN_PATH and TEST.WEIGHT",
+        *(target, len(state), name, backbone or "unknown"),
         f", {len(classifier)} identities" if classifier is not None else "",
     )
 
 
 def main() -> int:
-    """The command line's two file names to a new file; returns the exit code."""
+    """Run launch/convert.py; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="IN", type=Path, help="what torch.save has written, as NAME_model_N.pth")
-    parser.add_argument("target", metavar="OUT", type=Path, help="the new file; keep the name to go on behind epoch N")
+    parser.add_argument("source", metavar="IN", type=Path, help="file that torch.save wrote, as NAME_model_N.pth")
+    parser.add_argument("target", metavar="OUT", type=Path, help="new file; keep the name to resume after epoch N")
     arguments = parser.parse_args()
     logging.basicConfig(handlers=[Console(sys.stdout)], level=logging.INFO, format="%(message)s")
     try:

@@ -21,6 +21,7 @@ from reid.config.load import dump
 from reid.data.augment import normalise_at_once
 from reid.errors import DataError, SettingsError, WorldError
 from reid.export_checks import Comparison, Embed, evaluation_pass, random_pass
+from reid.layouts import checksum_of, num_pids_of, state_dict_of
 from reid.model import ReIDModel
 from reid.preemption import Signals
 from reid.process.files import atomic_write, disk_errors
@@ -104,7 +105,7 @@ def describe(cfg: CfgNode, trained: Trained) -> dict[str, str]:
     """What a user of the weights has to know; texts, and JSON for everything else."""
     mean, std = normalisation(cfg)
     known = {
-        "num_pids": weights.num_pids_of(trained.content),
+        "num_pids": num_pids_of(trained.content),
         "num_features": trained.model.num_features,
         "size": list(cfg.INPUT.SIZE_TEST),  # height, width
         "pixel_mean": list(mean),
@@ -188,8 +189,8 @@ def _write_weights(file: Path, weight: Path, trained: Trained, metadata: dict[st
             key="--output",
         )
     with atomic_write(file, key="--output") as temporary:
-        write_safetensors(temporary, weights.state_dict_of(trained.content), metadata)
-        checksum = weights.checksum(weights.read_file(temporary, "the file", key="--output"))
+        write_safetensors(temporary, state_dict_of(trained.content), metadata)
+        checksum = checksum_of(weights.read_file(temporary, "the file", key="--output"))
         if checksum != trained.checksum:
             raise WorldError(
                 f"{file} must hold what was written, checksum {trained.checksum}, but came back with {checksum}; "

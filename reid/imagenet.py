@@ -1,4 +1,4 @@
-"""ImageNet weights of the backbones: what the files are called, where they lie, where they are fetched from."""
+"""ImageNet weights of the backbones: their file names, their folders and their URLs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from reid.errors import WorldError
 
 
 class Source(NamedTuple):
-    """Where the weights of one backbone come from."""
+    """Source of the weights of one backbone."""
 
     url: str
-    also_called: tuple[str, ...] = ()  # other files of the very same weights
+    also_called: tuple[str, ...] = ()  # other names of the same weights
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -28,8 +28,8 @@ _TORCHVISION = "https://download.pytorch.org/models"
 _TIMM = "https://github.com/rwightman/pytorch-image-models/releases/download"
 _IBN_NET = "https://github.com/XingangPan/IBN-Net/releases/download/v1.0"
 
-# The plain ResNets' are torchvision's V1, which the published numbers rest on, under the new name and the one of 2019;
-# the squeeze-and-excitation nets' are Cadene's, of which timm keeps copies.
+# ResNets: torchvision's V1 weights, which the published figures rest on, under their new name and the one of 2019.
+# SE networks: Cadene's weights, of which timm keeps copies.
 SOURCES = {
     "resnet18": Source(f"{_TORCHVISION}/resnet18-f37072fd.pth", ("resnet18-5c106cde.pth",)),
     "resnet34": Source(f"{_TORCHVISION}/resnet34-b627a593.pth", ("resnet34-333f7ec4.pth",)),
@@ -52,40 +52,40 @@ SOURCES = {
 
 
 def owner_of(file_name: str) -> str | None:
-    """The backbone whose ImageNet weights go by this name; None where it is no such name."""
+    """Return the backbone whose ImageNet weights have this file name, if any."""
     return next((name for name, source in SOURCES.items() if file_name in source.files), None)
 
 
 def find(name: str) -> Path | None:
-    """The backbone's file where this machine has one, under any of its names."""
+    """Return the backbone's file on this machine, under any of its names, if there is one."""
     folders = (_folder(), Path.home() / ".cache" / "torch" / "checkpoints", Path.home() / ".torch" / "models")
-    places = (folder / file for folder in folders for file in SOURCES[name].files)
-    return next((place for place in places if place.is_file()), None)
+    paths = (folder / file for folder in folders for file in SOURCES[name].files)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def fetch(name: str) -> Path:
-    """The backbone's file, from this machine or else from the network; called by one process of a node at a time.
+    """Return the backbone's file, downloading it if needed; called by one process of a node at a time.
 
     Raises:
-        WorldError: it can be had from neither; says which file to put where.
+        WorldError: The file is not on this machine and cannot be downloaded; says which file to put where.
     """
-    found = find(name)
-    if found is not None:
-        return found
-    url, place = SOURCES[name].url, _folder() / SOURCES[name].files[0]
+    existing = find(name)
+    if existing is not None:
+        return existing
+    url, path = SOURCES[name].url, _folder() / SOURCES[name].files[0]
     digits = re.search(r"-([0-9a-f]{8,})\.pth$", url)
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, os.fspath(place), digits and digits[1], progress=False)
-    except (OSError, RuntimeError) as error:  # RuntimeError: another file than the one with this checksum
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, os.fspath(path), digits and digits[1], progress=False)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the checksum is wrong
         reason = error.reason if isinstance(error, URLError) else error
         raise WorldError(
-            f"MODEL.PRETRAIN_CHOICE is imagenet, but the weights of {name} cannot be fetched here ({reason}); download "
-            f"{url} elsewhere and put it into {place.parent}, or name the file by MODEL.PRETRAIN_PATH, or train from "
-            "scratch with MODEL.PRETRAIN_CHOICE none",
+            f"MODEL.PRETRAIN_CHOICE is imagenet, but the weights of {name} cannot be downloaded here ({reason}). Fix: "
+            f"download {url} elsewhere and put it into {path.parent}, or set MODEL.PRETRAIN_PATH to the file, or train "
+            "from scratch with MODEL.PRETRAIN_CHOICE none.",
             key="MODEL.PRETRAIN_CHOICE",
         ) from error
-    return place
+    return path
 
 
 def _folder() -> Path:

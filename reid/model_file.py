@@ -11,6 +11,7 @@ from reid import weights
 from reid.config.load import load_config
 from reid.embedder import Embedder
 from reid.errors import SettingsError
+from reid.layouts import num_pids_of
 from reid.model import build_model
 from reid.recorded import of_checkpoint
 from reid.weight_file import read_weight_here
@@ -43,7 +44,7 @@ def load_model(
     _, content = read_weight_here(cfg)
     source = f"TEST.WEIGHT={cfg.TEST.WEIGHT}"
     weights.check_settings(content, cfg, source, key="TEST.WEIGHT")
-    model = build_model(cfg, num_pids=weights.num_pids_of(content))
+    model = build_model(cfg, num_pids=num_pids_of(content))
     weights.load_here(model, content, source)
     place(model, cfg, on)
     return Embedder(model.eval(), cfg)

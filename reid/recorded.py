@@ -1,8 +1,9 @@
-"""The settings that a checkpoint or a gallery was made with, for commands without --config_file."""
+"""Settings recorded in a checkpoint or a gallery, for commands without --config_file."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,25 +21,29 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("reid.recorded")
 
-# How the work was done there; this machine may be another.
+# Settings of the machine that made the file; this one may differ.
 _OF_THE_MACHINE = ("MODEL.DEVICE", "SOLVER.PRECISION", "SOLVER.SHARDING")
 
 
-def of_checkpoint(cfg: CfgNode, own: dict[str, Any]) -> list[Given]:
-    """The settings inside TEST.WEIGHT; none where it holds none, as the files of reid-strong-baseline."""
-    del own
+def of_checkpoint(cfg: CfgNode, command_args: dict[str, Any]) -> list[Given]:
+    """Return the settings in TEST.WEIGHT; none for a file without settings, as those of reid-strong-baseline."""
+    del command_args
     check_weight_is_named(cfg)
     _, content = read_weight_here(cfg)
     if not isinstance(content.get("config"), str):
-        logger.info("TEST.WEIGHT=%s holds no settings: those not given are the defaults", cfg.TEST.WEIGHT)
+        logger.info(
+            "TEST.WEIGHT=%s has no recorded settings; the defaults apply to all that are not given", cfg.TEST.WEIGHT
+        )
         return []
     return _settings_in(content["config"], f"TEST.WEIGHT={cfg.TEST.WEIGHT}", key="TEST.WEIGHT")
 
 
-def of_gallery(cfg: CfgNode, own: dict[str, Any]) -> list[Given]:
-    """The settings that the gallery was made with, its TEST.WEIGHT among them."""
+def of_gallery(cfg: CfgNode, command_args: dict[str, Any]) -> list[Given]:
+    """Return the settings that the gallery was made with, including its TEST.WEIGHT."""
     del cfg
-    return _settings_in(read_facts(Path(own["gallery"])).config, f"--gallery {own['gallery']}", key="--gallery")
+    return _settings_in(
+        read_facts(Path(command_args["gallery"])).config, f"--gallery {command_args['gallery']}", key="--gallery"
+    )
 
 
 def _settings_in(text: str, source: str, *, key: str) -> list[Given]:
@@ -46,17 +51,15 @@ def _settings_in(text: str, source: str, *, key: str) -> list[Given]:
         nested = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise WorldError(
-            f"the settings in {source} cannot be read; name their file by --config_file", key=key
+            f"the settings in {source} must be YAML, but are damaged. Fix: give --config_file.", key=key
         ) from error
-    found: list[Given] = []
-    _flatten(nested, "", f"in {source}", found)
-    return [given for given in found if given.key not in _OF_THE_MACHINE]
+    return [given for given in _flatten(nested, "", f"in {source}") if given.key not in _OF_THE_MACHINE]
 
 
-def _flatten(node: Any, key: str, where: str, found: list[Given]) -> None:
+def _flatten(node: Any, key: str, source: str) -> Iterator[Given]:
     is_section = any(known.startswith(f"{key}.") for known in SETTINGS)
     if isinstance(node, dict) and (is_section or not key):
         for name, value in node.items():
-            _flatten(value, f"{key}.{name}" if key else str(name), where, found)
+            yield from _flatten(value, f"{key}.{name}" if key else str(name), source)
     else:
-        found.append(Given(key, node, where))
+        yield Given(key, node, source)

@@ -1,4 +1,4 @@
-"""A trained model from TEST.WEIGHT, ready to embed."""
+"""The trained model of TEST.WEIGHT, ready to embed images."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from reid import distributed, weights
 from reid.errors import SettingsError
+from reid.layouts import checksum_of, num_pids_of
 from reid.model import ReIDModel, build_model
 from reid.start import check_start
 from reid.weight_file import read_weight
@@ -18,29 +19,29 @@ if TYPE_CHECKING:
 
 
 class Trained(NamedTuple):
-    """A model with its weights."""
+    """A model and the checkpoint that its weights come from."""
 
     model: ReIDModel  # in evaluation mode
     file: Path
-    content: dict[str, Any]  # of the file
-    source: str  # the setting and the file, for messages
+    content: dict[str, Any]
+    source: str  # setting and file, for messages
     checksum: str  # of the weights
 
 
 def check_weight_is_named(cfg: CfgNode) -> None:
     if not cfg.TEST.WEIGHT:
         raise SettingsError(
-            "TEST.WEIGHT must name the checkpoint to use, got ''; add TEST.WEIGHT FILE to the command",
+            "TEST.WEIGHT must name the checkpoint to use, got ''. Fix: add TEST.WEIGHT FILE to the command.",
             key="TEST.WEIGHT",
         )
 
 
 def load_trained(cfg: CfgNode, accelerator: Accelerator) -> Trained:
-    """The model in TEST.WEIGHT, before anything else of a run; called by all ranks.
+    """Check the start of a run and load TEST.WEIGHT; called by all ranks.
 
     Raises:
-        SettingsError: no file is named, or there is no such backbone.
-        WorldError: ranks differ, and as `read_trained`.
+        SettingsError: TEST.WEIGHT is empty, or the backbone is unknown.
+        WorldError: The ranks differ, or `read_trained` fails.
     """
     check_start(cfg)
     distributed.together(lambda: check_weight_is_named(cfg))
@@ -48,17 +49,17 @@ def load_trained(cfg: CfgNode, accelerator: Accelerator) -> Trained:
 
 
 def read_trained(cfg: CfgNode, accelerator: Accelerator) -> Trained:
-    """The same of settings that were checked.
+    """Load TEST.WEIGHT; the caller has already validated the settings. Called by all ranks.
 
     Raises:
-        WorldError: the file cannot be read, does not fit, was made with other settings, or ranks have different ones.
+        WorldError: The file is unreadable, does not fit, was made with other settings, or differs between ranks.
     """
     source = f"TEST.WEIGHT={cfg.TEST.WEIGHT}"
     file, content = read_weight(cfg)
     distributed.together(lambda: weights.check_settings(content, cfg, source, key="TEST.WEIGHT"))
-    checksum = weights.checksum(content)
+    checksum = checksum_of(content)
     distributed.agree({"the contents of TEST.WEIGHT": checksum}, key="TEST.WEIGHT")
-    model = build_model(cfg, num_pids=weights.num_pids_of(content))
+    model = build_model(cfg, num_pids=num_pids_of(content))
     weights.load_for_evaluation(model, content, source)
     place(model, cfg, accelerator.device)
     return Trained(model.eval(), file, content, source, checksum)

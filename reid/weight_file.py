@@ -1,4 +1,4 @@
-"""The file that TEST.WEIGHT names, on the disk or at W&B."""
+"""The checkpoint file that TEST.WEIGHT names, on disk or at W&B."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ def is_at_wandb(cfg: CfgNode) -> bool:
 
 
 def read_weight(cfg: CfgNode) -> tuple[Path, dict[str, Any]]:
-    """The file and what is in it; called by all ranks.
+    """Return the file and its content; called by all ranks.
 
-    One at W&B is fetched by rank 0 for all: the others may not see its disk, and the server shall be asked once.
+    A file at W&B is downloaded by rank 0 for all ranks: the others may not see its disk.
 
     Raises:
-        SettingsError: TEST.WEIGHT is no name of a checkpoint at W&B.
-        WorldError: the file is missing, no such file, or W&B does not give it.
+        SettingsError: TEST.WEIGHT is not the name of a checkpoint at W&B.
+        WorldError: The file is missing or not a checkpoint, or W&B does not provide it.
     """
     choose = distributed.on_main if is_at_wandb(cfg) else distributed.together
     return choose(lambda: read_weight_here(cfg))
 
 
 def read_weight_here(cfg: CfgNode) -> tuple[Path, dict[str, Any]]:
-    """The same on one process; the second time nothing is fetched."""
+    """Return the file and its content on one process; a repeated call downloads nothing."""
     file = artifacts.fetch(cfg.TEST.WEIGHT, Path(cfg.OUTPUT_DIR)) if is_at_wandb(cfg) else Path(cfg.TEST.WEIGHT)
     return file, weights.read_file(file, "TEST.WEIGHT")

@@ -1,8 +1,7 @@
-"""Weights from files: trunks and whole models, read safely, with a report, never a silently random layer."""
+"""Weights of backbones and full models from files, read safely and reported; no layer stays random silently."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import pickle
 import re
@@ -19,7 +18,7 @@ from reid import distributed, imagenet, timm_models
 from reid.backbones import own_normalisation
 from reid.config.load import as_plain_dict
 from reid.errors import WorldError
-from reid.layouts import CLASSIFIERS, holds_whole_model, inner, is_optimizer, likely_backbone
+from reid.layouts import CLASSIFIERS, inner, is_full_model, is_optimizer, likely_backbone, num_pids_of, state_dict_of
 from reid.model import ReIDModel
 from reid.safetensors_files import read_safetensors
 from reid.wrapping import shared_out
@@ -29,69 +28,63 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("reid.weights")
 
-_OF_IDENTITIES = ("classifier.", "centers")  # entries that are of use with the same identities only
+_OF_IDENTITIES = ("classifier.", "centers")  # entries that only the same identities can use
 _UNUSED = tuple(f"base.{name}" for name in CLASSIFIERS)
 
 
 def read_file(path: Path, setting: str, *, key: str | None = None) -> dict[str, Any]:
-    """What torch.save or safetensors wrote, if it is tensors and plain values only, and whole to the last bit.
+    """Return the content of a file of torch.save or safetensors: tensors and plain values only, verified bit by bit.
 
     Args:
-        path: of the file.
+        path: Path of the file.
         setting: Full key of the setting that names the file, or a description of the file, for the error.
         key: Key of the error where `setting` is a description.
 
     Raises:
-        WorldError: no such file, not such a file, or one that would run code when loaded.
+        WorldError: The file is missing, damaged, of another kind, or would run code when loaded.
     """
     key = key or setting
     if not path.is_file():
-        raise WorldError(
-            f"{setting} must name a file with weights, but there is none at {path}; correct the path", key=key
-        )
+        raise WorldError(f"{setting} must be a file with weights, got {path}. Fix: correct the path.", key=key)
     try:
-        content = read_safetensors(path) if path.suffix == ".safetensors" else _unpickled(path)
+        content = read_safetensors(path) if path.suffix == ".safetensors" else _load(path)
     except pickle.UnpicklingError as error:
         raise WorldError(
-            f"{setting}={path} is refused: it is damaged, or holds Python objects, which could run any code when "
-            "loaded, and not a state dict only; where it is a model that reid-strong-baseline has saved as a whole, "
-            f"take out its weights with: python launch/convert.py {path} OUT.pth",
+            f"{setting}={path} must hold a state dict only, got a damaged file or Python objects, which could run any "
+            "code when loaded. Fix: if it is a model that reid-strong-baseline saved, extract its weights with: "
+            f"python launch/convert.py {path} OUT.pth",
             key=key,
         ) from error
     except Exception as error:  # a damaged file makes the unpickler raise nearly anything
         reason = "; ".join(str(error).splitlines()[:1]) or type(error).__name__
         raise WorldError(
-            f"{setting}={path} cannot be read as a file of weights, it is damaged or none: {reason}; give another file",
+            f"{setting}={path} cannot be read as a file of weights, it is damaged or none: {reason}. Fix: give another "
+            "file.",
             key=key,
         ) from error
     if isinstance(content, dict) and is_optimizer(content):
         raise WorldError(
-            f"{setting}={path} must hold a model, and it holds the state of an optimiser; give the file with the "
-            "model, which reid-strong-baseline calls NAME_model_N.pth",
+            f"{setting}={path} must hold a model, got the state of an optimizer. Fix: give the file with the model, "
+            "which reid-strong-baseline calls NAME_model_N.pth.",
             key=key,
         )
     state = inner(content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise WorldError(
-            f"{setting}={path} must hold a state dict, got {type(state).__name__}; give another file", key=key
+            f"{setting}={path} must hold a state dict, got {type(state).__name__}. Fix: give another file.", key=key
         )
     return content
 
 
-def _unpickled(path: Path) -> Any:
-    if zipfile.is_zipfile(path):  # with a CRC-32 of every tensor, which torch.load does not look at
+def _load(path: Path) -> Any:
+    if zipfile.is_zipfile(path):  # with a CRC-32 of every tensor, which torch.load does not verify
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
         if broken is not None:
             raise zipfile.BadZipFile(f"the checksum of {broken} is wrong")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about pickles that it then refuses
+        warnings.simplefilter("ignore")  # about pickles that it then rejects
         return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def state_dict_of(content: dict[str, Any]) -> dict[str, Tensor]:
-    """The state dict in a checkpoint of ours or others, or the content itself where it is one; "module." taken off."""
-    return {name.removeprefix("module."): value for name, value in inner(content).items() if isinstance(value, Tensor)}
 
 
 def load_state(
@@ -102,24 +95,23 @@ def load_state(
     optional: tuple[str, ...] = (),
     key: str | None = None,
 ) -> None:
-    """Copies the state into the module and logs what was loaded and what was not.
+    """Copy the state into the module and log which entries were loaded.
 
     Args:
-        module: takes the weights, in place.
-        state: name -> tensor.
-        source: the setting and file it came from, for the report.
-        optional: beginnings of names that may be missing or of another shape, and then keep their values, or that only
-            the state has.
+        module: Module that receives the weights, in place.
+        state: Tensors by name.
+        source: Setting and file that the state comes from, for the report.
+        optional: Prefixes of entries that may be missing, of another shape or unexpected; those keep their values.
         key: Full key of the setting that names the source, for the error.
 
     Raises:
-        WorldError: an entry that is not optional is missing, has another shape, or is one that the module lacks: a
-            smaller ResNet would fit into a larger one's weights.
+        WorldError: An entry that is not optional is missing, has another shape or is unexpected. Unexpected entries
+            count because a smaller ResNet would fit into the weights of a larger one.
     """
     wanted = {
         name: value
         for name, value in module.state_dict().items()
-        # Absent from files written before PyTorch 0.4.1; only counts batches.
+        # Only counts batches; absent from files written before PyTorch 0.4.1.
         if name in state or not name.endswith("num_batches_tracked")
     }
     missing = [name for name in wanted if name not in state]
@@ -128,9 +120,8 @@ def load_state(
     wrong = [name for name in missing + mismatched + unexpected if not name.startswith(optional)]
     if wrong:
         raise WorldError(
-            f"{source} does not fit this model: of {len(wanted)} entries {len(missing)} are missing and "
-            f"{len(mismatched)} have another shape, and {len(unexpected)} are too many ({_some(wrong)}); "
-            f"{_remedy(wrong, state, wanted)}",
+            f"{source} must fit this model: of {len(wanted)} entries {len(missing)} are missing, {len(mismatched)} "
+            f"have another shape, and {len(unexpected)} are unexpected ({_some(wrong)}). {_fix(wrong, state, wanted)}",
             key=key,
         )
     fitting = {
@@ -140,57 +131,57 @@ def load_state(
     }
     module.load_state_dict(fitting, strict=False)
     logger.info(
-        "weights from %s: %d of %d entries loaded, %s missing, %s of another shape, %s not used",
-        *(source, len(fitting), len(wanted), *map(_counted, (missing, mismatched, unexpected))),
+        "weights from %s: %d of %d entries loaded, %s missing, %s of another shape, %s unused",
+        *(source, len(fitting), len(wanted), *map(_count, (missing, mismatched, unexpected))),
     )
 
 
-def _remedy(wrong: list[str], state: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
+def _fix(wrong: list[str], state: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
     if all(name.startswith("classifier.") for name in wrong) and "classifier.weight" in wrong:
         shapes = [tuple(part["classifier.weight"].shape) for part in (state, wanted) if "classifier.weight" in part]
         return (
-            f"its classifier is {shapes[0]} and the training set's {shapes[-1]}; give a file of the same training set, "
-            "or use MODEL.PRETRAIN_CHOICE finetune"
+            f"Its classifier is {shapes[0]} and the training set's {shapes[-1]}. Fix: give a file of the same training "
+            "set, or use MODEL.PRETRAIN_CHOICE finetune."
         )
-    if holds_whole_model(state) and not holds_whole_model(wanted):
-        return "it holds a whole model and not a backbone: use MODEL.PRETRAIN_CHOICE self, or finetune"
-    theirs, own = likely_backbone(state), likely_backbone(wanted)
-    if theirs is not None and theirs != own:
-        return f"by its names and shapes it is of a {theirs}: set MODEL.NAME {theirs}, or give another file"
+    if is_full_model(state) and not is_full_model(wanted):
+        return "It is a full model, not a backbone. Fix: use MODEL.PRETRAIN_CHOICE self, or finetune."
+    theirs, ours = likely_backbone(state), likely_backbone(wanted)
+    if theirs is not None and theirs != ours:
+        return f"It is a {theirs} by its names and shapes. Fix: set MODEL.NAME {theirs}, or give another file."
     if theirs is not None and not any(name.startswith("base.") for name in wrong):
-        return "set MODEL.NECK to the file's"
-    if holds_whole_model(wanted) and not holds_whole_model(state):
-        return "it holds no whole model (base.*, bottleneck.*, classifier.*): give a checkpoint of one"
+        return "Fix: set MODEL.NECK to the file's."
+    if is_full_model(wanted) and not is_full_model(state):
+        return "It is not a full model (base.*, bottleneck.*, classifier.*). Fix: give a checkpoint of one."
     if all("pos_embed" in name or "rel_pos" in name for name in wrong):
-        return "set INPUT.SIZE_TRAIN to the one that it was trained with"
-    return "set MODEL.NAME and MODEL.NECK to the file's"
+        return "Fix: set INPUT.SIZE_TRAIN to the size that it was trained with."
+    return "Fix: set MODEL.NAME and MODEL.NECK to the file's."
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _counted(names: list[str]) -> str:
+def _count(names: list[str]) -> str:
     return f"{len(names)} ({_some(names)})" if names else "0"
 
 
-# ---- what a training starts from ----
+# ---- initialization of a training ----
 
 
-def initialise(model: ReIDModel, cfg: CfgNode) -> None:
-    """Gives a new model the weights that MODEL.PRETRAIN_CHOICE names; called by all ranks.
+def initialize(model: ReIDModel, cfg: CfgNode) -> None:
+    """Load the weights that MODEL.PRETRAIN_CHOICE names into a new model; called by all ranks.
 
     Raises:
-        WorldError: the file is missing or does not fit.
+        WorldError: The file is missing or does not fit.
     """
     choice = cfg.MODEL.PRETRAIN_CHOICE
     if choice == "imagenet":
-        _initialise_backbone(model, cfg)
+        _initialize_backbone(model, cfg)
     elif choice != "none":
-        distributed.together(lambda: _initialise_whole(model, cfg))
+        distributed.together(lambda: _initialize_full_model(model, cfg))
 
 
-def _initialise_whole(model: ReIDModel, cfg: CfgNode) -> None:
+def _initialize_full_model(model: ReIDModel, cfg: CfgNode) -> None:
     path, source = Path(cfg.MODEL.PRETRAIN_PATH), f"MODEL.PRETRAIN_PATH={cfg.MODEL.PRETRAIN_PATH}"
     content = read_file(path, "MODEL.PRETRAIN_PATH")
     check_settings(content, cfg, source, key="MODEL.PRETRAIN_PATH")
@@ -201,12 +192,12 @@ def _initialise_whole(model: ReIDModel, cfg: CfgNode) -> None:
     others = {name: value for name, value in state.items() if not name.startswith(_OF_IDENTITIES)}
     load_state(model, others, source, optional=(*_OF_IDENTITIES, *_UNUSED), key="MODEL.PRETRAIN_PATH")
     logger.info(
-        "MODEL.PRETRAIN_CHOICE finetune: the classifier is new, for %d identities; that of the file was for %d",
+        "MODEL.PRETRAIN_CHOICE finetune: the classifier is new, for %d identities; the file's has %d",
         *(model.classifier.out_features, num_pids_of(content)),
     )
 
 
-def _initialise_backbone(model: ReIDModel, cfg: CfgNode) -> None:
+def _initialize_backbone(model: ReIDModel, cfg: CfgNode) -> None:
     name, path, setting = cfg.MODEL.NAME, cfg.MODEL.PRETRAIN_PATH, "MODEL.PRETRAIN_PATH"
     key = setting
     if name not in imagenet.SOURCES:
@@ -223,7 +214,7 @@ def _initialise_backbone(model: ReIDModel, cfg: CfgNode) -> None:
         optional = tuple(set(state) - set(model.base.state_dict()))  # its classifier
         distributed.together(lambda: load_state(model.base, state, source, optional=optional, key=key))
         return
-    if distributed.on_main(lambda: _takes_own(name, path)):  # nodes may differ in what is there
+    if distributed.on_main(lambda: _uses_cache(name, path)):  # the files may differ between nodes
         distributed.once_per_node(lambda: imagenet.fetch(name))
         path = str(distributed.together(lambda: imagenet.fetch(name)))
         key, setting = "MODEL.PRETRAIN_CHOICE", "MODEL.PRETRAIN_CHOICE imagenet: the file"
@@ -231,99 +222,74 @@ def _initialise_backbone(model: ReIDModel, cfg: CfgNode) -> None:
     distributed.together(lambda: load_state(model.base, state, f"{setting}={path}", optional=CLASSIFIERS, key=key))
 
 
-def _takes_own(name: str, path: str) -> bool:
-    """Whether the machine's own copy of the backbone's weights is meant, wherever that lies.
+def _uses_cache(name: str, path: str) -> bool:
+    """Return whether to use this machine's ImageNet weights: if the path is empty, or missing but names these weights.
 
-    Files of reid-strong-baseline name one in their author's home.
+    Configurations of reid-strong-baseline name a file in the home of their author.
 
     Raises:
-        WorldError: MODEL.PRETRAIN_PATH is not there, and not by another name either.
+        WorldError: MODEL.PRETRAIN_PATH is missing, and its name is not that of the backbone's weights.
     """
     if not path or Path(path).exists():
         return not path
     owner = imagenet.owner_of(Path(path).name)
     if owner == name:
-        logger.warning("MODEL.PRETRAIN_PATH=%s is not there; taking this machine's own copy of these weights", path)
+        logger.warning("MODEL.PRETRAIN_PATH=%s does not exist; using this machine's copy of these weights", path)
         return True
-    whose = f", and by its name it would be of {owner}" if owner else ""
+    hint = f", whose name is that of the weights of {owner}" if owner else ""
     raise WorldError(
-        f"MODEL.PRETRAIN_PATH must name a file with weights of {name}, but there is none at {path}{whose}; correct the "
-        f"path, or set it to '' for the weights from {imagenet.SOURCES[name].url}",
+        f"MODEL.PRETRAIN_PATH must be a file with weights of {name}, got {path}, which does not exist{hint}. Fix: "
+        f"correct the path, or set it to '' for the weights from {imagenet.SOURCES[name].url}",
         key="MODEL.PRETRAIN_PATH",
     )
 
 
-# ---- made with other settings ----
+# ---- comparison of settings ----
 
-# What decides how images become embeddings; another value gives other embeddings, or nonsense, without a word.
-_DECISIVE = (
-    *("MODEL.NAME", "MODEL.LAST_STRIDE", "MODEL.STEM_RELU", "MODEL.NECK"),
-    *("INPUT.PIXEL_MEAN", "INPUT.PIXEL_STD"),
-)
+# Settings that determine the embedding of an image; with another value it would be silently wrong.
+_DECISIVE = ("MODEL.NAME", "MODEL.LAST_STRIDE", "MODEL.STEM_RELU", "MODEL.NECK", "INPUT.PIXEL_MEAN", "INPUT.PIXEL_STD")
 
 
 def check_settings(content: dict[str, Any], cfg: CfgNode, source: str, *, key: str) -> None:
-    """Compares the settings that one of our checkpoints was made with to those that it is to be used with.
+    """Compare the settings recorded in a checkpoint with those that it is used with.
 
     Args:
         content: Content of the checkpoint.
-        cfg: The whole configuration.
+        cfg: Complete configuration.
         source: Setting and file that the checkpoint came from, for messages.
         key: Full key or option that names the source, for the error.
 
     Raises:
-        WorldError: one of those that decide what the model computes is another.
+        WorldError: A setting that determines the embedding differs.
     """
-    if not isinstance(content.get("config"), str):  # of reid-strong-baseline
+    if not isinstance(content.get("config"), str):  # a file of reid-strong-baseline
         if cfg.MODEL.STEM_RELU and re.fullmatch(r"resnet\d+", cfg.MODEL.NAME):
             logger.warning(
-                "warning: %s does not say how it was trained; the ResNets of reid-strong-baseline have no ReLU in the "
-                "stem: if it is one of these, use MODEL.STEM_RELU no, as configs/legacy does",
+                "warning: %s has no recorded settings. If it is a ResNet of reid-strong-baseline, its stem has no "
+                "ReLU: use MODEL.STEM_RELU no, as configs/legacy does",
                 source,
             )
         return
-    made_with, used_with = _decisive(yaml.safe_load(content["config"])), _decisive(as_plain_dict(cfg))
-    differences = []
-    for name in _DECISIVE:
-        before, now = made_with[name], used_with[name]
-        if before != now:
-            differences.append(f"{name} was {before!r} and is now {now!r}")
+    recorded, now = _decisive(yaml.safe_load(content["config"])), _decisive(as_plain_dict(cfg))
+    differences = [
+        f"{name} was {recorded[name]!r} and is now {now[name]!r}" for name in _DECISIVE if recorded[name] != now[name]
+    ]
     if differences:
         raise WorldError(
-            f"{source} is a model of other settings: {'; '.join(differences)}; use the --config_file that it was "
-            "trained with (config.yaml in its run's folder)",
+            f"{source} was trained with other settings: {'; '.join(differences)}. Fix: use the --config_file that it "
+            "was trained with (config.yaml in its run directory).",
             key=key,
         )
 
 
 def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
-    """The decisive ones by full key; a normalisation that was left to the backbone is written out."""
-    values = {}
-    for key in _DECISIVE:
-        section, name = key.split(".")
-        values[key] = settings.get(section, {}).get(name)
-    for key, place in (("INPUT.PIXEL_MEAN", 0), ("INPUT.PIXEL_STD", 1)):
+    """Return the decisive settings by full key, with the backbone's normalization where none is set."""
+    split = {key: key.split(".") for key in _DECISIVE}
+    values = {key: settings.get(section, {}).get(name) for key, (section, name) in split.items()}
+    for key, index in (("INPUT.PIXEL_MEAN", 0), ("INPUT.PIXEL_STD", 1)):
         if values[key] is None:
-            values[key] = list(own_normalisation(values["MODEL.NAME"])[place])
+            values[key] = list(own_normalisation(values["MODEL.NAME"])[index])
     return values
-
-
-# ---- what is in a file ----
-
-
-def num_pids_of(content: dict[str, Any]) -> int:
-    """The number of identities of the file's classifier; 1 where it has none."""
-    classifier = state_dict_of(content).get("classifier.weight")
-    return len(classifier) if classifier is not None and classifier.dim() == 2 else 1
-
-
-def checksum(content: dict[str, Any]) -> str:
-    """Of all weights in the file, the same for the same weights."""
-    digest = hashlib.sha256()
-    for name, value in sorted(state_dict_of(content).items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\0".encode())
-        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def load_for_evaluation(model: ReIDModel, content: dict[str, Any], source: str) -> None:

@@ -13,10 +13,11 @@ from refusals import refused
 from torch import nn
 
 from reid.config.load import load_config
-from reid.conversion import convert, weights_in
+from reid.conversion import convert, extract_weights
 from reid.errors import WorldError
+from reid.layouts import state_dict_of
 from reid.model import build_model
-from reid.weights import read_file, state_dict_of
+from reid.weights import read_file
 
 CONVERT = REPOSITORY / "launch" / "convert.py"
 FORMATS = {"since PyTorch 1.6": True, "before PyTorch 1.6": False}
@@ -121,7 +122,7 @@ def test_malicious_pickle_yields_weights_and_runs_no_code(tmp_path, monkeypatch,
     baseline.base[0].__dict__["trap"] = [malicious()[kind]]
     file = saved(tmp_path / "w.pth", baseline, in_zip=in_zip)
     forget()
-    what, state = weights_in(file)
+    what, state = extract_weights(file)
     assert what == "modeling.baseline.Baseline"
     assert all(torch.equal(state[name], value) for name, value in expected.items())
     assert not (tmp_path / "executed").exists()
@@ -133,10 +134,10 @@ def test_pickle_of_only_a_malicious_call_is_rejected(tmp_path, monkeypatch, kind
     monkeypatch.chdir(tmp_path)
     (tmp_path / "w.pth").write_bytes(pickle.dumps(malicious()[kind]))
     with refused(WorldError, "IN", "w.pth"):
-        weights_in(tmp_path / "w.pth")
+        extract_weights(tmp_path / "w.pth")
     saved(tmp_path / "z.pth", malicious()[kind], in_zip=True)
     with refused(WorldError, "IN", "z.pth", "model"):
-        weights_in(tmp_path / "z.pth")
+        extract_weights(tmp_path / "z.pth")
     assert not (tmp_path / "executed").exists()
 
 
@@ -146,12 +147,12 @@ def test_an_optimiser_is_rejected_as_one(tmp_path, in_zip):
     for content in (optimizer, optimizer.state_dict()):
         file = saved(tmp_path / "resnet50_optimizer_2.pth", content, in_zip=in_zip)
         with refused(WorldError, "IN", str(file), "NAME_model_N.pth"):
-            weights_in(file)
+            extract_weights(file)
 
 
 def test_a_plain_state_dict_comes_out_as_it_is(tmp_path):
     state = nn.Linear(2, 2).state_dict()
-    what, found = weights_in(saved(tmp_path / "w.pth", {"state_dict": state, "best": 0.5}, in_zip=True))
+    what, found = extract_weights(saved(tmp_path / "w.pth", {"state_dict": state, "best": 0.5}, in_zip=True))
     assert what == "state dict"
     assert all(torch.equal(found[name], state[name]) for name in state)
 
@@ -159,14 +160,14 @@ def test_a_plain_state_dict_comes_out_as_it_is(tmp_path):
 @pytest.mark.parametrize("content", [torch.zeros(2), [1, 2], {"a": 1}, {}, random.Random(0), None])
 def test_what_is_no_model_is_rejected(tmp_path, content):
     with refused(WorldError, "IN", "w.pth", type(content).__name__):
-        weights_in(saved(tmp_path / "w.pth", content, in_zip=True))
+        extract_weights(saved(tmp_path / "w.pth", content, in_zip=True))
 
 
 def test_archives_that_another_reader_would_take_are_rejected(tmp_path):
     with zipfile.ZipFile(tmp_path / "scripted.pt", "w") as archive:
         archive.writestr("scripted/constants.pkl", b"")
     with refused(WorldError, "IN", "scripted.pt", "TorchScript"):
-        weights_in(tmp_path / "scripted.pt")
+        extract_weights(tmp_path / "scripted.pt")
 
 
 @pytest.mark.parametrize("in_zip", FORMATS.values(), ids=FORMATS)
@@ -177,7 +178,7 @@ def test_damaged_file_is_reported_in_one_sentence(tmp_path, baseline, in_zip):
     for _ in range(30):
         (tmp_path / "w.pth").write_bytes(content[: draw.randrange(len(content))])
         with pytest.raises(WorldError, match=r"\A[^\n]*w\.pth[^\n]*\Z") as error:
-            weights_in(tmp_path / "w.pth")
+            extract_weights(tmp_path / "w.pth")
         assert error.value.key == "IN"
 
 

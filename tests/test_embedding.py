@@ -15,8 +15,9 @@ from reid.data.store import decode
 from reid.embedding import list_images
 from reid.errors import DataError
 from reid.gallery import read_gallery
+from reid.layouts import state_dict_of
 from reid.model import build_model
-from reid.weights import load_state, read_file, state_dict_of
+from reid.weights import load_state, read_file
 
 PHOTOS = ["0002_c1s1_000451_03.jpg", "b/0002_c2.PNG", "b/c/x y.webp", "b/c/z.bmp", "ü.jpeg"]
 

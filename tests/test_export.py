@@ -21,8 +21,9 @@ from reid.data.augment import normalise
 from reid.errors import WorldError
 from reid.export import FromPixels
 from reid.export_checks import Comparison, random_pass
+from reid.layouts import state_dict_of
 from reid.model import build_model
-from reid.weights import load_state, read_file, state_dict_of
+from reid.weights import load_state, read_file
 
 SIZE = (32, 16)
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])

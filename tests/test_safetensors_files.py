@@ -6,8 +6,9 @@ import torch
 from refusals import refused
 
 from reid.errors import WorldError
+from reid.layouts import checksum_of, num_pids_of
 from reid.safetensors_files import read_safetensors, write_safetensors
-from reid.weights import checksum, num_pids_of, read_file
+from reid.weights import read_file
 
 STATE = {
     "base.weight": torch.arange(12.0).reshape(3, 4),
@@ -27,7 +28,7 @@ def test_a_file_comes_back_as_one_of_our_checkpoints(file):
     assert content["config"] == "SEED: 1\n"
     assert content["epoch"] == 12
     assert content["metadata"]["neck"] == "bnneck"
-    assert checksum(content) == checksum({"model": STATE})
+    assert checksum_of(content) == checksum_of({"model": STATE})
     assert num_pids_of(content) == 5
 
 
@@ -47,7 +48,7 @@ def test_a_file_of_others_is_a_state_dict(tmp_path):
     safetensors.torch.save_file(STATE, tmp_path / "w.safetensors")
     content = read_file(tmp_path / "w.safetensors", "TEST.WEIGHT")
     assert "config" not in content
-    assert checksum(content) == checksum(STATE)
+    assert checksum_of(content) == checksum_of(STATE)
 
 
 def test_a_flipped_bit_anywhere_in_the_data_is_found(file):

@@ -17,7 +17,7 @@ from reid.config.load import dump, load_config
 from reid.data.preprocessing import BatchPreprocessor
 from reid.errors import SettingsError, WorldError
 from reid.model import build_model
-from reid.weights import initialise
+from reid.weights import initialize
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -183,7 +183,7 @@ SMALL = ("INPUT.SIZE_TRAIN=(64,32)", "INPUT.SIZE_TEST=(64,32)")
 def start(name, file, choice="imagenet"):
     overrides = (*SMALL, f"MODEL.PRETRAIN_CHOICE={choice}", f"MODEL.PRETRAIN_PATH={file}")
     model = build_model(settings(name, *overrides), 3)
-    initialise(model, settings(name, *overrides))
+    initialize(model, settings(name, *overrides))
     return model
 
 

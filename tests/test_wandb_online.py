@@ -29,6 +29,7 @@ from wandb_server import ENTITY, Run, WandbServer
 
 from reid import weights
 from reid.gallery import read_facts
+from reid.layouts import checksum_of
 
 pytestmark = pytest.mark.slow
 
@@ -187,7 +188,7 @@ def test_embed_search_and_export_fetch_model_from_wandb(place, story, photos):
     trained = next(iter(server.runs))
     weight = f"wandb:{ENTITY}/{PROJECT}/synthetic-resnet18-{trained}:best"
     (file,) = (place.folder / "online" / "checkpoints").glob("best_*.pt")
-    checksum = weights.checksum(weights.read_file(file, "FILE"))
+    checksum = checksum_of(weights.read_file(file, "FILE"))
     options = {"environment": server.environment, "bare": True}
     asked = server.operations.count("ArtifactMembershipByName")
 
@@ -206,7 +207,7 @@ def test_embed_search_and_export_fetch_model_from_wandb(place, story, photos):
     (ended,) = place.run("export", *words, **options)
     assert ended.code == 0, ended
     (made,) = (place.folder / "exported").glob("best_*.safetensors")
-    assert weights.checksum(weights.read_file(made, "FILE")) == checksum
+    assert checksum_of(weights.read_file(made, "FILE")) == checksum
 
 
 @pytest.mark.parametrize(

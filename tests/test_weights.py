@@ -25,17 +25,9 @@ from reid.backbones import BACKBONES
 from reid.config.load import dump, load_config
 from reid.errors import WorldError
 from reid.imagenet import SOURCES
+from reid.layouts import checksum_of, num_pids_of, state_dict_of
 from reid.model import build_model
-from reid.weights import (
-    check_settings,
-    checksum,
-    initialise,
-    load_for_evaluation,
-    load_state,
-    num_pids_of,
-    read_file,
-    state_dict_of,
-)
+from reid.weights import check_settings, initialize, load_for_evaluation, load_state, read_file
 
 SHAPES = json.loads((Path(__file__).parent / "golden" / "backbone_state_dict.json").read_text())
 
@@ -51,7 +43,7 @@ def model_of(*overrides, num_pids=5):
 def start(*overrides, num_pids=5):
     """A model of these settings, initialised as they say."""
     model = model_of(*overrides, num_pids=num_pids)
-    initialise(model, settings(*overrides))
+    initialize(model, settings(*overrides))
     return model
 
 
@@ -121,7 +113,7 @@ def test_what_was_loaded_and_what_was_not_is_reported(caplog):
     with caplog.at_level(logging.INFO, "reid.weights"):
         load_state(module, {name: torch.ones(shape) for name, shape in ones.items()}, "FILE", optional=("1.", "2."))
     (said,) = caplog.messages
-    facts = ("FILE", "2 of 4", "1 (1.bias) missing", "1 (1.weight) of another shape", "1 (2.weight) not used")
+    facts = ("FILE", "2 of 4", "1 (1.bias) missing", "1 (1.weight) of another shape", "1 (2.weight) unused")
     assert all(fact in said for fact in facts), said
     assert torch.equal(module[0].weight, torch.ones(3, 2))
     assert torch.equal(module[1].weight, kept)
@@ -131,7 +123,7 @@ def test_mismatched_state_is_rejected_and_changes_nothing():
     module = nn.Linear(2, 3)
     before = module.weight.clone()
     state = {"weight": torch.ones(9, 9), "scale": torch.ones(1)}
-    counts = ("of 2 entries", "1 are missing", "1 have another shape", "1 are too many")
+    counts = ("of 2 entries", "1 are missing", "1 have another shape", "1 are unexpected")
     with refused(WorldError, "TEST.WEIGHT", "FILE", *counts, "(bias, weight, scale)"):
         load_state(module, state, "FILE", key="TEST.WEIGHT")
     assert torch.equal(module.weight, before)
@@ -151,7 +143,7 @@ def test_files_from_before_batches_were_counted_still_load(caplog):
     load_state(target, old, "FILE")
     assert torch.equal(target.running_mean, source.running_mean)
     (said,) = caplog.messages
-    assert all(fact in said for fact in ("4 of 4", "0 missing", "0 of another shape", "0 not used")), said
+    assert all(fact in said for fact in ("4 of 4", "0 missing", "0 of another shape", "0 unused")), said
 
 
 # ---- what a training starts from ----
@@ -161,7 +153,7 @@ def test_torchvision_weights_fill_the_complete_backbone(imagenet):
     file, state = imagenet
     model = model_of()
     classifier = model.classifier.weight.clone()
-    initialise(model, settings("MODEL.PRETRAIN_CHOICE=imagenet", f"MODEL.PRETRAIN_PATH={file}"))
+    initialize(model, settings("MODEL.PRETRAIN_CHOICE=imagenet", f"MODEL.PRETRAIN_PATH={file}"))
     trunk = model.base.state_dict()
     assert trunk.keys() == {name for name in state if not name.startswith("fc.")}
     assert all(torch.equal(value, state[name]) for name, value in trunk.items())
@@ -281,7 +273,7 @@ def test_cached_weights_are_found_by_file_name_without_network(home, imagenet, f
 def test_missing_weights_error_names_url_and_cache_folder(home, name):
     remedies = (SOURCES[name].url, f"{home}/torch/hub/checkpoints", "MODEL.PRETRAIN_PATH", "MODEL.PRETRAIN_CHOICE none")
     with refused(WorldError, "MODEL.PRETRAIN_CHOICE", f" {name} ", "no network here", *remedies):
-        initialise(torch.nn.Module(), settings(f"MODEL.NAME={name}", "MODEL.PRETRAIN_CHOICE=imagenet"))
+        initialize(torch.nn.Module(), settings(f"MODEL.NAME={name}", "MODEL.PRETRAIN_CHOICE=imagenet"))
 
 
 def test_the_authors_own_path_means_the_weights_by_that_name(home, imagenet, caplog):
@@ -295,7 +287,7 @@ def test_the_authors_own_path_means_the_weights_by_that_name(home, imagenet, cap
 
 @pytest.mark.parametrize(
     ("name", "file", "whose"),
-    [("resnet18", "resnet50-19c8e357.pth", "of resnet50;"), ("resnet18", "mine.pth", "mine.pth;")],
+    [("resnet18", "resnet50-19c8e357.pth", "of resnet50."), ("resnet18", "mine.pth", "mine.pth,")],
 )
 def test_a_path_that_is_not_there_is_not_taken_for_anything_else(home, name, file, whose):
     with refused(WorldError, "MODEL.PRETRAIN_PATH", f" {name},", f"/home/haoluo/{file}", whose, SOURCES[name].url):
@@ -323,7 +315,7 @@ def test_full_model_checkpoint_is_loaded_with_its_classifier(tmp_path):
     source = model_of()
     torch.save({"epoch": 3, "model": source.state_dict()}, tmp_path / "best.pt")
     target = model_of()
-    initialise(target, settings("MODEL.PRETRAIN_CHOICE=self", f"MODEL.PRETRAIN_PATH={tmp_path / 'best.pt'}"))
+    initialize(target, settings("MODEL.PRETRAIN_CHOICE=self", f"MODEL.PRETRAIN_PATH={tmp_path / 'best.pt'}"))
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in target.state_dict().items())
 
 
@@ -345,13 +337,13 @@ def test_finetuning_reinitializes_classifier_and_centers_only(tmp_path, caplog):
         model = model_of(*center, num_pids=num_pids)
         fresh = {name: value.clone() for name, value in model.state_dict().items()}
         path = f"MODEL.PRETRAIN_PATH={tmp_path / 'w.pt'}"
-        initialise(model, settings(*center, "MODEL.PRETRAIN_CHOICE=finetune", path))
+        initialize(model, settings(*center, "MODEL.PRETRAIN_CHOICE=finetune", path))
         for name, value in model.state_dict().items():
             kept = name in ("classifier.weight", "centers")
             assert torch.equal(value, (fresh if kept else source.state_dict())[name])
         num_entries = len(fresh)
         loaded, new = caplog.messages
-        counts = (f"{num_entries - 2} of {num_entries}", "2 (centers, classifier.weight) missing", "0 not used")
+        counts = (f"{num_entries - 2} of {num_entries}", "2 (centers, classifier.weight) missing", "0 unused")
         assert all(fact in loaded for fact in (path, *counts)), loaded
         assert re.search(rf"finetune.* {num_pids} identities.* 6$", new)
 
@@ -364,7 +356,7 @@ def test_finetuning_reinitializes_classifier_and_centers_only(tmp_path, caplog):
             ("bottleneck.weight", "MODEL.NECK"),
         ),
         (lambda: model_of("MODEL.NAME=resnet34").state_dict(), ("MODEL.NAME resnet34,",)),
-        (lambda: resnet18(weights=None).state_dict(), ("no whole model",)),
+        (lambda: resnet18(weights=None).state_dict(), ("not a full model",)),
         (
             lambda: {name: v for name, v in model_of().state_dict().items() if "layer2" not in name},
             ("base.layer2.0.conv1",),
@@ -478,7 +470,7 @@ def test_resume_command_of_reid_strong_baseline_continues_epochs(place):
     ("changed", "words"),
     [
         ("MODEL.STEM_RELU=yes", ("MODEL.STEM_RELU", "False", "True")),
-        ("MODEL.LAST_STRIDE=2", ("MODEL.LAST_STRIDE", " 1 ", " 2;")),
+        ("MODEL.LAST_STRIDE=2", ("MODEL.LAST_STRIDE", " 1 ", " 2.")),
         ("INPUT.PIXEL_MEAN=(0,0,0)", ("INPUT.PIXEL_MEAN", "[0.485, 0.456, 0.406]", "[0.0, 0.0, 0.0]")),
     ],
 )
@@ -514,8 +506,8 @@ def test_foreign_state_dict_warns_only_about_stem_relu(name, relu, num_warnings,
     ("state", "words"),
     [
         (lambda: model_of(num_pids=8).state_dict(), ("(8, 512)", "(5, 512)")),
-        (lambda: resnet18(weights=None).state_dict(), ("no whole model", "checkpoint")),
-        (dict, ("no whole model", "checkpoint")),
+        (lambda: resnet18(weights=None).state_dict(), ("not a full model", "checkpoint")),
+        (dict, ("not a full model", "checkpoint")),
     ],
 )
 def test_the_remedy_is_one_for_this_file(state, words):
@@ -537,7 +529,7 @@ def test_the_number_of_identities_is_that_of_the_classifier():
 
 def test_the_checksum_is_of_names_and_weights():
     state = model_of().state_dict()
-    one = checksum({"model": state, "epoch": 1})
-    assert one == checksum(dict(reversed(state.items())))
+    one = checksum_of({"model": state, "epoch": 1})
+    assert one == checksum_of(dict(reversed(state.items())))
     state["classifier.weight"][0, 0] += 1e-6
-    assert one != checksum(state)
+    assert one != checksum_of(state)

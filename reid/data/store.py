@@ -1,7 +1,7 @@
-"""Images decoded and resized once, kept as uint8, memory-mapped, shared by all ranks of a node.
+"""Images decoded and resized once, stored as uint8, memory-mapped, shared by all ranks of a node.
 
 A store is one `.npy` file per split, uint8 [N, H, W, 3] in RGB, which `numpy.load(file, mmap_mode="r")` opens anywhere.
-Its name holds a fingerprint of the image files, so a changed data set asks for another store and gets it built.
+Its name holds a fingerprint of the image files, so a changed data set gets a new store.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ logger = logging.getLogger("reid.data")
 
 
 def store_file(cache_dir: Path, name: str, paths: Sequence[Path], size: tuple[int, int]) -> Path:
-    """Where the store of these images belongs; another file as soon as one image is added, replaced or touched.
+    """Return the path of the store of these images; another path if an image was added, replaced or touched.
 
     Args:
-        cache_dir: need not exist.
-        name: which split it is, for people (`market1501-train`).
-        paths: N image files, in the order of the store.
-        size: (H, W) of the stored images in pixels.
+        cache_dir: Folder of all stores, which need not exist.
+        name: Readable name of the split (`market1501-train`).
+        paths: Paths of N images, in the order of the store.
+        size: Height and width of the stored images in pixels.
 
     Returns:
-        `cache_dir/NAME-HxW-FINGERPRINT.npy`. The fingerprint covers the names, lengths and times of modification
-        of the files, but not the folder above all of them: a data set that was moved keeps its store.
+        `cache_dir/NAME-HxW-FINGERPRINT.npy`. The fingerprint covers the names, sizes and modification times of the
+        files, but not their common parent folder: a data set that was moved keeps its store.
     """
     height, width = size
     below = _names_below(paths)
@@ -56,7 +56,7 @@ def store_file(cache_dir: Path, name: str, paths: Sequence[Path], size: tuple[in
             status = path.stat()
             state = f"{status.st_size} {status.st_mtime_ns}"
         except OSError:
-            state = "unreadable"  # build_store reports it, together with all others
+            state = "unreadable"  # build_store reports it, with all others
         digest.update(os.fsencode(f"{below[path.parent]}{path.name}") + f"\0{state}\n".encode())
     return cache_dir / f"{name}-{height}x{width}-{digest.hexdigest()[:16]}.npy"
 
@@ -69,26 +69,25 @@ def build_store(
     num_threads: int | None = None,
     progress: bool = False,
 ) -> None:
-    """Decode and resize all images into `file`, unless a whole store is there already.
+    """Decode and resize all images into `file`, unless it is already complete.
 
-    The file appears by an atomic rename, so it is either absent or whole, and any number of processes may build it
-    at once (each in a temporary file of its own; the last rename wins). What a killed build left behind in the folder
-    is removed first.
+    The file is renamed atomically, so it is either absent or complete, and any number of processes may build it at once
+    (each in its own temporary file; the last rename wins). Temporary files of killed builds are removed first.
 
     Args:
-        file: as `store_file` names it.
-        paths: N >= 1 image files.
-        size: (H, W) in pixels.
-        num_threads: None for one on each CPU that this process may use.
-        progress: show a bar, where stderr is a terminal.
+        file: Path that `store_file` returned.
+        paths: Paths of N >= 1 images.
+        size: Height and width in pixels.
+        num_threads: Number of threads; None for one on each CPU that this process may use.
+        progress: Whether to show a progress bar if stderr is a terminal.
 
     Raises:
-        DataError: images that cannot be read, all of them in one message; or no images.
-        WorldError: the file cannot be written, or there is no room for it.
+        DataError: Images cannot be read (all are in one message), or there are none.
+        WorldError: The file cannot be written, or does not fit on the disk.
     """
     if not paths:
         raise DataError(
-            f"{file} must hold at least one image, got none; correct DATASETS.ROOT_DIR", key="DATASETS.ROOT_DIR"
+            f"{file} must hold at least one image, got none. Fix: correct DATASETS.ROOT_DIR.", key="DATASETS.ROOT_DIR"
         )
     if _fault(file, len(paths), size) is None:
         return
@@ -110,23 +109,23 @@ def build_store(
 
 
 def open_store(file: Path, num_images: int, size: tuple[int, int]) -> np.ndarray:
-    """The images of a built store, memory-mapped and read-only.
+    """Return the images of a built store, memory-mapped and read-only.
 
     Args:
-        file: as `store_file` names it.
-        num_images: N.
-        size: (H, W) in pixels.
+        file: Path that `store_file` returned.
+        num_images: Number N of images.
+        size: Height and width in pixels.
 
     Returns:
         uint8 [N, H, W, 3], RGB.
 
     Raises:
-        WorldError: the file is missing, cut off or another array.
+        WorldError: The file is missing, truncated or another array.
     """
     fault = _fault(file, num_images, size)
     if fault is not None:
         raise WorldError(
-            f"{file} must be a whole store, but {fault}; start again to rebuild it in DATASETS.CACHE_DIR",
+            f"{file} must be a complete store, but {fault}. Fix: start again to rebuild it in DATASETS.CACHE_DIR.",
             key="DATASETS.CACHE_DIR",
         )
     images: np.ndarray = np.load(file, mmap_mode="r")
@@ -134,7 +133,7 @@ def open_store(file: Path, num_images: int, size: tuple[int, int]) -> np.ndarray
 
 
 def decode(path: Path, size: tuple[int, int]) -> bytes:
-    """The image as H*W*3 bytes of RGB, resized by antialiased bilinear interpolation.
+    """Return the image as H*W*3 bytes of RGB, resized by antialiased bilinear interpolation.
 
     The EXIF orientation is not applied and transparency is ignored, as in reid-strong-baseline.
     """
@@ -153,7 +152,7 @@ def pixels_of(image: Image.Image, size: tuple[int, int]) -> bytes:
 
 
 def fault_of_image(path: Path) -> str | None:
-    """Why an image cannot be read, as building a store would say; None where it can be."""
+    """Return why an image cannot be read, as `build_store` reports it; None if it can be."""
     try:
         decode(path, (1, 1))
     except Exception as error:  # a broken file makes PIL's decoders raise nearly anything
@@ -162,7 +161,7 @@ def fault_of_image(path: Path) -> str | None:
 
 
 def _names_below(paths: Sequence[Path]) -> dict[Path, str]:
-    """For each folder of an image, what leads there from the folder above them all: "" or "NAME/.../"."""
+    """Return, for each folder of an image, its path below their common parent folder: "" or "NAME/.../"."""
     folders = {path.parent: path.parent.absolute() for path in paths}
     above = os.path.commonpath(folders.values()) if folders else ""
     relative = {folder: os.path.relpath(absolute, above) for folder, absolute in folders.items()}
@@ -177,7 +176,7 @@ def _write_images(
     num_threads: int,
     on_progress: Callable[[int], object],
 ) -> list[str]:
-    """Write image i at `offset` + i * H*W*3; returns the files that cannot be read, each with the reason."""
+    """Write image i at `offset` + i * H*W*3; return the unreadable files, each with the reason."""
     stride = _num_pixel_bytes(1, size)
 
     def write_chunk(start: int) -> list[str]:
@@ -191,7 +190,7 @@ def _write_images(
                 write_at(descriptor, pixels, offset + i * stride)
         return bad
 
-    # PIL loads the plug-ins of rare formats at the first file that needs one, which two threads must not do at once.
+    # PIL loads the plug-ins of rare formats when a file first needs one, which two threads must not do at once.
     Image.init()
     starts, bad = range(0, len(paths), _CHUNK), []
     with ThreadPoolExecutor(num_threads, thread_name_prefix="store") as pool:
@@ -203,33 +202,33 @@ def _write_images(
 
 @contextmanager
 def _disk_errors(file: Path, num_bytes: int) -> Iterator[None]:
-    """Say what an error of the file system means for the user."""
+    """Translate an error of the file system into one for the user."""
     try:
         yield
     except OSError as error:
         if error.errno not in _NO_SPACE:
             raise WorldError(
-                f"DATASETS.CACHE_DIR must be a folder that can be written, but {file.parent} is not "
-                f"({error.strerror}); point DATASETS.CACHE_DIR at another folder",
+                f"DATASETS.CACHE_DIR must be a writable folder, got {file.parent} ({error.strerror}). Fix: set "
+                "DATASETS.CACHE_DIR to another folder.",
                 key="DATASETS.CACHE_DIR",
             ) from error
         existing = next(folder for folder in file.absolute().parents if folder.exists())
         free = shutil.disk_usage(existing).free
         raise WorldError(
-            f"the store {file} needs {num_bytes:,} bytes, but {free:,} bytes are free ({error.strerror}); "
-            "make room or point DATASETS.CACHE_DIR at another disk",
+            f"the store {file} needs {num_bytes:,} bytes, but {free:,} bytes are free ({error.strerror}). Fix: free "
+            "some space, or set DATASETS.CACHE_DIR to another disk.",
             key="DATASETS.CACHE_DIR",
         ) from error
 
 
 def _fault(file: Path, num_images: int, size: tuple[int, int]) -> str | None:
-    """Why `file` is not the whole store of these images; None when it is."""
+    """Return why `file` is not the complete store of these images; None if it is."""
     header = _header(num_images, size)
     num_bytes = len(header) + _num_pixel_bytes(num_images, size)
     try:
         with file.open("rb") as stream:
             if stream.read(len(header)) != header:
-                return f"it is no array of {num_images} images of {size[0]}x{size[1]}"
+                return f"it is not an array of {num_images} images of {size[0]}x{size[1]}"
             length = os.fstat(stream.fileno()).st_size
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
@@ -237,7 +236,7 @@ def _fault(file: Path, num_images: int, size: tuple[int, int]) -> str | None:
 
 
 def _header(num_images: int, size: tuple[int, int]) -> bytes:
-    """What `numpy.save` writes before uint8 [N, H, W, 3]."""
+    """Return the header that `numpy.save` writes for uint8 [N, H, W, 3]."""
     stream = io.BytesIO()
     descr = np.lib.format.dtype_to_descr(np.dtype(np.uint8))
     header = {"descr": descr, "fortran_order": False, "shape": (num_images, *size, 3)}
@@ -250,20 +249,20 @@ def _num_pixel_bytes(num_images: int, size: tuple[int, int]) -> int:
 
 
 def reason_of(error: Exception) -> str:
-    """Why an image cannot be read, in a few words."""
+    """Return why an image cannot be read, in a few words."""
     if isinstance(error, UnidentifiedImageError):
         return "empty or not an image"
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
 
 
-def _describe(bad: Sequence[str], num_images: int, whole_list: Path) -> str:
-    """The sentence; what is too much for it goes into a file."""
+def _describe(bad: Sequence[str], num_images: int, full_list: Path) -> str:
+    """Return the message; a list that is too long for it is written to a file."""
     shown = ", ".join(bad[:_NUM_SHOWN])
     more = ""
     if len(bad) > _NUM_SHOWN:
-        whole_list.write_text("".join(f"{line}\n" for line in bad), encoding="utf-8")
-        more = f" and {len(bad) - _NUM_SHOWN} more, all listed in {whole_list}"
+        full_list.write_text("".join(f"{line}\n" for line in bad), encoding="utf-8")
+        more = f" and {len(bad) - _NUM_SHOWN} more, all listed in {full_list}"
     return (
-        f"every image must be readable, but {len(bad)} of {num_images} are not: {shown}{more}; "
-        "copy them again from the data set's archive, or remove them"
+        f"every image must be readable, but {len(bad)} of {num_images} are not: {shown}{more}. Fix: copy them again "
+        "from the data set's archive, or remove them."
     )

@@ -1,4 +1,4 @@
-"""last_*.pt to go on from and best_*.pt to use: what is in them, when they are written, when one is refused."""
+"""last_*.pt to resume from and best_*.pt to use: their content, when they are written, and when one is rejected."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("reid.checkpoint")
 
 _FORMAT = 3
-_NUM_LAST = 2  # a file is deleted only when this many newer ones are whole
-# Settings that a resumed run may change (beginnings of keys): they decide neither what is learnt nor how.
+_NUM_LAST = 2  # a file is deleted only when this many newer ones are complete
+# Settings that a resumed run may change, as prefixes of keys: they affect neither what is learned nor how.
 _FREE = (
     "OUTPUT_DIR",
     "MODEL.DEVICE",
@@ -58,25 +58,25 @@ _FREE = (
 
 
 class Checkpoints:
-    """Everything that training needs to go on, saved by rank 0.
+    """Everything that training needs to resume, saved by rank 0.
 
-    The state is the same on every rank and for every number of ranks, so that any number may go on from it. What is not
-    in it is a function of (seed, epoch, step): the plan, the augmentation, the learning rate.
+    The state is the same on every rank and for every number of ranks, so any number of ranks can resume from it.
+    Everything else is a function of (seed, epoch, step): the plan, the augmentation, the learning rate.
 
-    Training stands still only while the state is copied into host memory; a thread writes it. A write that fails costs
-    a warning, as the file before it stays; only at the end it is an error.
+    Training pauses only while the state is copied into host memory; a thread writes the file. A failed write is a
+    warning, because the file before it remains; it is an error only at the end.
 
     Args:
-        folder: of the files.
-        model: not wrapped.
-        optimizer: wrapped or not.
-        progress: kept up to date and saved along.
-        cfg: the whole configuration.
-        dataset: fingerprint of the benchmark.
-        meter: whose open window is saved along; None without one.
-        scaler: of the loss under fp16; None otherwise.
-        on_saved: told on rank 0 of each file that is whole on the disk, before the next one is written.
-        check: raises where this process must not write any more; called before each file appears.
+        folder: Folder of the files.
+        model: Model without its wrapper.
+        optimizer: Optimizer, wrapped or not.
+        progress: Progress, which is updated on resume and saved.
+        cfg: Complete configuration.
+        dataset: Fingerprint of the benchmark.
+        meter: Meter whose open window is saved, if any.
+        scaler: Scaler of the loss under fp16, if any.
+        on_saved: Function called on rank 0 with each complete file, before the next one is written.
+        check: Function called before each file appears, which raises if this process must not write any more.
     """
 
     def __init__(
@@ -96,30 +96,30 @@ class Checkpoints:
         self._progress, self._cfg, self._dataset = progress, cfg, dataset
         self._meter, self._scaler, self._on_saved, self._check = meter, scaler, on_saved, check
         self._writer = BackgroundWriter()
-        self._began = time.monotonic()
+        self._started_at = time.monotonic()
         self._being_written: SavedCheckpoint | None = None
-        self._copied: dict[str, Any] = {}  # the memory of the copy before, as large as one checkpoint
-        self._lost: dict[str, WorldError] = {}  # last or best -> why its newest file is not on the disk
+        self._copied: dict[str, Any] = {}  # the previous copy, whose memory is reused
+        self._lost: dict[str, WorldError] = {}  # last or best -> why its newest file was not written
 
     def attach(self, trainer: Engine) -> None:
-        """Saves after every SOLVER.CHECKPOINT_PERIOD epochs and after the last; attach it behind the evaluation."""
+        """Save every SOLVER.CHECKPOINT_PERIOD epochs and after the last one; attach it after the evaluation."""
         trainer.add_event_handler(Records.VALIDATION, self._save_best)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._save_periodically)
 
     def is_due(self) -> bool:
-        """Whether rank 0 wants one by the clock; it wants it once, and not while the one before is still written."""
+        """Return whether a checkpoint is due by the clock, on rank 0; once, and not while another is being written."""
         minutes = self._cfg.SOLVER.CHECKPOINT_EVERY_MINUTES
         if not minutes or not distributed.is_main() or self._writer.is_busy:
             return False
-        if time.monotonic() - self._began < 60 * minutes:
+        if time.monotonic() - self._started_at < 60 * minutes:
             return False
-        self._began = time.monotonic()
+        self._started_at = time.monotonic()
         return True
 
     def save(self, trainer: Engine) -> None:
-        """Begins to write last_*.pt of the step that has ended; called by all ranks."""
+        """Start to write last_*.pt of the last step; called by all ranks."""
         state = trainer.state
-        epoch = _epoch_of(state.iteration, state.epoch_length or 1)
+        epoch = -(-state.iteration // (state.epoch_length or 1))  # both counted from 1
         self._write(
             f"last_{epoch:04d}_{state.iteration:08d}.pt",
             {
@@ -137,19 +137,17 @@ class Checkpoints:
         )
 
     def finish(self) -> None:
-        """Waits until all is on the disk; called by all ranks.
+        """Wait until all files are written; called by all ranks.
 
         Raises:
-            UnsavedError: the newest last_*.pt or best_*.pt is not.
+            UnsavedError: The newest last_*.pt or best_*.pt could not be written.
         """
 
         def wait() -> None:
             self._wait()
             if self._lost:
-                raise UnsavedError(
-                    f"{'; '.join(map(str, self._lost.values()))}; then start again, to go on from {self._newest()}",
-                    key="OUTPUT_DIR",
-                )
+                errors = " ".join(map(str, self._lost.values()))
+                raise UnsavedError(f"{errors} Then start again to resume from {self._newest()}.", key="OUTPUT_DIR")
 
         distributed.together(wait)
 
@@ -168,18 +166,18 @@ class Checkpoints:
     def _write(self, name: str, content: dict[str, Any], iteration: int, *, num_kept: int) -> None:
         weights = whole(self._model.state_dict())
         content |= {"format": _FORMAT, "model": weights, "config": dump(self._cfg), "dataset": self._dataset}
-        distributed.together(lambda: _check_finite(weights))  # after its last step, of which no loss tells
+        distributed.together(lambda: _check_finite(weights))  # the loss does not cover the last step
         if distributed.is_main():
             self._wait()
-            self._began = time.monotonic()
+            self._started_at = time.monotonic()
             copied, kind, file = host_copy(content, self._copied), name.split("_")[0], self._folder / name
             self._copied |= copied
-            facts = {**(self._progress.last or {}), "epoch": content["epoch"], "iteration": iteration}
-            self._being_written = SavedCheckpoint(kind, file, facts)
+            metadata = {**(self._progress.last or {}), "epoch": content["epoch"], "iteration": iteration}
+            self._being_written = SavedCheckpoint(kind, file, metadata)
             self._writer.start(kind, lambda: _write_and_rotate(file, copied, num_kept, check=self._check))
 
     def _wait(self) -> None:
-        """For the write before this one; a failure is told at once and forgotten with the next success."""
+        """Wait for the previous write; a failure is reported now, and forgotten with the next success."""
         kind, error = self._writer.wait()
         if isinstance(error, TakenOverError):
             raise error
@@ -189,17 +187,17 @@ class Checkpoints:
             self._on_saved(saved)
         if error is not None:
             self._lost[kind] = error
-            logger.warning("warning: %s; training goes on, and the newest good one is %s", error, self._newest())
+            logger.warning("warning: %s Training continues; the newest checkpoint is %s.", error, self._newest())
 
     def _newest(self) -> str:
         files = checkpoints_in(self._folder, "last")
         return str(files[-1]) if files else "none"
 
     def resume(self, trainer: Engine) -> bool:
-        """Goes on from the newest good last_*.pt, if there is one; called by all ranks behind accelerate's `prepare`.
+        """Load the newest good last_*.pt, if there is one; called by all ranks after accelerate's `prepare`.
 
         Raises:
-            WorldError: every checkpoint is damaged, or the newest good one is of another configuration, benchmark or
+            WorldError: Every checkpoint is damaged, or the newest good one has another configuration, benchmark or
                 model.
         """
         content = distributed.on_main(self._read_newest)
@@ -218,7 +216,7 @@ class Checkpoints:
             {
                 "iteration": content["iteration"],
                 "epoch_length": content["epoch_length"],
-                "max_epochs": max(self._cfg.SOLVER.MAX_EPOCHS, content["epoch"]),  # Ignite wants no less
+                "max_epochs": max(self._cfg.SOLVER.MAX_EPOCHS, content["epoch"]),  # Ignite accepts no less
             }
         )
         return True
@@ -233,42 +231,40 @@ class Checkpoints:
                 continue
             self._check_fits(file, content)
             for broken, reason in damaged:
-                aside = broken.rename(f"{broken}.damaged")  # so that it is not counted among the good
+                renamed = broken.rename(f"{broken}.damaged")  # so that it does not count as a checkpoint
                 logger.warning(
-                    "warning: %s is damaged (%s) and now called %s; going on from the one before, %s",
-                    *(broken, reason, aside.name, file),
+                    "warning: %s is damaged (%s) and was renamed to %s; resuming from the one before it, %s",
+                    *(broken, reason, renamed.name, file),
                 )
             step = (content["iteration"] - 1) % content["epoch_length"] + 1
             logger.info(
-                "going on from %s: epoch %d, step %d of %d is done",
+                "resuming from %s: epoch %d, step %d of %d is done",
                 *(file, content["epoch"], step, content["epoch_length"]),
             )
             return content
         if damaged:
             raise WorldError(
-                f"one of {self._folder}/last_*.pt must be whole, but none is: {damaged[0][0]} is damaged "
-                f"({damaged[0][1]}); remove them to start anew, or choose another OUTPUT_DIR",
+                f"one of {self._folder}/last_*.pt must be complete, but none is: {damaged[0][0]} is damaged "
+                f"({damaged[0][1]}). Fix: remove them to start from scratch, or choose another OUTPUT_DIR.",
                 key="OUTPUT_DIR",
             )
         return None
 
     def _check_fits(self, file: Path, content: dict[str, Any]) -> None:
         if content.get("format") != _FORMAT:
-            raise WorldError(f"{file} was written in another format; choose another OUTPUT_DIR", key="OUTPUT_DIR")
-        differences = _differences(yaml.safe_load(content["config"]), yaml.safe_load(dump(self._cfg)))
-        if content["dataset"] != self._dataset:
-            differences.append("the images of the benchmark are not the same")
-        if differences:
             raise WorldError(
-                f"{file} is of another run: {'; '.join(differences)}; give the same settings and data to go on, "
-                "or another OUTPUT_DIR to start anew",
+                f"{file} must have format {_FORMAT}, got {content.get('format')}. Fix: choose another OUTPUT_DIR.",
                 key="OUTPUT_DIR",
             )
-
-
-def _epoch_of(iteration: int, epoch_length: int) -> int:
-    """The epoch that a step belongs to, both from 1."""
-    return -(-iteration // epoch_length)
+        differences = _differences(yaml.safe_load(content["config"]), yaml.safe_load(dump(self._cfg)))
+        if content["dataset"] != self._dataset:
+            differences.append("the images of the benchmark differ")
+        if differences:
+            raise WorldError(
+                f"{file} must be from this run, but {'; '.join(differences)}. Fix: use the same settings and data to "
+                "resume, or another OUTPUT_DIR to start from scratch.",
+                key="OUTPUT_DIR",
+            )
 
 
 def _write_and_rotate(file: Path, content: dict[str, Any], num_kept: int, check: Callable[[], None]) -> None:
@@ -278,16 +274,16 @@ def _write_and_rotate(file: Path, content: dict[str, Any], num_kept: int, check:
         old.unlink(missing_ok=True)
 
 
-def _differences(saved: dict[str, Any], own: dict[str, Any], prefix: str = "") -> list[str]:
-    """One sentence part for each setting that matters and is not the same."""
-    found = []
-    for key in sorted(saved.keys() | own.keys()):
-        name, before, now = prefix + key, saved.get(key), own.get(key)
+def _differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
+    """Describe each setting that a resumed run must not change and that differs."""
+    differences = []
+    for key in sorted(saved.keys() | current.keys()):
+        name, before, now = prefix + key, saved.get(key), current.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
-            found += _differences(before, now, f"{name}.")
+            differences += _differences(before, now, f"{name}.")
         elif before != now and not name.startswith(_FREE):
-            found.append(f"{name} was {before!r} and is now {now!r}")
-    return found
+            differences.append(f"{name} was {before!r} and is now {now!r}")
+    return differences
 
 
 def _check_finite(weights: dict[str, Tensor]) -> None:
@@ -295,7 +291,7 @@ def _check_finite(weights: dict[str, Tensor]) -> None:
     broken = [name for name, is_finite in zip(weights, are_finite, strict=True) if not is_finite]
     if broken:
         raise NonFiniteError(
-            f"{len(broken)} of {len(weights)} entries of the model stopped being finite ({broken[0]} first); no "
-            "checkpoint holds them; lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, or use SOLVER.PRECISION fp32",
+            f"{len(broken)} of {len(weights)} entries of the model are no longer finite ({broken[0]} first) and are "
+            "not saved. Fix: lower SOLVER.BASE_LR, raise SOLVER.WARMUP_ITERS, or use SOLVER.PRECISION fp32.",
             key="SOLVER.BASE_LR",
         )

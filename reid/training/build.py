@@ -59,7 +59,7 @@ def build_initial_model(
     torch.manual_seed(cfg.SEED)
     model = build_model(cfg, num_pids)
     if load_weights:
-        weights.initialise(model, cfg)
+        weights.initialize(model, cfg)
     place(model, cfg, accelerator.device)
     if cfg.SOLVER.SYNC_BN:
         synchronise_batchnorm(model)

@@ -78,7 +78,7 @@ def test_validations_equal_those_of_a_cpu_from_device_to_device(place, moved, on
 
 
 def test_each_part_resumes_from_the_checkpoint_of_the_one_before(moved):
-    assert "going on from" not in moved["first"]
+    assert "resuming from" not in moved["first"]
     assert "epoch 1, step 2 of 2 is done" in moved["second"]
     assert "epoch 2, step 2 of 2 is done" in moved["third"]
 

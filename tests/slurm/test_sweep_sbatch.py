@@ -47,7 +47,7 @@ def test_trial_saved_on_warning_signal_resumes_when_reassigned(jobs, place, slow
     job.wait_for("epoch 3/8 step 1/2")
     job.signal("USR1", "--batch")
     job.wait_for("to be started again")
-    job.wait_for("going on from")
+    job.wait_for("resuming from")
     assert job.ended() == ("COMPLETED", 0, 1), job.said()
     assert_same_but_for_rounding(place.folder / "sweep" / "trial1", alone(*settings, "SOLVER.MARGIN", 0.4))
     (run,) = server.runs.values()

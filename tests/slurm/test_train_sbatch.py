@@ -99,12 +99,12 @@ def test_a_killed_rank_is_started_again_and_a_dead_node_left_out(jobs, place, sl
     job.wait_for("epoch 2/8 step 1/2")
     machines = jobs.slurm.machines
     machines.run("n2", ["kill", "-9", machines.pids("n2", TRAINING)[-1]])
-    job.wait_for("going on from")
+    job.wait_for("resuming from")
     job.wait_for("epoch 5/8 step 1/2")
     machines.crash("n2")
     assert job.ended() == ("COMPLETED", 0, 1), job.said()
     assert "1 node(s) n1" in job.said()
-    assert job.said().count("going on from") == 2
+    assert job.said().count("resuming from") == 2
     environment = json.loads((folder / "environment.json").read_text())
     assert [rank["host"] for rank in environment["ranks"]] == ["n1", "n1"]
     assert_same_but_for_rounding(folder, alone(*ENOUGH))
@@ -150,7 +150,7 @@ def test_srun_job_survives_killed_rank_and_resumes_after_scancel(jobs, place, sl
     machines = jobs.slurm.machines
     machines.run("n2", ["kill", "-9", machines.pids("n2", "python.* launch/train.py")[-1]])
     job.wait_for("to be started again, from last_")
-    job.wait_for("going on from")
+    job.wait_for("resuming from")
     job.wait_for("epoch 5/8 step 1/2")
     jobs.slurm.run("scancel", job.number)
     state, _, restarts = job.ended()
