@@ -94,6 +94,7 @@ assembly builds, gathers and wires.
     ranking.py                  the positions of the matches, by counting
     verification.py             TPR at FPR over all pairs
     single_shot.py              CUHK03's protocol of one gallery image of each identity
+    tables_text.py              tables of plain text
     per_query.py                the scores of every query as rows, of every camera as a table
     neighbours.py               exact nearest neighbours among N images (mathematics)
     reranking.py                k-reciprocal re-ranking, sparse (mathematics)

@@ -45,6 +45,7 @@ MATHEMATICS = {
     "verification.py",
     "neighbours.py",
     "reranking.py",
+    "tables_text.py",
     "nearest.py",
     "examples.py",
     "pictures.py",
@@ -68,6 +69,7 @@ MATHEMATICS = {
 # Answer before torch is imported.
 LIGHT = {
     "summarize.py",
+    "tables_text.py",
     "errors.py",
     "environment_file.py",
     "world.py",
