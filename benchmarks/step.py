@@ -39,8 +39,8 @@ from reid.engine import Preparation, build_trainer
 from reid.handlers import console, schedule
 from reid.handlers.meters import TrainMeter
 from reid.handlers.records import Progress
+from reid.hardware import has_fast_bfloat16
 from reid.model import ReIDModel, build_model
-from reid.neighbours import has_fast_bfloat16
 from reid.optim import build_optimizer
 from reid.run_directory import RunDirectory
 from reid.wrapping import build_accelerator, clip_gradients, place, wrap

@@ -11,7 +11,7 @@ import yaml
 from reid.checks import Given
 from reid.config import SETTINGS
 from reid.errors import WorldError
-from reid.gallery import read_facts
+from reid.gallery import read_metadata
 from reid.trained import check_weight_is_named
 from reid.weight_file import read_weight_here
 
@@ -38,7 +38,7 @@ def of_checkpoint(cfg: CfgNode, own: dict[str, Any]) -> list[Given]:
 def of_gallery(cfg: CfgNode, own: dict[str, Any]) -> list[Given]:
     """The settings that the gallery was made with, its TEST.WEIGHT among them."""
     del cfg
-    return _settings_in(read_facts(Path(own["gallery"])).config, f"--gallery {own['gallery']}", key="--gallery")
+    return _settings_in(read_metadata(Path(own["gallery"])).config, f"--gallery {own['gallery']}", key="--gallery")
 
 
 def _settings_in(text: str, source: str, *, key: str) -> list[Given]:

@@ -22,7 +22,6 @@ OWNERS = {
     "accelerate": {"wrapping.py"},
     "ignite.handlers.tensorboard_logger": {"handlers/tensorboard.py"},
     "safetensors": {"safetensors_files.py", "timm_models.py"},
-    "faiss": {"nearest.py"},
     "onnxruntime": {"export.py"},
     "wandb": {
         "handlers/tracking.py",
@@ -46,7 +45,6 @@ MATHEMATICS = {
     "neighbours.py",
     "reranking.py",
     "tables_text.py",
-    "nearest.py",
     "examples.py",
     "pictures.py",
     "data/augment.py",
