@@ -22,7 +22,7 @@ from reid.embedding import ImageEmbedder
 from reid.errors import DataError, SettingsError, WorldError
 from reid.gallery import Gallery, GalleryImage, Metadata, read_gallery
 from reid.neighbours import nearest_in_gallery
-from reid.pictures import Shown, pixels_of, ranked_gallery, sheet
+from reid.pictures import GalleryCell, pixels_of, ranked_gallery, sheet
 from reid.preemption import Signals
 from reid.tables_text import format_table
 from reid.trained import load_trained
@@ -201,13 +201,13 @@ def _draw(images: Sequence[str], results: Sequence[Sequence[Match]], metadata: M
     rows = []
     for query, matches in zip(images[:_MOST_ROWS], results, strict=False):
         cells = [_cell(match, metadata) for match in matches[:_MOST_COLUMNS]]
-        rows.append(ranked_gallery(Shown(_pixels(Path(query)), ()), cells, [match.is_match for match in matches]))
+        rows.append(ranked_gallery(GalleryCell(_pixels(Path(query)), ()), cells, [match.is_match for match in matches]))
     return sheet(rows, f"the nearest images in {Path(metadata.folder).name}", _LEGEND)
 
 
-def _cell(match: Match, metadata: Metadata) -> Shown:
+def _cell(match: Match, metadata: Metadata) -> GalleryCell:
     lines = (f"{_measure(match.distance, metadata):.4f}", *_remarks(match))
-    return Shown(_pixels(Path(metadata.folder, match.image.path)), lines, match.same_camera)
+    return GalleryCell(_pixels(Path(metadata.folder, match.image.path)), lines, match.same_camera)
 
 
 def _pixels(file: Path) -> NDArray[np.uint8] | None:

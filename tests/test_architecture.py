@@ -23,6 +23,7 @@ OWNERS = {
     "ignite.handlers.tensorboard_logger": {"handlers/tensorboard.py"},
     "safetensors": {"safetensors_files.py", "timm_models.py"},
     "onnxruntime": {"export.py"},
+    "matplotlib": {"pictures.py"},
     "wandb": {
         "handlers/tracking.py",
         "handlers/wandb_session.py",
