@@ -90,6 +90,7 @@ assembly builds, gathers and wires.
     losses.py                   identity, batch-hard triplet, center (mathematics)
     criterion.py                which losses, over the global batch (assembly)
     optim.py                    parameter groups, optimiser, learning rate by the epoch
+    distances.py                distances of embeddings, block by block (mathematics)
     metrics.py                  CMC, mAP, mINP (mathematics)
     ranking.py                  the positions of the matches, by counting
     verification.py             TPR at FPR over all pairs

@@ -27,12 +27,11 @@ from reid.data.loaders import Batch
 from reid.data.samplers import EvaluationBatches
 from reid.data.splits import IMAGE_SUFFIXES
 from reid.data.store import decode, reason_of
+from reid.distances import Distance, prepare_embeddings
 from reid.engine import Embedded, Preparation, build_embedder
 from reid.errors import DataError, NonFiniteError, shared
-from reid.evaluation import Distance
 from reid.gallery import EmbeddingFile, Metadata, write_gallery, write_unreadable, writing_embeddings
 from reid.handlers.watchdog import Watchdog
-from reid.metrics import prepare_embeddings
 from reid.model import ReIDModel
 from reid.preemption import Signals
 from reid.trained import Trained, load_trained

@@ -14,14 +14,12 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from reid.distances import Distance
 from reid.metrics import query_blocks
-
-Distance = Literal["cosine", "euclidean"]
 
 PRODUCT_ROWS, PRODUCT_ELEMENTS = 512, 2**24  # largest size of one matrix product
 SPARE = 16  # proposed images beyond the number of neighbours
@@ -218,7 +216,7 @@ def nearest_in_gallery(
 def _exact_costs(query: Tensor, gallery: Tensor, candidates: Tensor, distance: Distance) -> Tensor:
     """Return minus the inner products, or the squared distances, in float64; equal images have equal costs: [m]."""
     parts = []
-    for part in candidates.split(max(1, GATHERED_ELEMENTS // gallery.shape[1])):
+    for part in torch.split(candidates, max(1, GATHERED_ELEMENTS // gallery.shape[1])):
         rows = gallery[part].double()
         parts.append(-(rows * query).sum(1) if distance == "cosine" else (rows - query).square().sum(1))
     return torch.cat(parts)

@@ -176,8 +176,9 @@ def cmc_chart(curves: Mapping[str, Sequence[float]], title: str) -> Image.Image 
         lowest = min(min(curve) for curve in curves.values())
         axes.set_ylim(min(math.floor(10 * lowest) * 10, 90), 101)
         axes.legend(loc="lower right")
-        canvas.draw()
-        return Image.fromarray(np.array(canvas.buffer_rgba())).convert("RGB")
+        canvas.draw()  # type: ignore[no-untyped-call]
+        pixels = np.array(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
+        return Image.fromarray(pixels).convert("RGB")
 
 
 @cache

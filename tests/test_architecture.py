@@ -39,6 +39,7 @@ MATHEMATICS = {
     "layouts.py",
     "losses.py",
     "metrics.py",
+    "distances.py",
     "per_query.py",
     "ranking.py",
     "single_shot.py",

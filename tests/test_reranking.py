@@ -5,6 +5,7 @@ Also covers reid.neighbours.
 
 from __future__ import annotations
 
+import doctest
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -242,6 +243,10 @@ def test_lambda_of_one_is_the_original_distance():
     q, g = x[:10], x[10:]
     farthest = ((q[:, None] - x) ** 2).sum(2).max(1, keepdims=True)
     assert_close(k_reciprocal(q, g, lambda_value=1), ((q[:, None] - g) ** 2).sum(2) / farthest, atol=1e-12)
+
+
+def test_example_in_the_docstring_is_right():
+    assert doctest.testmod(reranking) == (0, 2)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -18,9 +18,10 @@ from program import Ended, Place, names, records
 from reid.config import load_config
 from reid.data import loaders
 from reid.data.loaders import StoredImages
+from reid.distances import Distances
 from reid.handlers.pictures import FigureSet, Pictures
 from reid.handlers.records import Progress, Records
-from reid.metrics import Distances, Labels, RetrievalScores, scores_from_distmat
+from reid.metrics import Labels, RetrievalScores, scores_from_distmat
 
 ALL = ["cmc_synthetic.png", "random_queries_synthetic.png", "train_batch.png", "worst_queries_synthetic.png"]
 

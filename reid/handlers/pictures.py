@@ -19,10 +19,11 @@ from reid import distributed
 from reid.backbones import normalisation
 from reid.data.loaders import TestData, TrainData
 from reid.data.sets import DataSets
+from reid.distances import Distances
 from reid.engine import Preparation
 from reid.examples import Example, find_examples, query_table, seeded_queries, worst_queries
 from reid.handlers.records import Progress, Records
-from reid.metrics import Distances, RetrievalScores
+from reid.metrics import RetrievalScores
 from reid.pictures import GalleryCell, batch_grid, cmc_chart, denormalize, ranked_gallery, sheet
 
 if TYPE_CHECKING:
