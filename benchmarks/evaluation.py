@@ -64,7 +64,7 @@ def speed(name: str, size: Size, rounds: int) -> None:
     costs = costs_in_turn(ways(size, with_worst=size != MSMT17), rounds)
     num_queries, num_gallery, num_features = size
     flops = 2 * num_queries * num_gallery * num_features
-    num_blocks = len(list(query_blocks(num_queries, num_gallery)))
+    num_blocks = len(query_blocks(num_queries, num_gallery))
     table(
         f"{name}: Q = {num_queries:,}, G = {num_gallery:,}, D = {num_features:,}, "
         f"median of {rounds}; the product 2 Q G D = "

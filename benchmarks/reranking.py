@@ -26,7 +26,7 @@ from tables import machine, say, table
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from reid.neighbours import has_fast_bfloat16, row_blocks
+from reid.neighbours import row_blocks
 from reid.reranking import KReciprocal, k_reciprocal
 
 QUERY_BLOCK = 256
@@ -134,8 +134,7 @@ def memory_law(sizes: list[tuple[int, int, int]], threads: int) -> None:
         ["N", "GB above", "bytes per image", "one N x N float32 matrix, GB"],
         rows,
     )
-    copies = 6 if has_fast_bfloat16() else 4  # bytes of a feature in float32, and in bfloat16
-    more = copies * (NUM_FEATURES - sizes[0][2]) * num_images / 1e9
+    more = 4 * (NUM_FEATURES - sizes[0][2]) * num_images / 1e9
     say(
         f"\nWith D = {NUM_FEATURES:,} the copies of N = {num_images:,} embeddings take {more:.3g} GB more: "
         f"{memory + more:.3g} GB"

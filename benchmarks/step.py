@@ -39,8 +39,8 @@ from reid.data.samplers import IdentityPlan, TrainBatches
 from reid.handlers import console, schedule
 from reid.handlers.meters import TrainMeter
 from reid.handlers.records import Progress
+from reid.hardware import has_fast_bfloat16
 from reid.model import ReIDModel, build_model
-from reid.neighbours import has_fast_bfloat16
 from reid.run_directory import RunDirectory
 from reid.training.build import build_training
 from reid.wrapping import build_accelerator, clip_gradients, place

@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: tables, clocks, and the machine in words."""
+"""Tables, clocks and the description of the machine for the benchmark scripts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import date
 
+from reid.tables_text import format_table
+
 MIB = 2**20
 
 
@@ -19,17 +21,14 @@ def say(text: str = "") -> None:
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Writes a Markdown table; numbers are rounded to three digits that count."""
-    cells = [list(header), *([shown(value) for value in row] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    say(f"\n{title}\n\n" + "\n".join(lines))
+    """Write a Markdown table with numbers rounded to three significant digits."""
+    cells = [header, ["---"] * len(header), *([format_value(value) for value in row] for row in rows)]
+    bordered = [["", *row, ""] for row in cells]
+    lines = format_table(bordered, "<" * (len(header) + 2), separator=" | ").splitlines()
+    say(f"\n{title}\n\n" + "\n".join(line.strip() for line in lines))
 
 
-def shown(value: object) -> str:
+def format_value(value: object) -> str:
     if not isinstance(value, float):
         return f"{value:,}" if isinstance(value, int) else str(value)
     if value == 0:
@@ -38,8 +37,8 @@ def shown(value: object) -> str:
 
 
 def machine() -> str:
-    """Date, machine and versions, as they must stand beside every figure."""
-    import torch  # not above: run.py needs none
+    """Return date, machine and versions, which belong beside every figure."""
+    import torch  # imported here because run.py needs no torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())

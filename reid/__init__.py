@@ -19,6 +19,7 @@ assembly builds, gathers and wires.
     logs.py                     where lines go, and what happens where they cannot
     preemption.py               signals that ask a run to stop
     distributed.py              everything that knows there is more than one process
+    hardware.py                 what this machine's processor can do
     wrapping.py                 precision and wrapping, by accelerate
     sync_batchnorm.py           BatchNorm over the global batch
     start.py                    what is found out before a run builds anything
@@ -60,7 +61,6 @@ assembly builds, gathers and wires.
     embedding.py                the story of a folder of images that becomes a gallery
     gallery.py                  its files
     search.py                   the story of images that are looked for in it
-    nearest.py                  exact nearest neighbours (mathematics)
     export.py                   the story of a model that leaves for other programs
     export_checks.py            whether it still computes the same
     safetensors_files.py        checkpoints that cannot run code
@@ -96,12 +96,14 @@ assembly builds, gathers and wires.
     losses.py                   identity, batch-hard triplet, center (mathematics)
     criterion.py                which losses, over the global batch (assembly)
     optim.py                    parameter groups, optimiser, learning rate by the epoch
+    distances.py                distances of embeddings, block by block (mathematics)
     metrics.py                  CMC, mAP, mINP (mathematics)
     ranking.py                  the positions of the matches, by counting
     verification.py             TPR at FPR over all pairs
     single_shot.py              CUHK03's protocol of one gallery image of each identity
+    tables_text.py              tables of plain text
     per_query.py                the scores of every query as rows, of every camera as a table
-    neighbours.py               exact nearest neighbours among N images (mathematics)
+    neighbours.py               exact nearest neighbours among N images, or of queries in a gallery (mathematics)
     reranking.py                k-reciprocal re-ranking, sparse (mathematics)
     examples.py                 which queries to look at, and what they find (mathematics)
     pictures.py                 batches, rankings and CMC curves drawn (mathematics)

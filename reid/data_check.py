@@ -26,6 +26,7 @@ from reid.data.tables import COLUMNS, SPLITS
 from reid.errors import ReidError, SettingsError
 from reid.logs import answer
 from reid.process.files import printable
+from reid.tables_text import format_table
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
@@ -116,7 +117,7 @@ def _describe_parts(name: str, root_dir: Path, options: BenchmarkOptions) -> Non
 
 def _rows(benchmark: Benchmark, options: BenchmarkOptions) -> list[str]:
     counts = documented(benchmark.name, options)
-    rows = [f"    {'':<9}{'ids':>8}{'images':>10}{'cameras':>9}   documented"]
+    rows = [["", "ids", "images", "cameras", "documented"]]
     for name, split in benchmark.splits.items():
         if len(split):
             num_pids, num_cameras = len(np.unique(split.pids)), len(np.unique(split.camids))
@@ -124,8 +125,8 @@ def _rows(benchmark: Benchmark, options: BenchmarkOptions) -> list[str]:
             if name in counts:
                 pids, images = counts[name]
                 known = f"{pids:,} ids" + (f", {images:,} images" if images else "")
-            rows.append(f"    {name:<9}{num_pids:>8,}{len(split):>10,}{num_cameras:>9,}   {known}")
-    return rows
+            rows.append([name, f"{num_pids:,}", f"{len(split):,}", f"{num_cameras:,}", known])
+    return [f"    {line}" for line in format_table(rows, "<>>><").splitlines()]
 
 
 def _unreadable_images(benchmark: Benchmark) -> list[str]:

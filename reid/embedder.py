@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -20,15 +20,13 @@ from reid.data.loaders import Batch
 from reid.data.preprocessing import BatchPreprocessor
 from reid.data.samplers import EvaluationBatches
 from reid.data.store import decode, pixels_of, reason_of
+from reid.distances import Distance, prepare_embeddings
 from reid.errors import DataError, NonFiniteError, shared
-from reid.metrics import prepare_embeddings
 from reid.model import ReIDModel
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from yacs.config import CfgNode
-
-Distance = Literal["cosine", "euclidean"]
 
 _AHEAD = 2  # batches that are decoded while one is embedded
 

@@ -19,7 +19,7 @@ from reid.config.load import dump
 from reid.data.splits import IMAGE_SUFFIXES
 from reid.embedder import ImageEmbedder, distance_of
 from reid.errors import DataError
-from reid.gallery import EmbeddingFile, Facts, write_gallery, write_unreadable, writing_embeddings
+from reid.gallery import EmbeddingFile, Metadata, write_gallery, write_unreadable, writing_embeddings
 from reid.handlers.watchdog import Watchdog
 from reid.preemption import Signals
 from reid.process.files import printable
@@ -75,8 +75,8 @@ def embed(
         _on_main(lambda: _tell_unreadable(out, folder, names, unreadable, strict=strict))
         _on_main(files.close)
     readable = [name for place, name in enumerate(names) if place not in unreadable]
-    facts = _facts(cfg, trained, root, len(readable), len(unreadable))
-    _on_main(lambda: write_gallery(out, readable, facts))
+    metadata = _metadata(cfg, trained, root, len(readable), len(unreadable))
+    _on_main(lambda: write_gallery(out, readable, metadata))
     seconds = time.monotonic() - start
     logger.info("%s: %d images in %.1f s (%.0f images/s)", out, len(readable), seconds, len(names) / seconds)
 
@@ -148,12 +148,12 @@ def _tell_unreadable(out: Path, folder: str, names: Sequence[str], unreadable: d
     logger.warning("warning: %s; they are left out", words)
 
 
-def _facts(cfg: CfgNode, trained: Trained, root: Path, num_images: int, num_unreadable: int) -> Facts:
+def _metadata(cfg: CfgNode, trained: Trained, root: Path, num_images: int, num_unreadable: int) -> Metadata:
     weight = str(trained.file.resolve())
     settings = cfg.clone()
     settings.defrost()
     settings.TEST.WEIGHT = weight  # found from any folder
-    return Facts(
+    return Metadata(
         folder=str(root.resolve()),
         num_images=num_images,
         num_features=trained.model.num_features,

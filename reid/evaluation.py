@@ -15,15 +15,15 @@ from reid import distributed
 from reid.data.loaders import TestData, build_test_data
 from reid.data.preprocessing import BatchPreprocessor
 from reid.data.sets import DataSets
-from reid.embedder import Distance, EmbeddingBatch, build_embedder, distance_of
+from reid.distances import Distance, Distances, embedding_distances, prepare_embeddings
+from reid.embedder import EmbeddingBatch, build_embedder, distance_of
 from reid.errors import DataError, NonFiniteError, shared
 from reid.metrics import (
-    Distances,
     Labels,
     NoMatchError,
+    Protocol,
     RetrievalScores,
-    embedding_distances,
-    prepare_embeddings,
+    Share,
     query_blocks,
     score,
 )
@@ -74,9 +74,9 @@ class Evaluator:
         self._beat, self._is_stopped, self._on_scored = beat, is_stopped, on_scored
         self._distance: Distance = distance_of(cfg)
         self._num_features = model.num_features
-        self._fprs: tuple[float, ...] = cfg.TEST.FPR
         choice = cfg.TEST.SINGLE_GALLERY_SHOT
-        self._single_gallery_shot = data.single_gallery_shot if choice == "auto" else choice == "yes"
+        is_single_shot = data.single_gallery_shot if choice == "auto" else choice == "yes"
+        self._protocol = Protocol(fprs=cfg.TEST.FPR, single_gallery_shot=is_single_shot)
         test = cfg.TEST
         parameters = test.RE_RANKING_K1, test.RE_RANKING_K2, test.RE_RANKING_LAMBDA
         self._re_ranking: tuple[int, int, float] | None = parameters if test.RE_RANKING else None
@@ -95,13 +95,7 @@ class Evaluator:
         """
         distributed.broadcast_buffers(self._model)
         distances = self._distances(self._embed())
-        scores = score_queries(
-            distances,
-            self._data.query,
-            self._data.gallery,
-            fprs=self._fprs,
-            single_gallery_shot=self._single_gallery_shot,
-        )
+        scores = score_queries(distances, self._data.query, self._data.gallery, self._protocol)
         self._on_scored(self._data, distances, scores)
         return scores
 
@@ -198,40 +192,25 @@ def report_queries(folder: RunDirectory, data: Mapping[str, TestData], scores: S
         logger.info("%s%s", heading, camera_table(scores_by_camera(of_one.per_query, test.query.camids)))
 
 
-def score_queries(
-    distances: Distances,
-    query: Labels,
-    gallery: Labels,
-    *,
-    fprs: Sequence[float] = (),
-    single_gallery_shot: bool = False,
-) -> RetrievalScores:
+def score_queries(distances: Distances, query: Labels, gallery: Labels, protocol: Protocol) -> RetrievalScores:
     """Scores of all queries, each block computed on one rank; called by all ranks with the same arguments.
 
     Args:
         distances: from any of the functions that give them.
         query: of Q images.
         gallery: of G images.
-        fprs: as in `retrieval_scores`.
-        single_gallery_shot: as in `retrieval_scores`.
+        protocol: options of the scores.
 
     Raises:
         DataError: no query has a match.
     """
     device = distances.offset.device
     num_queries = len(query.pids)
-    own_blocks = list(query_blocks(num_queries, len(gallery.pids)))[distributed.rank() :: distributed.num_ranks()]
+    own_blocks = query_blocks(num_queries, len(gallery.pids))[distributed.rank() :: distributed.num_ranks()]
+    gather = partial(_gather, own_blocks=own_blocks, num_queries=num_queries, device=device)
+    share = Share(own_blocks, gather, distributed.sum_over_ranks)
     try:
-        return score(
-            distances,
-            query.to(device),
-            gallery.to(device),
-            blocks=own_blocks,
-            gather=lambda own: _gather(own, own_blocks, num_queries, device),
-            add_up=distributed.sum_over_ranks,
-            fprs=fprs,
-            single_gallery_shot=single_gallery_shot,
-        )
+        return score(distances, query.to(device), gallery.to(device), protocol, share)
     except NoMatchError as error:
         raise shared(
             DataError(f"{error}; check the camera and identity numbers in the file names", key="DATASETS.ROOT_DIR")

@@ -1,4 +1,4 @@
-"""Which queries are worth looking at, and what stands first in their rankings; pure."""
+"""Selected queries and the first images of their rankings."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ import numpy as np
 from torch import Tensor
 
 from reid.data.randomness import random_bits
-from reid.metrics import Distances, Labels, query_blocks
+from reid.distances import Distances
+from reid.metrics import Labels, query_blocks
 from reid.ranking import QueryScores
 
-_EXAMPLES = 48  # a number of its own, so that no other purpose shares these random numbers (see data/augment.py)
+_EXAMPLES = 48  # separates these random numbers from all others (see data/augment.py)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A query and the head of its ranking, as the scores see it.
+    """A query and the first images of its ranking.
 
     Attributes:
-        query: its position among the queries.
-        gallery: positions of the k closest gallery images that the protocol keeps, the closest first.
-        distances: of them, comparable over queries.
-        is_match: whether they are of the query's identity.
+        query: Index of the query.
+        gallery: Indices of the k nearest gallery images that the protocol keeps, nearest first.
+        distances: Distances of these images, comparable over queries.
+        is_match: Whether each of these images is of the query's identity.
     """
 
     query: int
@@ -33,38 +34,38 @@ class Example:
 
 
 def seeded_queries(scores: QueryScores, num: int, seed: int) -> list[int]:
-    """Random queries with a match, ascending; the same for any model."""
+    """Return random queries with a match in ascending order; they are equal for every model."""
     valid = np.flatnonzero(scores.first_match.cpu().numpy() >= 0)
     keys = random_bits(seed, _EXAMPLES, valid)
     return sorted(valid[np.argsort(keys, kind="stable")[:num]].tolist())
 
 
 def worst_queries(scores: QueryScores, num: int) -> list[int]:
-    """The queries of the lowest AP, the worst first, of equals the one that stands first."""
+    """Return the queries with the lowest AP, worst first; queries of equal AP are in their order."""
     valid = np.flatnonzero(scores.first_match.cpu().numpy() >= 0)
     precision = scores.average_precision.cpu().numpy()[valid]
-    found: list[int] = valid[np.argsort(precision, kind="stable")[:num]].tolist()
-    return found
+    worst: list[int] = valid[np.argsort(precision, kind="stable")[:num]].tolist()
+    return worst
 
 
 def find_examples(
     queries: Sequence[int], distances: Distances, query: Labels, gallery: Labels, num: int = 10
 ) -> list[Example]:
-    """What stands first in the rankings of these queries.
+    """Return the first images of the rankings of some queries.
 
-    A query's distances are computed with the whole block that it was scored in, so that they are the same to the bit;
-    of equals the image that stands first comes first.
+    Distances are computed for the complete block in which the query was scored, so that they are equal bit for bit.
+    Images at equal distance are in gallery order.
 
     Args:
-        queries: positions among the queries.
-        distances: of all queries.
-        query: of all of them.
-        gallery: of all images.
-        num: k, the most to find for each.
+        queries: Indices of the queries.
+        distances: Distances of all queries.
+        query: Labels of all queries.
+        gallery: Labels of all gallery images.
+        num: Largest number k of images for each query.
     """
     device = distances.offset.device
     query, gallery = query.to(device), gallery.to(device)
-    found = {}
+    examples = {}
     for block in query_blocks(len(query.pids), len(gallery.pids)):
         inside = [number for number in queries if block.start <= number < block.stop]
         if not inside:
@@ -72,8 +73,8 @@ def find_examples(
         rows = distances.of_block(block)
         for number in inside:
             row, offset = rows[number - block.start], distances.offset[number]
-            found[number] = _example(number, row, offset, query, gallery, num)
-    return [found[number] for number in queries]
+            examples[number] = _example(number, row, offset, query, gallery, num)
+    return [examples[number] for number in queries]
 
 
 def _example(number: int, row: Tensor, offset: Tensor, query: Labels, gallery: Labels, num: int) -> Example:
@@ -89,12 +90,12 @@ def _example(number: int, row: Tensor, offset: Tensor, query: Labels, gallery: L
 
 
 def query_table(scores: QueryScores, query: Labels, names: Sequence[str]) -> tuple[list[str], list[list[object]]]:
-    """Columns and rows of a table of the queries with a match, the lowest AP first.
+    """Return columns and rows of a table of the queries with a match, lowest AP first.
 
     Args:
-        scores: of Q queries.
-        query: pids and camids of them.
-        names: of their files.
+        scores: Scores of Q queries.
+        query: Labels of the queries.
+        names: File names of the queries.
     """
     columns = ["query", "pid", "camid", "AP", "INP", "first_match_rank"]
     order = worst_queries(scores, len(names))

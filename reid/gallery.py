@@ -1,4 +1,4 @@
-"""A gallery on disk: embeddings that numpy and faiss can map, the images that they are of, and what made them."""
+"""A gallery on disk: embeddings in a file that numpy can map, the paths of their images, and metadata."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from reid.errors import DataError
 from reid.process.files import atomic_write, disk_errors, write_text
 
 FORMAT_VERSION = 1
-EMBEDDINGS, IMAGES, FACTS, UNREADABLE = "embeddings.npy", "images.csv", "gallery.json", "unreadable.txt"
+EMBEDDINGS, IMAGES, METADATA, UNREADABLE = "embeddings.npy", "images.csv", "gallery.json", "unreadable.txt"
 
 _COLUMNS = ("path", "pid", "camid")
 _REMEDY = "make the gallery with launch/embed.py"
@@ -27,9 +27,9 @@ _WRITTEN_BY, _READ_BY = "--output", "--gallery"  # options that name the folder
 
 
 class GalleryImage(NamedTuple):
-    """One image; who and where only if its file name states it."""
+    """One image; identity and camera are None unless its file name states them."""
 
-    path: str  # below the gallery's folder of images, with slashes
+    path: str  # relative to the folder of images, with slashes
     pid: int | None
     camid: int | None  # counted from 0
 
@@ -40,20 +40,20 @@ class GalleryImage(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What gallery.json says.
+class Metadata:
+    """Content of gallery.json.
 
     Attributes:
-        folder: that the images' paths are below, absolute.
-        num_images: G.
-        num_features: D.
-        num_unreadable: images that were left out.
-        distance: by which embeddings compare.
-        normalised: whether they are of length 1, so that their inner product is the cosine.
-        weight: the checkpoint, absolute.
-        checksum: of its weights.
-        config: all settings, as YAML.
-        format_version: of these files.
+        folder: Absolute path of the folder of images.
+        num_images: Number G of embeddings.
+        num_features: Length D of an embedding.
+        num_unreadable: Number of images left out because they cannot be read.
+        distance: Distance between embeddings.
+        normalised: Whether embeddings have length 1, so that their inner product is the cosine.
+        weight: Absolute path of the checkpoint.
+        checksum: Checksum of the weights.
+        config: All settings, as YAML.
+        format_version: Version of the gallery's files.
     """
 
     folder: str
@@ -69,19 +69,19 @@ class Facts:
 
 
 class Gallery(NamedTuple):
-    """A gallery as it was read."""
+    """A gallery read from disk."""
 
-    facts: Facts
-    embedding: NDArray[np.float32]  # [G, D], memory-mapped
+    metadata: Metadata
+    embedding: NDArray[np.float32]  # [G, D], memory-mapped copy-on-write
     images: tuple[GalleryImage, ...]  # G
 
 
 class EmbeddingFile:
-    """`embeddings.npy`, float32 [G, D], while it is written; G is known at the end.
+    """Writer of `embeddings.npy`, float32 [G, D], where G is known only at the end.
 
     Args:
-        file: open for writing.
-        num_features: D.
+        file: Stream open for writing.
+        num_features: Length D of an embedding.
     """
 
     def __init__(self, file: io.BufferedWriter, num_features: int) -> None:
@@ -89,10 +89,10 @@ class EmbeddingFile:
         self._file.write(self._header())
 
     def append(self, rows: NDArray[np.float32]) -> None:
-        """More rows [n, D]; written through the file and not a map, which a full disk would answer with SIGBUS.
+        """Write more rows [n, D], by the file and not by a memory map, where a full disk raises SIGBUS.
 
         Raises:
-            WorldError: they cannot be written.
+            WorldError: The rows cannot be written.
         """
         with disk_errors(Path(self._file.name).parent, key=_WRITTEN_BY):
             self._file.write(np.ascontiguousarray(rows, dtype="<f4").tobytes())
@@ -104,7 +104,7 @@ class EmbeddingFile:
         self._file.close()
 
     def _header(self) -> bytes:
-        """Of the same length for any number of rows, as numpy leaves room for that number to grow."""
+        """Return the header; numpy pads it, so that its length is the same for any number of rows."""
         stream = io.BytesIO()
         shape = (self._num_rows, self._num_features)
         np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": shape})
@@ -113,39 +113,39 @@ class EmbeddingFile:
 
 @contextmanager
 def writing_embeddings(folder: Path, num_features: int) -> Iterator[EmbeddingFile]:
-    """The embeddings of a new gallery; those of an older one in this folder stay until the end, and then go.
+    """Write the embeddings of a new gallery, which replace those of an older one in the folder at the end.
 
     Raises:
-        WorldError: the folder cannot be written to.
+        WorldError: The folder cannot be written to.
     """
     with disk_errors(folder, key=_WRITTEN_BY):
         folder.mkdir(parents=True, exist_ok=True)
         for unfinished in folder.glob(".embeddings.*.tmp.npy"):
-            unfinished.unlink(missing_ok=True)  # of a process that was killed while it wrote
+            unfinished.unlink(missing_ok=True)  # left by a process that was killed while writing
     with atomic_write(folder / EMBEDDINGS, key=_WRITTEN_BY) as temporary:
         with temporary.open("wb") as stream:
             file = EmbeddingFile(stream, num_features)
             yield file
             file.close()
-        (folder / FACTS).unlink(missing_ok=True)  # of the older one: gallery.json always tells of its neighbours
+        (folder / METADATA).unlink(missing_ok=True)  # it would describe the replaced embeddings
 
 
-def write_gallery(folder: Path, paths: Sequence[str], facts: Facts) -> None:
-    """The rest of a gallery, beside its embeddings.
+def write_gallery(folder: Path, paths: Sequence[str], metadata: Metadata) -> None:
+    """Write the paths and the metadata of a gallery beside its embeddings.
 
     Raises:
-        WorldError: the folder cannot be written to.
+        WorldError: The folder cannot be written to.
     """
     rows = [GalleryImage.of(path) for path in paths]
     with atomic_write(folder / IMAGES, key=_WRITTEN_BY) as temporary, _open_text(temporary, "w") as stream:
         writer = csv.writer(stream, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
         writer.writerow(_COLUMNS)
         writer.writerows(rows)
-    write_text(folder / FACTS, json.dumps(asdict(facts), indent=2) + "\n", key=_WRITTEN_BY)
+    write_text(folder / METADATA, json.dumps(asdict(metadata), indent=2) + "\n", key=_WRITTEN_BY)
 
 
 def write_unreadable(folder: Path, lines: Sequence[str]) -> Path:
-    """The list of images that are not in the gallery; none where all are."""
+    """Write the list of images left out of the gallery, or remove it if there are none; return its path."""
     file = folder / UNREADABLE
     with disk_errors(file, key=_WRITTEN_BY):
         file.unlink(missing_ok=True)
@@ -155,20 +155,20 @@ def write_unreadable(folder: Path, lines: Sequence[str]) -> Path:
     return file
 
 
-def read_facts(folder: Path) -> Facts:
-    """What gallery.json in `folder` says.
+def read_metadata(folder: Path) -> Metadata:
+    """Return the content of gallery.json in `folder`.
 
     Raises:
-        DataError: there is none, or one of another format.
+        DataError: The file is missing, damaged or of another format.
     """
-    file = folder / FACTS
+    file = folder / METADATA
     try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if found["format_version"] != FORMAT_VERSION:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if content["format_version"] != FORMAT_VERSION:
             raise DataError(
-                f"{file} must be of format {FORMAT_VERSION}, got {found['format_version']}; {_REMEDY}", key=_READ_BY
+                f"{file} must be of format {FORMAT_VERSION}, got {content['format_version']}; {_REMEDY}", key=_READ_BY
             )
-        return Facts(**{field.name: found[field.name] for field in fields(Facts)})
+        return Metadata(**{field.name: content[field.name] for field in fields(Metadata)})
     except OSError as error:
         reason = f"{file} cannot be read ({error.strerror})"
         raise DataError(f"{folder} must hold a gallery, but {reason}; {_REMEDY}", key=_READ_BY) from error
@@ -181,35 +181,35 @@ def read_facts(folder: Path) -> Facts:
 
 
 def read_gallery(folder: Path) -> Gallery:
-    """The gallery in `folder`.
+    """Return the gallery in `folder`.
 
     Raises:
-        DataError: its files are missing or do not belong together.
+        DataError: Its files are missing, damaged or do not belong together.
     """
-    facts = read_facts(folder)
+    metadata = read_metadata(folder)
     try:
-        embedding = np.load(folder / EMBEDDINGS, mmap_mode="r")
+        embedding = np.load(folder / EMBEDDINGS, mmap_mode="c")
         with _open_text(folder / IMAGES, "r") as stream:
             rows = list(csv.DictReader(stream))
         images = tuple(GalleryImage(row["path"], _number(row["pid"]), _number(row["camid"])) for row in rows)
     except (OSError, EOFError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise DataError(
-            f"{folder} must hold a whole gallery, but is damaged ({error}); {_REMEDY}", key=_READ_BY
+            f"{folder} must hold a complete gallery, but is damaged ({error}); {_REMEDY}", key=_READ_BY
         ) from error
-    shape = (facts.num_images, facts.num_features)
+    shape = (metadata.num_images, metadata.num_features)
     if embedding.shape != shape or embedding.dtype != np.float32 or len(images) != len(embedding):
         raise DataError(
             f"{folder} must hold {shape[0]} embeddings (float32) of {shape[1]} features and as many images, but holds "
             f"{embedding.dtype} {list(embedding.shape)} and {len(images)} images; {_REMEDY}",
             key=_READ_BY,
         )
-    return Gallery(facts, embedding, images)
+    return Gallery(metadata, embedding, images)
 
 
 def _open_text(file: Path, mode: Literal["r", "w"]) -> Any:
-    """File names that are no valid text come back as they were."""
+    """Open a file so that names that are not valid text are read as they were written."""
     return file.open(mode, encoding="utf-8", errors="surrogateescape", newline="")
 
 
-def _number(word: str) -> int | None:
-    return int(word) if word else None
+def _number(text: str) -> int | None:
+    return int(text) if text else None

@@ -169,7 +169,7 @@ def _prepare(story: str, words: Words, cfg: CfgNode) -> tuple[CfgNode, Callable[
         "check": _Story(preflight.check),
         "export": _Story(export.export, recorded.of_checkpoint),
         "embed": _Story(embedding.embed, recorded.of_checkpoint),
-        "search": _Story(search.search, recorded.of_gallery),
+        "search": _Story(search.search, search.recorded_settings),
     }
     recorded_by = _nothing_recorded if words.config_file else stories[story].recorded
     at_wandb = weight_file.is_at_wandb(cfg)  # fetched by one rank for all, which have to meet before

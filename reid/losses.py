@@ -10,7 +10,7 @@ _TINY = 1e-12  # smallest squared distance: the square root has no gradient at 0
 
 
 def label_smoothed_cross_entropy(logits: Tensor, pids: Tensor, epsilon: float = 0.1) -> tuple[Tensor, Tensor]:
-    """Cross entropy against (1 - epsilon) * one-hot + epsilon / C.
+    """Return the cross entropy against the targets (1 - epsilon) * one-hot + epsilon / C.
 
     Args:
         logits: [B, C].
@@ -55,7 +55,7 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def batch_hard_triplet(feat: Tensor, pids: Tensor, margin: float | None) -> tuple[Tensor, Tensor]:
-    """Triplet loss with the hardest positive and negative of each anchor.
+    """Return the triplet loss with the hardest positive and negative of each anchor.
 
     Args:
         feat: [B, D].
@@ -74,7 +74,7 @@ def batch_hard_triplet(feat: Tensor, pids: Tensor, margin: float | None) -> tupl
 
 
 def center_loss(feat: Tensor, pids: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared Euclidean distance of every feature to the center of its identity.
+    """Return the squared Euclidean distance of every feature to the center of its identity.
 
     Args:
         feat: [B, D].

@@ -1,30 +1,28 @@
-"""CMC, mAP, mINP and TPR at FPR from embeddings or distances, exact, in blocks of queries, without sorting; pure.
+"""CMC, mAP, mINP and TPR at FPR of a retrieval, exact, from embeddings or distances, in blocks of queries.
 
-The protocol of Market-1501 as reid-strong-baseline computes it: gallery images of the query's identity on the query's
-own camera are left out; a query without any other match is not valid and counts nowhere, but for its pairs in TPR at
-FPR; distractors stay as negatives; AP is the mean precision at the matches (not interpolated). Among gallery images at
-equal distance the one that stands first comes first.
+The protocol is that of Market-1501 as reid-strong-baseline computes it. Gallery images of the query's identity on the
+query's own camera are left out. A query without any other match is not valid and counts nowhere, except for its
+negative pairs in TPR at FPR. Distractors stay as negatives. AP is the mean precision at the matches, not interpolated.
+Gallery images at equal distance are ranked in gallery order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from reid.distances import Distance, Distances, as_tensor, embedding_distances, prepare_pair
 from reid.ranking import QueryScores, concatenate, rank_matches
 from reid.single_shot import NUM_REPEATS, single_shot_positions
-from reid.verification import count_digits, no_counts, num_digits, ordered_keys, tpr_at_fpr
+from reid.verification import NUM_BINS, count_pairs, num_levels, ordered_keys, tpr_at_fpr
 
-# Queries are ranked in blocks of a fixed size, so that the matrix product of a query never depends on how queries are
-# shared out; fewer where the gallery is large, so that a block's distances take 67 MB at most (and all else five times
-# that).
+# A block has a fixed number of queries, so that a query's matrix product does not depend on the number of ranks. It has
+# fewer for a large gallery: the distances of a block take at most 67 MB, and everything else five times as much.
 QUERY_BLOCK, BLOCK_ELEMENTS = 256, 2**24
 
 
@@ -42,10 +40,10 @@ class RetrievalScores:
     num_valid_queries: int
     num_queries: int
     per_query: QueryScores
-    tpr_at_fpr: Mapping[float, float] = field(default_factory=dict)  # over all pairs that the protocol keeps
+    tpr_at_fpr: Mapping[float, float] = field(default_factory=dict)  # by FPR, over all pairs that the protocol keeps
 
     def summary(self) -> dict[str, float]:
-        """mAP, mINP, rank-1, rank-5, rank-10, TPR at FPR and the numbers of queries, by the keys of result.json."""
+        """Return mAP, mINP, rank-1, rank-5, rank-10, TPR at FPR and numbers of queries by the keys of result.json."""
         ranks = {f"rank-{k}": float(self.cmc[k - 1]) for k in (1, 5, 10) if k <= len(self.cmc)}
         rates = {f"TPR@FPR={fpr!r}": tpr for fpr, tpr in self.tpr_at_fpr.items()}
         counts = {"num_valid_queries": self.num_valid_queries, "num_queries": self.num_queries}
@@ -60,43 +58,50 @@ def retrieval_scores(
     g_pids: ArrayLike | Tensor,
     g_camids: ArrayLike | Tensor,
     *,
-    distance: Literal["cosine", "euclidean"] = "cosine",
+    distance: Distance = "cosine",
     max_rank: int = 50,
     fprs: Sequence[float] = (),
     single_gallery_shot: bool = False,
 ) -> RetrievalScores:
-    """Ranks the gallery for every query by the distance of embeddings.
+    """Rank the gallery for every query by the distance of embeddings, and score the rankings.
+
+    All arguments may be tensors, numpy arrays or lists.
 
     Args:
-        q_embedding: [Q, D].
-        q_pids: [Q].
-        q_camids: [Q].
-        g_embedding: [G, D].
-        g_pids: [G].
-        g_camids: [G].
-        distance: "cosine" compares directions only.
-        max_rank: length of the CMC curve; beyond the gallery's size the curve stays at its last value.
-        fprs: the false positive rates, from 0 to less than 1, at which TPR is wanted, see `reid.verification`.
-        single_gallery_shot: the CMC curve is that of one image of each identity, see `reid.single_shot`; all else
-            stays over the whole gallery.
+        q_embedding: [Q, D] embeddings of the queries.
+        q_pids: [Q] identities of the queries.
+        q_camids: [Q] cameras of the queries.
+        g_embedding: [G, D] embeddings of the gallery.
+        g_pids: [G] identities of the gallery.
+        g_camids: [G] cameras of the gallery.
+        distance: "cosine" (embeddings of any length) or "euclidean".
+        max_rank: Length of the CMC curve; beyond the gallery's size it stays at its last value.
+        fprs: False positive rates, from 0 to less than 1, at which TPR is computed, see `reid.verification`.
+        single_gallery_shot: Compute the CMC curve against one image of each identity, see `reid.single_shot`.
+
+    Returns:
+        Scores with `mAP`, `mINP`, `cmc` (float64 [max_rank]) and `num_valid_queries`; fractions, not percentages.
 
     Raises:
-        ValueError: no query has a match, shapes disagree, an embedding is not finite, or the distance is unknown.
+        ValueError: No query has a match (`NoMatchError`), shapes disagree, an embedding is not finite, or an option is
+            out of range.
+
+    Source: Zheng et al., Scalable Person Re-identification: A Benchmark, ICCV 2015; mINP: Ye et al., Deep Learning for
+        Person Re-identification: A Survey and Outlook, arXiv 2001.04193.
+
+    Example:
+        >>> scores = retrieval_scores([[1, 0]], [7], [0], [[0, 1], [2, 1]], [8, 7], [1, 1])
+        >>> scores.mAP, scores.cmc[0].item(), scores.num_valid_queries
+        (1.0, 1.0, 1)
     """
-    if distance not in ("cosine", "euclidean"):
-        raise ValueError(f"distance must be cosine or euclidean, got {distance!r}")
-    given = _as_tensor(q_embedding), _as_tensor(g_embedding)
-    device = given[1].device
-    query, gallery = Labels.of(q_pids, q_camids).to(device), Labels.of(g_pids, g_camids).to(device)
-    dtype = torch.promote_types(given[0].dtype, given[1].dtype)
-    q, g = (prepare_embeddings(embedding.to(dtype), distance) for embedding in given)
-    if (len(q), len(g)) != (len(query.pids), len(gallery.pids)) or q.shape[1] != g.shape[1]:
+    q, g = prepare_pair(q_embedding, g_embedding, distance)
+    query, gallery = Labels.of(q_pids, q_camids).to(g.device), Labels.of(g_pids, g_camids).to(g.device)
+    if (len(q), len(g)) != (len(query.pids), len(gallery.pids)):
         raise ValueError(
             f"embeddings must be [Q, D] and [G, D] with Q = {len(query.pids)} and G = {len(gallery.pids)} pids, "
             f"got {list(q.shape)} and {list(g.shape)}"
         )
-    distances = embedding_distances(q, g, distance)
-    return score(distances, query, gallery, max_rank=max_rank, fprs=fprs, single_gallery_shot=single_gallery_shot)
+    return score(embedding_distances(q, g, distance), query, gallery, Protocol(max_rank, fprs, single_gallery_shot))
 
 
 def scores_from_distmat(
@@ -110,8 +115,29 @@ def scores_from_distmat(
     fprs: Sequence[float] = (),
     single_gallery_shot: bool = False,
 ) -> RetrievalScores:
-    """The same from a distance matrix [Q, G], where smaller is closer; see `retrieval_scores`."""
-    matrix = _as_tensor(distmat)
+    """Rank the gallery for every query by given distances, and score the rankings.
+
+    Args:
+        distmat: [Q, G] distances, smaller is closer; for example those of `reid.reranking.k_reciprocal`.
+        q_pids: [Q] identities of the queries; this and all further arguments are those of `retrieval_scores`.
+        q_camids: [Q] cameras of the queries.
+        g_pids: [G] identities of the gallery.
+        g_camids: [G] cameras of the gallery.
+        max_rank: Length of the CMC curve.
+        fprs: False positive rates.
+        single_gallery_shot: Protocol of the CMC curve.
+
+    Returns:
+        Scores as of `retrieval_scores`.
+
+    Raises:
+        ValueError: As of `retrieval_scores`, or a distance is NaN.
+
+    Example:
+        >>> scores_from_distmat([[0.2, 0.1, 0.3]], [7], [0], [7, 8, 7], [1, 1, 2]).mAP  # (1/2 + 2/3) / 2
+        0.5833333333333333
+    """
+    matrix = as_tensor(distmat)
     if matrix.dtype != torch.float32:
         matrix = matrix.double()
     device = matrix.device
@@ -121,12 +147,7 @@ def scores_from_distmat(
     if matrix.isnan().any():
         raise ValueError("distmat must not hold NaN")
     distances = Distances(lambda block: matrix[block], matrix.new_zeros(len(matrix)))
-    return score(distances, query, gallery, max_rank=max_rank, fprs=fprs, single_gallery_shot=single_gallery_shot)
-
-
-def _as_tensor(values: ArrayLike | Tensor) -> Tensor:
-    """The values; copied where torch cannot share them, as views with a negative stride."""
-    return values if isinstance(values, Tensor) else torch.as_tensor(np.ascontiguousarray(values))
+    return score(distances, query, gallery, Protocol(max_rank, fprs, single_gallery_shot))
 
 
 @dataclass(frozen=True)
@@ -138,7 +159,7 @@ class Labels:
 
     @classmethod
     def of(cls, pids: ArrayLike | Tensor, camids: ArrayLike | Tensor) -> Labels:
-        labels = cls(_as_tensor(pids), _as_tensor(camids))
+        labels = cls(as_tensor(pids), as_tensor(camids))
         if labels.pids.dim() != 1 or labels.pids.shape != labels.camids.shape:
             raise ValueError(
                 "pids and camids must be of one length and dimension, got shapes "
@@ -146,142 +167,109 @@ class Labels:
             )
         return labels
 
-    def take(self, part: slice) -> Labels:
-        return Labels(self.pids[part], self.camids[part])
-
     def to(self, device: torch.device) -> Labels:
         return Labels(self.pids.to(device), self.camids.to(device))
 
 
 @dataclass(frozen=True)
-class Distances:
-    """Distances of Q queries to the gallery, computed a block of queries at a time.
+class Protocol:
+    """Options of the scores, see `retrieval_scores`."""
+
+    max_rank: int = 50
+    fprs: Sequence[float] = ()
+    single_gallery_shot: bool = False
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of the queries that is ranked here, where others rank the rest.
 
     Attributes:
-        of_block: from a block of queries to [b, G], the same whenever it is asked; comparable within a row.
-        offset: [Q]; added to their rows, the distances of different queries are comparable too.
+        blocks: Blocks of `query_blocks` to rank here.
+        gather: Function of the scores of these blocks that returns those of all queries.
+        add_up: Function of the pair counts of these blocks that returns their sum over all blocks.
     """
 
-    of_block: Callable[[slice], Tensor]
-    offset: Tensor
+    blocks: Sequence[slice]
+    gather: Callable[[QueryScores], QueryScores] = lambda scores: scores
+    add_up: Callable[[Tensor], Tensor] = lambda counts: counts
 
 
-def query_blocks(num_queries: int, num_gallery: int) -> Iterator[slice]:
-    """The blocks of queries that are ranked together."""
+def query_blocks(num_queries: int, num_gallery: int) -> list[slice]:
+    """Return the blocks of queries that are ranked together."""
     size = min(QUERY_BLOCK, max(1, BLOCK_ELEMENTS // max(1, num_gallery)))
-    for start in range(0, num_queries, size):
-        yield slice(start, min(start + size, num_queries))
-
-
-def prepare_embeddings(embedding: Tensor, distance: Literal["cosine", "euclidean"]) -> Tensor:
-    """Floating, finite, and for the cosine distance of length 1: [N, D].
-
-    Raises:
-        ValueError: it is not two-dimensional, or a squared length is not finite.
-    """
-    if embedding.dim() != 2:
-        raise ValueError(f"embeddings must be [N, D], got shape {list(embedding.shape)}")
-    if embedding.dtype != torch.float64:
-        embedding = embedding.float()
-    if not embedding.square().sum(1).isfinite().all():  # nor NaN nor so large that distances would overflow
-        raise ValueError("embeddings and their squared lengths must be finite, got NaN or infinity")
-    return F.normalize(embedding) if distance == "cosine" else embedding
-
-
-def embedding_distances(
-    q_embedding: Tensor, g_embedding: Tensor, distance: Literal["cosine", "euclidean"]
-) -> Distances:
-    """Negative cosines or squared Euclidean distances, of embeddings as `prepare_embeddings` gives them.
-
-    The squared length of a query is its offset: it does not change its ranking, but would round it.
-    """
-    if distance == "cosine":
-        return Distances(lambda block: -q_embedding[block] @ g_embedding.T, q_embedding.new_zeros(len(q_embedding)))
-    squared_lengths = g_embedding.square().sum(1)
-    return Distances(
-        lambda block: torch.addmm(squared_lengths, q_embedding[block], g_embedding.T, alpha=-2),
-        q_embedding.square().sum(1),
-    )
+    return [slice(start, min(start + size, num_queries)) for start in range(0, num_queries, size)]
 
 
 def score(
     distances: Distances,
     query: Labels,
     gallery: Labels,
-    *,
-    blocks: Sequence[slice] | None = None,
-    gather: Callable[[QueryScores], QueryScores] = lambda own: own,
-    add_up: Callable[[Tensor], Tensor] = lambda own: own,
-    max_rank: int = 50,
-    fprs: Sequence[float] = (),
-    single_gallery_shot: bool = False,
+    protocol: Protocol,
+    share: Share | None = None,
 ) -> RetrievalScores:
-    """Scores of all queries, of which some blocks may be ranked elsewhere.
+    """Return the scores of all queries.
 
     Args:
-        distances: on the device of the labels.
-        query: of Q images.
-        gallery: of G images.
-        blocks: the ones of `query_blocks` to rank here; None: all of them.
-        gather: from the scores of these blocks to those of all queries.
-        add_up: from counts of the pairs of these blocks to those of all pairs.
-        max_rank: as in `retrieval_scores`.
-        fprs: as in `retrieval_scores`.
-        single_gallery_shot: as in `retrieval_scores`.
+        distances: Distances on the device of the labels.
+        query: Labels of Q images.
+        gallery: Labels of G images.
+        protocol: Options of the scores.
+        share: Part of the queries that is ranked here; None for all of them.
 
     Raises:
-        NoMatchError: no query is valid.
-        ValueError: a rate is not one.
+        NoMatchError: No query is valid.
+        ValueError: An option is out of range.
     """
-    blocks = list(query_blocks(len(query.pids), len(gallery.pids))) if blocks is None else blocks
-    pair_counts = no_counts(1, distances.offset.device)
+    share = share or Share(query_blocks(len(query.pids), len(gallery.pids)))
+    first_counts = _no_pairs(1, distances)
     parts = []
-    for block in blocks:
-        rows = distances.of_block(block)
-        same_pid, is_match = _pairs(query.take(block), gallery)
+    for block, rows, same_pid, is_match in _pairs(distances, query, gallery, share.blocks):
         part = rank_matches(rows, same_pid, is_match)
-        if single_gallery_shot:
+        if protocol.single_gallery_shot:
             query_ids = np.arange(block.start, block.stop)
             positions = single_shot_positions(rows, is_match, query.pids[block], query_ids, gallery.pids)
             part = replace(part, single_shot=positions)
-        if fprs:
-            pair_counts += count_digits(_keys(rows, distances, block), same_pid, is_match, 0, [0])
+        if protocol.fprs:
+            first_counts += count_pairs(_keys(rows, distances, block), same_pid, is_match, 0, [0])
         parts.append(part)
-    scores = gather(concatenate(parts, NUM_REPEATS if single_gallery_shot else 0))
+    scores = share.gather(concatenate(parts, NUM_REPEATS if protocol.single_gallery_shot else 0))
+    means = summarize(scores, protocol.max_rank)
+    if not protocol.fprs:
+        return means
 
-    def count(level: int, prefixes: Sequence[int]) -> Tensor:
-        own = pair_counts if level == 0 else _count_pairs(distances, query, gallery, blocks, level, prefixes)
-        return add_up(own)
+    def count(level: int, prefixes: list[int]) -> Tensor:
+        counts = first_counts if level == 0 else _no_pairs(len(prefixes), distances)
+        for block, rows, same_pid, is_match in _pairs(distances, query, gallery, share.blocks if level else ()):
+            counts += count_pairs(_keys(rows, distances, block), same_pid, is_match, level, prefixes)
+        return share.add_up(counts)
 
-    means = summarise(scores, max_rank=max_rank)
-    return replace(means, tpr_at_fpr=tpr_at_fpr(count, fprs, num_digits(distances.offset.dtype))) if fprs else means
+    return replace(means, tpr_at_fpr=tpr_at_fpr(count, protocol.fprs, num_levels(distances.offset.dtype)))
 
 
-def _count_pairs(
-    distances: Distances, query: Labels, gallery: Labels, blocks: Sequence[slice], level: int, prefixes: Sequence[int]
-) -> Tensor:
-    counts = no_counts(len(prefixes), distances.offset.device)
+def _pairs(
+    distances: Distances, query: Labels, gallery: Labels, blocks: Sequence[slice]
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Yield each block with its distances, which pairs have one pid, and which of them match: [b, G] each."""
     for block in blocks:
-        keys = _keys(distances.of_block(block), distances, block)
-        counts += count_digits(keys, *_pairs(query.take(block), gallery), level, prefixes)
-    return counts
+        same_pid = query.pids[block, None] == gallery.pids
+        is_match = same_pid & (query.camids[block, None] != gallery.camids)
+        yield block, distances.of_block(block), same_pid, is_match
 
 
 def _keys(rows: Tensor, distances: Distances, block: slice) -> Tensor:
     return ordered_keys(rows + distances.offset[block, None])
 
 
-def _pairs(query: Labels, gallery: Labels) -> tuple[Tensor, Tensor]:
-    """Which pairs are of one identity, and which of them on different cameras, matches: bool [b, G] each."""
-    same_pid = query.pids[:, None] == gallery.pids
-    return same_pid, same_pid & (query.camids[:, None] != gallery.camids)
+def _no_pairs(num_prefixes: int, distances: Distances) -> Tensor:
+    return torch.zeros((num_prefixes, 2, NUM_BINS), dtype=torch.int64, device=distances.offset.device)
 
 
-def summarise(scores: QueryScores, *, max_rank: int = 50) -> RetrievalScores:
-    """Means over the valid queries.
+def summarize(scores: QueryScores, max_rank: int) -> RetrievalScores:
+    """Return the means over the valid queries.
 
     Raises:
-        NoMatchError: no query is valid.
+        NoMatchError: No query is valid.
     """
     if max_rank < 1:
         raise ValueError(f"max_rank must be at least 1, got {max_rank}")

@@ -1,10 +1,12 @@
-"""Exact nearest neighbours among N images, at the speed of the matrix product, in memory linear in N; pure.
+"""Exact nearest neighbours, at the speed of the matrix product under them.
 
-A product proposes a row's nearest images; these are measured again pair by pair, and bounds on the rounding of the
-product say whether others can be as near. So a neighbour depends neither on the block nor on the rank that computes its
-row, equal images are at equal distance, and among images at equal distance the one that stands first is the nearer one.
-On CPUs that multiply bfloat16 faster, a product in bfloat16 proposes first; the rows that its wider bounds leave open
-are proposed for again.
+A product proposes the nearest images of a row. They are measured again pair by pair, and a bound on the rounding of the
+product shows whether another image can be as near. A neighbour therefore depends neither on the block nor on the rank
+that computes its row, equal images are at equal distance, and images at equal distance are in the order of their
+positions.
+
+`nearest` serves re-ranking: all N images against each other, in memory linear in N. `nearest_in_gallery` serves search:
+a few queries against a gallery that may be memory-mapped.
 """
 
 from __future__ import annotations
@@ -16,38 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PRODUCT_ROWS, PRODUCT_ELEMENTS = 512, 2**24  # of one matrix product; the rows are fewer where they are long
-SPARE = 16  # images proposed beyond the nearest that are wanted
-COARSE_SPARE, COARSE_FARTHEST = 64, 16  # by a product in bfloat16: beyond the nearest, and at the other end
-COARSE_UNIT = 1.02 * 2.0**-9  # relative rounding to bfloat16
-GATHERED_ELEMENTS = 2**24  # of rows that are copied for pairs
+from reid.distances import Distance
+from reid.metrics import query_blocks
 
-
-@dataclass(frozen=True)
-class Coarse:
-    """The images about their mean, in bfloat16."""
-
-    positions: Tensor  # bfloat16 [N, D]
-    squared_norm: Tensor  # float32 [N]
-    moved: Tensor  # float32 [N] by rounding
-    longest: float  # of all images
-    most_moved: float
-
-    @classmethod
-    def of(cls, positions: Tensor) -> Coarse:
-        rounded = torch.empty_like(positions, dtype=torch.bfloat16)
-        squared_norm, moved = (torch.empty(len(positions)) for _ in range(2))
-        mean = positions.mean(0)
-        for block in row_blocks(len(positions)):
-            exact = (positions[block] - mean).float()
-            rounded[block] = exact
-            squared_norm[block] = rounded[block].float().square().sum(1)
-            moved[block] = torch.linalg.vector_norm(exact - rounded[block], dim=1)
-        moved += 2.0**-22 * squared_norm.sqrt()  # by the rounding to float32
-        return cls(rounded, squared_norm, moved, float(squared_norm.max().sqrt()), float(moved.max()))
-
-    def part(self, rows: slice) -> Coarse:
-        return Coarse(self.positions[rows], self.squared_norm[rows], self.moved[rows], self.longest, self.most_moved)
+PRODUCT_ROWS, PRODUCT_ELEMENTS = 512, 2**24  # largest size of one matrix product
+SPARE = 16  # proposed images beyond the number of neighbours
+GATHERED_ELEMENTS = 2**24  # elements of the rows copied at once to measure pairs
 
 
 @dataclass(frozen=True)
@@ -56,16 +32,15 @@ class Points:
 
     positions: Tensor  # [N, D]
     squared_norm: Tensor  # [N]
-    coarse: Coarse | None = None  # where it is worth while
 
     @classmethod
     def of(cls, embedding: Tensor) -> Points:
-        """The points of embeddings [N, D], which are overwritten.
+        """Return the points of embeddings [N, D], which are overwritten.
 
-        The origin becomes the shortest embedding, so that |x|^2 + |y|^2 - 2 xy does not cancel more than the farthest
-        image of a row allows: either |x|^2 is at most 4 times its squared distance. A difference from the shortest is
-        rounded no more coarsely than the embeddings were, and where all are equal it is exactly 0. The scale is a power
-        of 2, so that no square over- or underflows; ratios of distances depend on neither.
+        The origin becomes the shortest embedding. Then |x|^2 is at most 4 times the squared distance of x to its
+        farthest image, so |x|^2 + |y|^2 - 2 xy cancels no more than that distance allows. Equal embeddings become
+        exactly 0. The scale is a power of 2 that keeps squares from over- and underflowing. Ratios of distances depend
+        on neither.
         """
         largest = torch.stack(torch.aminmax(embedding)).abs().max()
         _, largest_exponent = math.frexp(torch.finfo(embedding.dtype).max)
@@ -74,42 +49,36 @@ class Points:
         if embedding.is_cuda:
             return cls(embedding, torch.linalg.vector_norm(embedding, dim=1).square())
         every = torch.arange(len(embedding))
-        squared_norm = _sampled_product(embedding, embedding, torch.ones_like(every), every)
-        return cls(embedding, squared_norm, Coarse.of(embedding) if has_fast_bfloat16() else None)
+        return cls(embedding, _sampled_product(embedding, embedding, torch.ones_like(every), every))
 
     def __len__(self) -> int:
         return len(self.squared_norm)
 
     def part(self, rows: slice | Tensor) -> Points:
-        """Some of the points, without their coarse form."""
+        """Return some of the points."""
         return Points(self.positions[rows], self.squared_norm[rows])
 
 
-def has_fast_bfloat16() -> bool:
-    """Whether this CPU multiplies matrices in bfloat16 faster than in float32."""
-    return bool(torch.backends.mkldnn.is_available()) and torch.cpu._is_avx512_bf16_supported()  # type: ignore[no-untyped-call]
-
-
 def row_blocks(num_images: int) -> list[slice]:
-    """The blocks of the N images that are computed together, on whichever rank."""
+    """Return the blocks of the N images that are computed together, on any number of ranks."""
     size = min(PRODUCT_ROWS, max(1, PRODUCT_ELEMENTS // num_images))
     return [slice(start, min(start + size, num_images)) for start in range(0, num_images, size)]
 
 
 def squared_distances(rows: Points, columns: Points) -> Tensor:
-    """Squared distances [n, m] by one matrix product, not negative."""
+    """Return the squared distances [n, m] by one matrix product, clamped at 0."""
     product = torch.addmm(columns.squared_norm, rows.positions, columns.positions.T, alpha=-2)
     return product.add_(rows.squared_norm[:, None]).clamp_(min=0)
 
 
 def pair_distances(rows: Points, points: Points, counts: Tensor, columns: Tensor) -> Tensor:
-    """Squared distances of single pairs, each computed alike wherever it stands among the others.
+    """Return the squared distances of single pairs; a pair's distance does not depend on the other pairs.
 
     Args:
-        rows: the first images [b] of the pairs.
-        points: N images.
-        counts: [b] pairs of each first image.
-        columns: [sum of counts] the second images, row by row, in ascending order.
+        rows: First images [b] of the pairs.
+        points: All N images.
+        counts: [b] number of pairs of each first image.
+        columns: [sum of counts] second images, row by row, in ascending order.
 
     Returns:
         [sum of counts]; exactly 0 between equal images.
@@ -122,7 +91,7 @@ def pair_distances(rows: Points, points: Points, counts: Tensor, columns: Tensor
 
 
 def _gathered_distances(rows: Points, points: Points, counts: Tensor, columns: Tensor) -> Tensor:
-    """`pair_distances` where copies of the rows are cheap."""
+    """Compute `pair_distances` on a GPU, where copies of the rows are cheap."""
     owners = torch.repeat_interleave(counts)
     distances = torch.empty_like(columns, dtype=points.positions.dtype)
     size = max(1, GATHERED_ELEMENTS // points.positions.shape[1])
@@ -134,7 +103,7 @@ def _gathered_distances(rows: Points, points: Points, counts: Tensor, columns: T
 
 
 def _sampled_product(rows: Tensor, positions: Tensor, counts: Tensor, columns: Tensor) -> Tensor:
-    """Scalar products of single pairs on the CPU, in a tenth of the time that gathering the second rows would take."""
+    """Return the scalar products of single pairs on a CPU, ten times as fast as by gathering the second rows."""
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     shape = (len(rows), len(positions))
     with warnings.catch_warnings():
@@ -145,27 +114,17 @@ def _sampled_product(rows: Tensor, positions: Tensor, counts: Tensor, columns: T
 
 
 def nearest(points: Points, block: slice, count: int) -> tuple[Tensor, Tensor]:
-    """The nearest images of each row, the row itself among them, and how far the farthest is.
+    """Return the nearest images of each row, the row itself included, and the distance of its farthest image.
 
     Args:
-        points: N images.
-        block: rows of them.
-        count: at most N.
+        points: All N images.
+        block: Rows whose neighbours are computed.
+        count: Number of neighbours, at most N.
 
     Returns:
-        int64 [b, count], by distance, at equal distance by place; squared distances [b].
+        int64 [b, count] by distance, then by position; squared distances [b].
     """
     rows = points.part(block)
-    if points.coarse is None:
-        return _nearest_by_product(rows, points, count)
-    neighbours, farthest, is_certain = _nearest_by_coarse_product(rows, points, points.coarse.part(block), count)
-    left = (~is_certain).nonzero()[:, 0]
-    if len(left):
-        neighbours[left], farthest[left] = _nearest_by_product(rows.part(left), points, count)
-    return neighbours, farthest
-
-
-def _nearest_by_product(rows: Points, points: Points, count: int) -> tuple[Tensor, Tensor]:
     product = torch.addmm(points.squared_norm, rows.positions, points.positions.T, alpha=-2)  # + |row|^2 [b, N]
     proposed = product.topk(min(count + SPARE, len(points)), dim=1, largest=False, sorted=False)
     neighbours, last = _nearest_of_proposed(proposed.indices, rows, points, count)
@@ -178,69 +137,26 @@ def _nearest_by_product(rows: Points, points: Points, count: int) -> tuple[Tenso
 
 
 def _slack(rows: Points, distances: Tensor) -> Tensor:
-    """By how much a product and a measured pair can differ for an image at these squared distances [b] or nearer.
+    """Bound the difference between product and measured pair for images at these squared distances [b] or nearer.
 
-    A scalar product of D terms is off by at most D eps |x| |y| / 2, however it is summed, and the other image is not
-    longer than |x| + distance^(1/2). Both are off.
+    A scalar product of D terms is off by at most D eps |x| |y| / 2, in any order of summation, and the other image is
+    not longer than |x| + distance^(1/2). Both values are off.
     """
     unit = torch.finfo(distances.dtype).eps * (rows.positions.shape[1] + 8)
     return unit * (2 * rows.squared_norm.sqrt() + distances.sqrt()).square()
 
 
-def _nearest_by_coarse_product(
-    rows: Points, points: Points, coarse: Coarse, count: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `nearest`, and bool [b]: where no image that was not proposed can be as near or farther."""
-    assert points.coarse is not None
-    dots = coarse.positions @ points.coarse.positions.T  # bfloat16, although summed in float32
-    product = torch.add(points.coarse.squared_norm, dots, alpha=-2)  # + |row|^2 [b, N]
-    near = product.topk(min(count + COARSE_SPARE, len(points)), dim=1, largest=False, sorted=False)
-    neighbours, last = _nearest_of_proposed(near.indices, rows, points, count)
-    far = product.topk(min(COARSE_FARTHEST, len(points)), dim=1, sorted=False)
-    _, measured = _measure(far.indices, rows, points)
-    farthest = measured.amax(1)
-
-    # Whatever is as near as the last one is still within this reach when both have moved by rounding.
-    reach = (last + _slack(rows, last)).sqrt().float() + coarse.moved
-    norm = coarse.squared_norm.sqrt()
-    reach += (1.02 * COARSE_UNIT * (norm + reach)).clamp(max=coarse.most_moved)
-    limits = reach.square() + _coarse_slack(coarse, norm, reach) - coarse.squared_norm
-    is_certain = (near.values.amax(1) > limits) | (near.indices.shape[1] == len(points))
-    reach = (farthest.sqrt().float() - coarse.moved - coarse.most_moved).clamp(min=0)
-    limits = reach.square() - _coarse_slack(coarse, norm, reach) - coarse.squared_norm
-    is_certain &= (far.values.amin(1) < limits) | (far.indices.shape[1] == len(points))
-    return neighbours, farthest, is_certain
-
-
-def _coarse_slack(coarse: Coarse, norm: Tensor, reach: Tensor) -> Tensor:
-    """By how much a product in bfloat16 can be off from the square of a distance [b] between what is rounded.
-
-    Twice the scalar product is |x|^2 + |y|^2 - reach^2, where |y| is between | |x| - reach | and their sum. It is
-    summed in float32 and then rounded.
-    """
-    length = (norm + reach).clamp(max=coarse.longest)
-    largest = norm.square() + length.square() - reach.square()
-    smallest = 2 * norm * (norm - reach)
-    summing = 2.0**-24 * (coarse.positions.shape[1] + 8)
-    return COARSE_UNIT * torch.maximum(largest.abs(), smallest.abs()) + 1.02 * summing * (norm + length).square()
-
-
 def _nearest_of_proposed(proposed: Tensor, rows: Points, points: Points, count: int) -> tuple[Tensor, Tensor]:
-    """The nearest among the images [b, m] proposed for each row: [b, count], and the last one's distance [b]."""
-    columns, distances = _measure(proposed, rows, points)
+    """Return the nearest among the images [b, m] proposed for each row: [b, count], and the last one's distance [b]."""
+    columns = proposed.sort(dim=1).values
+    counts = columns.new_full((len(rows),), columns.shape[1])
+    distances = pair_distances(rows, points, counts, columns.flatten()).view(columns.shape)
     order = distances.argsort(dim=1, stable=True)[:, :count]
     return columns.gather(1, order), distances.gather(1, order[:, -1:])[:, 0]
 
 
-def _measure(proposed: Tensor, rows: Points, points: Points) -> tuple[Tensor, Tensor]:
-    """The images [b, m] proposed for each row, in ascending order, and their squared distances."""
-    columns = proposed.sort(dim=1).values
-    counts = columns.new_full((len(rows),), columns.shape[1])
-    return columns, pair_distances(rows, points, counts, columns.flatten()).view(columns.shape)
-
-
 def _nearest_of(candidates: Tensor, row: Points, points: Points, count: int) -> Tensor:
-    """The nearest among many candidates, which are given in ascending order: [count]."""
+    """Return the nearest among many candidates, given in ascending order: [count]."""
     best, distances = candidates[:0], row.squared_norm[:0]
     size = 2 * count
     while len(candidates):
@@ -249,7 +165,65 @@ def _nearest_of(candidates: Tensor, row: Points, points: Points, count: int) -> 
         best, distances = torch.cat([best, part]), torch.cat([distances, measured])
         order = distances.argsort(stable=True)[:count]
         best, distances = best[order], distances[order]
-        if len(best) == count and distances[-1] == 0:  # equal images: later ones stand behind
+        if len(best) == count and distances[-1] == 0:  # equal images; later ones rank behind them
             break
         size *= 2
     return best
+
+
+# ---- search ----
+
+
+def nearest_in_gallery(
+    q_embedding: Tensor, g_embedding: Tensor, count: int, *, distance: Distance
+) -> tuple[Tensor, Tensor]:
+    """Return the nearest gallery images of every query, measured in float64, nearest first.
+
+    Args:
+        q_embedding: float32 [Q, D], finite; of length 1 for the cosine distance.
+        g_embedding: float32 [G, D], likewise; may be memory-mapped.
+        count: Number k of images for each query; all G where there are fewer.
+        distance: "cosine" for 1 minus the inner product, "euclidean" for the distance itself.
+
+    Returns:
+        Distances float64 [Q, min(k, G)]; positions in the gallery int64, of the same shape. Images at equal distance
+        are in gallery order.
+    """
+    count, g_length = min(count, len(g_embedding)), torch.linalg.vector_norm(g_embedding, dim=1)
+    longest, g_square = float(g_length.max()), g_length.square()
+    costs, positions = [], []
+    for block in query_blocks(len(q_embedding), len(g_embedding)):
+        queries = q_embedding[block]
+        if distance == "cosine":
+            product = -queries @ g_embedding.T  # [b, G]
+        else:
+            product = torch.addmm(g_square, queries, g_embedding.T, alpha=-2) + queries.square().sum(1, keepdim=True)
+        proposed = product.topk(min(count + SPARE, len(g_embedding)), dim=1, largest=False, sorted=False)
+        for row, query in enumerate(queries):
+            candidates = proposed.indices[row].sort().values
+            cost = _exact_costs(query, g_embedding, candidates, distance)
+            limit = cost.kthvalue(count).values + _float32_rounding(query, longest, distance)
+            if len(candidates) < len(g_embedding) and proposed.values[row].max() <= limit:
+                candidates = (product[row] <= limit).nonzero()[:, 0]
+                cost = _exact_costs(query, g_embedding, candidates, distance)
+            order = cost.argsort(stable=True)[:count]
+            costs.append(cost[order])
+            positions.append(candidates[order])
+    distances = torch.stack(costs)
+    return (1 + distances if distance == "cosine" else distances.sqrt()), torch.stack(positions)
+
+
+def _exact_costs(query: Tensor, gallery: Tensor, candidates: Tensor, distance: Distance) -> Tensor:
+    """Return minus the inner products, or the squared distances, in float64; equal images have equal costs: [m]."""
+    parts = []
+    for part in torch.split(candidates, max(1, GATHERED_ELEMENTS // gallery.shape[1])):
+        rows = gallery[part].double()
+        parts.append(-(rows * query).sum(1) if distance == "cosine" else (rows - query).square().sum(1))
+    return torch.cat(parts)
+
+
+def _float32_rounding(query: Tensor, longest: float, distance: Distance) -> float:
+    """Bound the error of a float32 cost in any order of summation (Higham, Accuracy and Stability, section 3.1)."""
+    length = float(query.norm())
+    scale = length * longest if distance == "cosine" else 2 * (length + longest) ** 2
+    return 1.1 * (len(query) + 4) * 2.0**-24 * scale

@@ -1,4 +1,4 @@
-"""What stands behind the means: the scores of every query as rows, and of every camera's queries as a table; pure."""
+"""Scores of every query as rows, and of the queries of each camera as a table."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import Tensor
 from reid.metrics import Labels
 from reid.process.files import printable
 from reid.ranking import QueryScores
+from reid.tables_text import format_table
 
 
 class QueryRow(NamedTuple):
-    """One query; what it does not have, as it has no match, is None."""
+    """Scores of one query; None where the query has no match."""
 
-    query: int  # number among the queries, from 0
-    path: str  # of the image; empty where images are no files
+    query: int  # index among the queries, from 0
+    path: str  # image file; empty if the images are not files
     pid: int
     camid: int
     num_matches: int
@@ -28,40 +29,40 @@ class QueryRow(NamedTuple):
 
 
 def per_query_rows(scores: QueryScores, query: Labels, paths: Sequence[Path] = ()) -> list[QueryRow]:
-    """One row for each of Q queries, in their order.
+    """Return one row for each of Q queries, in their order.
 
     Args:
-        scores: of Q queries.
-        query: of Q images.
-        paths: Q files, or none.
+        scores: Scores of Q queries.
+        query: Labels of Q images.
+        paths: Q image files, or none.
     """
     rows = []
     columns = query.pids, query.camids, scores.num_matches, scores.average_precision, scores.inverse_negative_penalty
     values = zip(*(column.tolist() for column in (*columns, scores.first_match)), strict=True)
     for number, (pid, camid, num_matches, precision, penalty, first) in enumerate(values):
-        # A name on disk may hold bytes that are no text.
+        # A file name may hold bytes that are not valid text.
         path = printable(paths[number]) if paths else ""
-        of_match = (precision, penalty, first + 1) if num_matches else (None, None, None)
-        rows.append(QueryRow(number, path, pid, camid, num_matches, *of_match))
+        match_scores = (precision, penalty, first + 1) if num_matches else (None, None, None)
+        rows.append(QueryRow(number, path, pid, camid, num_matches, *match_scores))
     return rows
 
 
 class CameraScores(NamedTuple):
-    """The queries of one camera; means over those that are valid, as fractions, NaN where none is."""
+    """Means over the valid queries of one camera, as fractions; NaN if none is valid."""
 
     camid: int
     num_queries: int
     num_valid_queries: int
     mAP: float
-    rank_1: float  # of the CMC curve that was asked for: of the whole gallery, or of a single shot
+    rank_1: float  # of the same CMC curve as RetrievalScores.cmc
 
 
 def scores_by_camera(scores: QueryScores, camids: Tensor) -> list[CameraScores]:
-    """The cameras of Q queries, by number.
+    """Return the scores of the queries of each camera, by camera number.
 
     Args:
-        scores: of Q queries, on the CPU.
-        camids: [Q].
+        scores: Scores of Q queries, on the CPU.
+        camids: [Q] camera of each query.
     """
     camids = camids.to(scores.first_match.device)
     cameras = []
@@ -81,10 +82,9 @@ def scores_by_camera(scores: QueryScores, camids: Tensor) -> list[CameraScores]:
 
 
 def camera_table(cameras: Sequence[CameraScores]) -> str:
-    """A table of text, one line for each camera below a line of headings."""
-    lines = [f"{'camid':<12}{'queries':>10}{'valid':>10}{'mAP':>10}{'rank-1':>10}"]
+    """Return a table of text, one line for each camera below a heading."""
+    rows = [["camid", "queries", "valid", "mAP", "rank-1"]]
     for camera in cameras:
         percentages = [f"{100 * share:.1f} %" if not math.isnan(share) else "-" for share in camera[3:]]
-        counts = f"{camera.camid:<12}{camera.num_queries:>10,}{camera.num_valid_queries:>10,}"
-        lines.append(counts + "".join(f"{share:>10}" for share in percentages))
-    return "\n".join(lines)
+        rows.append([str(camera.camid), f"{camera.num_queries:,}", f"{camera.num_valid_queries:,}", *percentages])
+    return format_table(rows, "<>>>>")

@@ -1,50 +1,50 @@
-"""Pictures of what training sees and what retrieval finds, drawn with PIL; pure: arrays and words to images."""
+"""Pictures of batches, ranked galleries and CMC curves."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from itertools import accumulate, groupby
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-Colour = tuple[int, int, int]
+logger = logging.getLogger("reid.pictures")
 
-# Of different brightness too, for those to whom red and green look alike.
-RIGHT: Colour = (40, 185, 90)
-WRONG: Colour = (190, 25, 35)
-QUERY: Colour = (40, 90, 200)
-SAME_CAMERA: Colour = (250, 190, 0)
-_NO_IMAGE: Colour = (224, 224, 224)
-_PAPER: Colour = (255, 255, 255)
-_INK: Colour = (30, 30, 30)
-_GREY: Colour = (110, 110, 110)
-_GRID: Colour = (225, 225, 225)
-_CURVES: tuple[Colour, ...] = ((40, 90, 200), (220, 120, 20), (0, 150, 70), (150, 60, 160), (215, 40, 40))
+Color = tuple[int, int, int]
+
+# The brightness differs too, for readers to whom red and green look alike.
+RIGHT: Color = (40, 185, 90)
+WRONG: Color = (190, 25, 35)
+QUERY: Color = (40, 90, 200)
+SAME_CAMERA: Color = (250, 190, 0)
+_NO_IMAGE: Color = (224, 224, 224)
+_PAPER: Color = (255, 255, 255)
+_INK: Color = (30, 30, 30)
+_GREY: Color = (110, 110, 110)
 
 _MARGIN = 16
-_TITLE, _LABEL, _TEXT = 18, 13, 12  # sizes of letters
-_LINE = 16  # from one line of text to the next
+_TITLE, _TEXT = 18, 12  # font sizes
+_LINE = 16  # height of a line of text
 _FRAME, _RING, _GAP = 4, 2, 6  # the ring lies between the frame and the image
-_IMAGE_HEIGHT = 168  # of a person in a ranking
+_IMAGE_HEIGHT = 168  # of an image in a ranking
 _LEAST_WIDTH = 76  # "cos -0.83" fits below an image
-_BATCH_HEIGHT, _BATCH_WIDTH = 128, 1120  # of a person, and of the whole grid
-_OVERSIZE = 3  # curves are drawn that much larger and reduced, which smooths them
-_CHART = (760, 480)
+_BATCH_HEIGHT, _BATCH_WIDTH = 128, 1120  # of an image, and of the complete grid
 
 
 @dataclass(frozen=True)
-class Shown:
-    """An image with what is said about it.
+class GalleryCell:
+    """An image of a ranked gallery and its caption.
 
     Attributes:
-        image: uint8 [H, W, 3]; None where it cannot be read.
-        lines: below it.
-        same_camera: as the query, which a ring says.
+        image: uint8 [H, W, 3], or None if it cannot be read.
+        lines: Lines of text below the image.
+        same_camera: Whether the image is from the query's camera, which a yellow ring shows.
     """
 
     image: NDArray[np.uint8] | None
@@ -52,29 +52,29 @@ class Shown:
     same_camera: bool = False
 
 
-def denormalise(images: NDArray[np.floating], mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:
-    """The pixels that a model's input [B, 3, H, W] stands for: uint8 [B, H, W, 3]."""
+def denormalize(images: NDArray[np.floating], mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:
+    """Return the pixels of a normalized model input [B, 3, H, W]: uint8 [B, H, W, 3]."""
     pixels = images.transpose(0, 2, 3, 1) * np.asarray(std) + np.asarray(mean)
     rounded: NDArray[np.uint8] = np.rint(pixels * 255).clip(0, 255).astype(np.uint8)
     return rounded
 
 
-def ranked_gallery(query: Shown, found: Sequence[Shown], is_match: Sequence[bool | None]) -> Image.Image:
-    """A query and what was found for it, the closest first: green frames are right, red ones wrong.
+def ranked_gallery(query: GalleryCell, matches: Sequence[GalleryCell], is_match: Sequence[bool | None]) -> Image.Image:
+    """Draw a query and its gallery images, nearest first.
 
     Args:
-        query: framed in blue.
-        found: without those that the protocol leaves out.
-        is_match: of each of them; None where nobody knows, which gives no frame.
+        query: Query image, which gets a blue frame.
+        matches: Gallery images, without those that the protocol leaves out.
+        is_match: True for a green frame, False for a red one, None (identity unknown) for no frame.
     """
     frames = [QUERY, *(None if match is None else RIGHT if match else WRONG for match in is_match)]
-    heads = ["query", *map(str, range(1, len(found) + 1))]
-    cells = [_cell(*of_one) for of_one in zip([query, *found], heads, frames, strict=True)]
-    return _beside(cells, [3 * _GAP] + [_GAP] * len(found))  # the query stands apart
+    heads = ["query", *map(str, range(1, len(matches) + 1))]
+    cells = [_cell(*parts) for parts in zip([query, *matches], heads, frames, strict=True)]
+    return _beside(cells, [3 * _GAP] + [_GAP] * len(matches))  # a wider gap after the query
 
 
 def _beside(images: Sequence[Image.Image], gaps: Sequence[int]) -> Image.Image:
-    """The images in a row, with a gap behind each but the last."""
+    """Join images to a row, with a gap after each but the last."""
     starts = [0, *accumulate(image.width + gap for image, gap in zip(images, gaps, strict=True))]
     row = Image.new("RGB", (starts[-1] - gaps[-1], max(image.height for image in images)), _PAPER)
     for image, left in zip(images, starts, strict=False):
@@ -82,56 +82,56 @@ def _beside(images: Sequence[Image.Image], gaps: Sequence[int]) -> Image.Image:
     return row
 
 
-def _cell(shown: Shown, head: str, frame: Colour | None) -> Image.Image:
-    image = _no_image() if shown.image is None else _fitted(shown.image, _IMAGE_HEIGHT)
+def _cell(cell: GalleryCell, head: str, frame: Color | None) -> Image.Image:
+    image = _no_image() if cell.image is None else _fitted(cell.image, _IMAGE_HEIGHT)
     width = max(image.width + 2 * _FRAME, _LEAST_WIDTH)
     top = _LINE + 2
-    cell = Image.new("RGB", (width, top + image.height + 2 * _FRAME + 4 + _LINE * len(shown.lines)), _PAPER)
-    draw = ImageDraw.Draw(cell)
+    canvas = Image.new("RGB", (width, top + image.height + 2 * _FRAME + 4 + _LINE * len(cell.lines)), _PAPER)
+    draw = ImageDraw.Draw(canvas)
     left = (width - image.width) // 2
     if frame is not None:
         box = (left - _FRAME, top, left + image.width + _FRAME - 1, top + image.height + 2 * _FRAME - 1)
         draw.rectangle(box, fill=frame)
-    if shown.same_camera:
+    if cell.same_camera:
         inner = _FRAME - _RING
         box = (left - _RING, top + inner, left + image.width + _RING - 1, top + image.height + _FRAME + _RING - 1)
         draw.rectangle(box, fill=SAME_CAMERA)
-    cell.paste(image, (left, top + _FRAME))
+    canvas.paste(image, (left, top + _FRAME))
     _write(draw, (width // 2, 0), head, fill=_GREY, anchor="ma")
-    for number, line in enumerate(shown.lines):
+    for number, line in enumerate(cell.lines):
         _write(draw, (width // 2, top + image.height + 2 * _FRAME + 4 + _LINE * number), line, anchor="ma")
-    return cell
+    return canvas
 
 
 def _no_image() -> Image.Image:
-    place = Image.new("RGB", (_IMAGE_HEIGHT // 2, _IMAGE_HEIGHT), _NO_IMAGE)
-    _write(ImageDraw.Draw(place), (_IMAGE_HEIGHT // 4, _IMAGE_HEIGHT // 2), "not readable", anchor="mm")
-    return place
+    image = Image.new("RGB", (_IMAGE_HEIGHT // 2, _IMAGE_HEIGHT), _NO_IMAGE)
+    _write(ImageDraw.Draw(image), (_IMAGE_HEIGHT // 4, _IMAGE_HEIGHT // 2), "not readable", anchor="mm")
+    return image
 
 
 def sheet(rows: Sequence[Image.Image], title: str, note: str = "") -> Image.Image:
-    """The rows below each other, under a title and a note."""
+    """Arrange rows below each other, under a title and a note."""
     width = max([row.width for row in rows] + [_width(title, _TITLE), _width(note, _TEXT)])
     top = _MARGIN + _TITLE + 8 + (_LINE if note else 0) + 10
     height = top + sum(row.height + _MARGIN for row in rows)
-    whole = Image.new("RGB", (width + 2 * _MARGIN, height), _PAPER)
-    draw = ImageDraw.Draw(whole)
+    page = Image.new("RGB", (width + 2 * _MARGIN, height), _PAPER)
+    draw = ImageDraw.Draw(page)
     _write(draw, (_MARGIN, _MARGIN), title, size=_TITLE)
     _write(draw, (_MARGIN, _MARGIN + _TITLE + 8), note, fill=_GREY)
     for row in rows:
-        whole.paste(row, (_MARGIN, top))
+        page.paste(row, (_MARGIN, top))
         top += row.height + _MARGIN
-    return whole
+    return page
 
 
 def batch_grid(images: NDArray[np.uint8], pids: Sequence[int], title: str, note: str = "") -> Image.Image:
-    """The images of a batch; those of one identity that follow each other stand together, under its number.
+    """Draw the images of a batch; consecutive images of one identity form a group under its pid.
 
     Args:
-        images: [B, H, W, 3].
+        images: uint8 [B, H, W, 3].
         pids: [B].
-        title: above all.
-        note: below the title.
+        title: Title of the picture.
+        note: Line below the title.
     """
     fitted = iter([_fitted(image, _BATCH_HEIGHT) for image in images])
     groups = [_group([next(fitted) for _ in same], f"pid {pid}") for pid, same in groupby(pids)]
@@ -148,120 +148,63 @@ def _group(images: Sequence[Image.Image], head: str) -> Image.Image:
     return group
 
 
-def cmc_chart(curves: Mapping[str, Sequence[float]], title: str) -> Image.Image:
-    """CMC curves: the percentage of queries with a match among the first k images, over k.
+def cmc_chart(curves: Mapping[str, Sequence[float]], title: str) -> Image.Image | None:
+    """Draw CMC curves: the percentage of queries with a match among the first k images, over k.
 
     Args:
-        curves: name -> fractions of rank 1, 2 and so on.
-        title: above all.
+        curves: Fractions for rank 1, 2 and so on, by the name of the curve.
+        title: Title of the chart.
+
+    Returns:
+        The chart, or None if matplotlib is not installed.
     """
-    lowest = min(min(curve) for curve in curves.values())
-    axes = _Axes(num_ranks=max(map(len, curves.values())), bottom=min(math.floor(10 * lowest) * 10, 90))
-    width, height = _CHART
-    chart = Image.new("RGB", (width * _OVERSIZE, height * _OVERSIZE), _PAPER)
-    draw = _Pen(chart)
-    axes.draw(draw)
-    draw.text((_Axes.left, 24), title, size=_TITLE, anchor="lm")
-    _draw_legend(draw, list(curves))  # before the curves, as it hides what lies under it
-    for number, curve in enumerate(curves.values()):
-        colour = _CURVES[number % len(_CURVES)]
-        points = [axes.place(k, 100 * fraction) for k, fraction in enumerate(curve, 1)]
-        draw.line(points, colour, 2)
-        if len(points) <= 60:
-            draw.dots(points, colour, 2.5)
-    return chart.reduce(_OVERSIZE)
+    if not _has_matplotlib():
+        return None
+    import matplotlib  # optional, and imported only for this, as it takes half a second
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"text.parse_math": False}):  # a name may hold $
+        figure = Figure(figsize=(7.6, 4.8), dpi=100, layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        axes = figure.add_subplot(xlabel="rank", ylabel="queries with a match, %")
+        axes.set_title(_plain(title), loc="left", wrap=True)
+        axes.grid(color="0.9")
+        for name, curve in curves.items():
+            marker = "." if len(curve) <= 60 else ""
+            axes.plot(range(1, len(curve) + 1), [100 * y for y in curve], marker=marker, label=_plain(name))
+        lowest = min(min(curve) for curve in curves.values())
+        axes.set_ylim(min(math.floor(10 * lowest) * 10, 90), 101)
+        axes.legend(loc="lower right")
+        canvas.draw()  # type: ignore[no-untyped-call]
+        pixels = np.array(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
+        return Image.fromarray(pixels).convert("RGB")
 
 
-def _draw_legend(draw: _Pen, names: Sequence[str]) -> None:
-    left = _Axes.right - 12 - max(draw.width(name) for name in names)
-    top = _Axes.lower - 14 - 20 * len(names)
-    draw.box((left - 52, top, _Axes.right - 1, _Axes.lower - 1), _PAPER)
-    for number, name in enumerate(names):
-        y = top + 10 + 20 * number
-        colour = _CURVES[number % len(_CURVES)]
-        draw.line([(left - 42, y), (left - 12, y)], colour, 2)
-        draw.dots([(left - 27, y)], colour, 2.5)
-        draw.text((left, y), name, anchor="lm")
-
-
-@dataclass(frozen=True)
-class _Axes:
-    """Where a rank and a percentage lie on the chart."""
-
-    num_ranks: int
-    bottom: int  # the lowest percentage that is shown, a multiple of 10
-    left, right, upper, lower = 64, _CHART[0] - 24, 48, _CHART[1] - 56
-
-    def place(self, rank: float, percentage: float) -> tuple[float, float]:
-        along = (rank - 1) / max(self.num_ranks - 1, 1)
-        up = (percentage - self.bottom) / (100 - self.bottom)
-        return self.left + along * (self.right - self.left), self.lower - up * (self.lower - self.upper)
-
-    def draw(self, pen: _Pen) -> None:
-        percent_step = 10 if self.bottom < 50 else 5 if self.bottom < 80 else 2
-        for percentage in range(self.bottom, 101, percent_step):
-            _, y = self.place(1, percentage)
-            pen.line([(self.left, y), (self.right, y)], _GRID, 1)
-            pen.text((self.left - 10, y), str(percentage), anchor="rm")
-        for rank in self._ticks():
-            x, _ = self.place(rank, 100)
-            pen.line([(x, self.upper), (x, self.lower + 5)], _GRID, 1)
-            pen.text((x, self.lower + 10), str(rank), anchor="ma")
-        corner = (self.left, self.lower)
-        pen.line([(self.left, self.upper), corner, (self.right, self.lower)], _INK, 1)
-        pen.text(((self.left + self.right) / 2, self.lower + 30), "rank", anchor="ma")
-        pen.text((self.left - 10, self.upper - 14), "%", anchor="rm")
-
-    def _ticks(self) -> list[int]:
-        step = next(step for step in (1, 5, 10, 20, 50, 100, self.num_ranks) if self.num_ranks <= 12 * step)
-        return [1, *(rank for rank in range(step, self.num_ranks + 1, step) if rank > 1)]
-
-
-class _Pen:
-    """Draws on an oversized image in the coordinates of the reduced one."""
-
-    def __init__(self, image: Image.Image) -> None:
-        self._draw = ImageDraw.Draw(image)
-
-    def line(self, points: Sequence[tuple[float, float]], colour: Colour, width: float) -> None:
-        scaled = [(x * _OVERSIZE, y * _OVERSIZE) for x, y in points]
-        self._draw.line(scaled, fill=colour, width=round(width * _OVERSIZE), joint="curve")
-
-    def dots(self, points: Sequence[tuple[float, float]], colour: Colour, radius: float) -> None:
-        for x, y in points:
-            box = [
-                (x - radius) * _OVERSIZE,
-                (y - radius) * _OVERSIZE,
-                (x + radius) * _OVERSIZE,
-                (y + radius) * _OVERSIZE,
-            ]
-            self._draw.ellipse(box, fill=colour)
-
-    def box(self, corners: tuple[float, float, float, float], colour: Colour) -> None:
-        self._draw.rectangle([_OVERSIZE * place for place in corners], fill=colour)
-
-    def width(self, words: str) -> float:
-        return _width(words, _LABEL * _OVERSIZE) / _OVERSIZE
-
-    def text(self, place: tuple[float, float], words: str, *, size: int = _LABEL, anchor: str) -> None:
-        x, y = place
-        _write(self._draw, (x * _OVERSIZE, y * _OVERSIZE), words, size=size * _OVERSIZE, anchor=anchor)
+@cache
+def _has_matplotlib() -> bool:
+    """Return whether matplotlib is installed; the first call logs if it is not."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns that it builds a cache of fonts
+    is_installed = find_spec("matplotlib") is not None
+    if not is_installed:
+        logger.info("CMC charts are not drawn: matplotlib is not installed. Fix: uv sync --extra plots")
+    return is_installed
 
 
 def _write(
     draw: ImageDraw.ImageDraw,
-    place: tuple[float, float],
-    words: str,
+    position: tuple[float, float],
+    text: str,
     *,
     size: int = _TEXT,
-    fill: Colour = _INK,
+    fill: Color = _INK,
     anchor: str = "la",
 ) -> None:
-    draw.text(place, _plain(words), font=_font(size), fill=fill, anchor=anchor)
+    draw.text(position, _plain(text), font=_font(size), fill=fill, anchor=anchor)
 
 
-def _width(words: str, size: int) -> int:
-    return math.ceil(_font(size).getlength(_plain(words)))
+def _width(text: str, size: int) -> int:
+    return math.ceil(_font(size).getlength(_plain(text)))
 
 
 @cache
@@ -269,24 +212,24 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def _plain(words: str) -> str:
-    """On one line, in the letters that PIL's own font has."""
-    return " ".join(words.split()).encode("ascii", "replace").decode()
+def _plain(text: str) -> str:
+    """Return the text on one line, in ASCII, as PIL's own font has no other letters."""
+    return " ".join(text.split()).encode("ascii", "replace").decode()
 
 
 def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
-    """An image of any kind as uint8 [H, W, 3], no larger than rankings show it: many fit into memory at once."""
-    # PIL warns when a palette with transparency becomes RGB at once.
-    colours = image.convert("RGBA").convert("RGB")
-    return np.asarray(colours.resize(_size_of(image.width, image.height, _IMAGE_HEIGHT), Image.Resampling.BICUBIC))
+    """Return an image of any mode as uint8 [H, W, 3], reduced to its size in a ranking to save memory."""
+    # PIL warns when a palette with transparency is converted to RGB directly.
+    rgb = image.convert("RGBA").convert("RGB")
+    return np.asarray(rgb.resize(_size_of(image.width, image.height, _IMAGE_HEIGHT), Image.Resampling.BICUBIC))
 
 
 def _fitted(image: NDArray[np.uint8], height: int) -> Image.Image:
-    whole = Image.fromarray(image)
-    return whole.resize(_size_of(whole.width, whole.height, height), Image.Resampling.BICUBIC)
+    full = Image.fromarray(image)
+    return full.resize(_size_of(full.width, full.height, height), Image.Resampling.BICUBIC)
 
 
 def _size_of(width: int, height: int, wanted: int) -> tuple[int, int]:
-    """Width and height of an image as high as wanted, but at most twice as wide."""
+    """Return width and height of an image scaled to the wanted height, but at most to twice that width."""
     scale = wanted / max(height, width / 2)
     return max(round(width * scale), 1), max(round(height * scale), 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -12,7 +11,6 @@ import yaml
 from reid.config.parsing import Given
 from reid.config.schema import SETTINGS
 from reid.errors import WorldError
-from reid.gallery import read_facts
 from reid.trained import check_weight_is_named
 from reid.weight_file import read_weight_here
 
@@ -35,18 +33,10 @@ def of_checkpoint(cfg: CfgNode, command_args: dict[str, Any]) -> list[Given]:
             "TEST.WEIGHT=%s has no recorded settings; the defaults apply to all that are not given", cfg.TEST.WEIGHT
         )
         return []
-    return _settings_in(content["config"], f"TEST.WEIGHT={cfg.TEST.WEIGHT}", key="TEST.WEIGHT")
+    return settings_in(content["config"], f"TEST.WEIGHT={cfg.TEST.WEIGHT}", key="TEST.WEIGHT")
 
 
-def of_gallery(cfg: CfgNode, command_args: dict[str, Any]) -> list[Given]:
-    """Return the settings that the gallery was made with, including its TEST.WEIGHT."""
-    del cfg
-    return _settings_in(
-        read_facts(Path(command_args["gallery"])).config, f"--gallery {command_args['gallery']}", key="--gallery"
-    )
-
-
-def _settings_in(text: str, source: str, *, key: str) -> list[Given]:
+def settings_in(text: str, source: str, *, key: str) -> list[Given]:
     try:
         nested = yaml.safe_load(text)
     except yaml.YAMLError as error:

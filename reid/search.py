@@ -1,30 +1,32 @@
-"""The story of a search: images in, the nearest ones of a gallery out, as a table, JSON and a picture."""
+"""The command `search`: the gallery images nearest to given images, as a table, JSON and a picture."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
 from reid import weights
 from reid.config.load import as_plain_dict
-from reid.config.parsing import example
+from reid.config.parsing import Given, example
 from reid.data.splits import DISTRACTOR_PID, JUNK_PID
 from reid.embedder import ImageEmbedder
 from reid.errors import DataError, SettingsError, WorldError
-from reid.gallery import Facts, Gallery, GalleryImage, read_gallery
-from reid.nearest import nearest
-from reid.pictures import Shown, pixels_of, ranked_gallery, sheet
+from reid.gallery import Gallery, GalleryImage, Metadata, read_gallery, read_metadata
+from reid.neighbours import nearest_in_gallery
+from reid.pictures import GalleryCell, pixels_of, ranked_gallery, sheet
 from reid.preemption import Signals
 from reid.process.files import atomic_write, printable, write_text
+from reid.recorded import settings_in
+from reid.tables_text import format_table
 from reid.trained import load_trained
 
 if TYPE_CHECKING:
@@ -33,17 +35,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("reid.search")
 
-_LEGEND = "green: the same person, red: another one, no frame: nobody knows; yellow ring: the query's camera"
-_MOST_ROWS, _MOST_COLUMNS = 100, 50  # of the picture; a JPEG has at most 65,535 pixels each way
+_LEGEND = "green: the same person, red: another one, no frame: unknown; yellow ring: the query's camera"
+_MOST_ROWS, _MOST_COLUMNS = 100, 50  # limits of the picture, as a JPEG has at most 65,535 pixels each way
 
 
-class Found(NamedTuple):
-    """One gallery image for one query."""
+class Match(NamedTuple):
+    """One gallery image returned for one query."""
 
-    number: int  # from 1, the nearest first
+    number: int  # rank from 1, nearest first
     distance: float
     image: GalleryImage
-    is_match: bool | None  # None where nobody knows
+    is_match: bool | None  # None if a file name does not state the identity
     same_camera: bool
 
 
@@ -56,62 +58,65 @@ def search(
     gallery: str,
     top: int,
     output: str,
-    **own: str | None,
+    **command_args: str | None,
 ) -> None:
-    """Finds the nearest images of a gallery; one process.
+    """Write the nearest gallery images of each given image; runs in one process.
 
     Args:
-        cfg: the settings that the gallery was made with.
-        accelerator: whose precision is used.
-        signals: there is nothing to save: the first one ends it.
-        images: files to look for.
-        gallery: its folder.
-        top: how many to find for each.
-        output: the picture.
-        own: `json`, the file of results for programs, if there is to be one.
+        cfg: Settings that the gallery was made with.
+        accelerator: Accelerator used for autocast.
+        signals: Received signals; unused, as there is nothing to save.
+        images: Query image files.
+        gallery: Folder of the gallery.
+        top: Number of gallery images for each query.
+        output: File of the picture.
+        command_args: With "json", the file of the JSON report, or None.
 
     Raises:
-        DataError: the gallery is damaged, or an image cannot be read.
-        SettingsError: a setting is not the gallery's.
-        WorldError: TEST.WEIGHT has other weights than those that the gallery was made with.
+        DataError: The gallery is damaged, or an image cannot be read.
+        SettingsError: A setting differs from the gallery's.
+        WorldError: TEST.WEIGHT holds other weights than those that the gallery was made with.
     """
     del signals
     opened = read_gallery(Path(gallery))
-    _check_settings(cfg, opened.facts, f"--gallery {gallery}")
+    metadata = opened.metadata
+    _check_settings(cfg, metadata, f"--gallery {gallery}")
     trained = load_trained(cfg, accelerator)
-    if trained.checksum != opened.facts.checksum:
+    if trained.checksum != metadata.checksum:
         raise WorldError(
             f"{trained.source} must hold the weights that the gallery {gallery} was made with (checksum "
-            f"{opened.facts.checksum}), but holds others ({trained.checksum}); give that file, or make the gallery "
-            "anew",
+            f"{metadata.checksum}), but holds others ({trained.checksum}); give that file, or make the gallery anew",
             key="TEST.WEIGHT",
         )
     queries = _embed_queries(ImageEmbedder(trained.model, accelerator, cfg), images)
-    distances, places = nearest(
-        queries,
-        opened.embedding,
-        top,
-        distance=opened.facts.distance,
-        use_faiss=find_spec("faiss") is not None,
+    distances, positions = nearest_in_gallery(
+        queries, torch.from_numpy(opened.embedding), top, distance=metadata.distance
     )
-    results = [_judge(*row, opened) for row in zip(images, distances, places, strict=True)]
-    for image, found in zip(images, results, strict=True):
-        logger.info("%s", _table(image, found, opened.facts))
-    if own["json"]:
-        report = _report(images, results, opened.facts)
-        write_text(Path(own["json"]), json.dumps(report, indent=2) + "\n", key="--json")
-    picture = _draw(images, results, opened.facts)
+    results = [_matches(*row, opened) for row in zip(images, distances.tolist(), positions.tolist(), strict=True)]
+    for image, matches in zip(images, results, strict=True):
+        logger.info("%s", _table(image, matches, metadata))
+    if command_args["json"]:
+        report = _report(images, results, metadata)
+        write_text(Path(command_args["json"]), json.dumps(report, indent=2) + "\n", key="--json")
+    picture = _draw(images, results, metadata)
     with atomic_write(Path(output), key="--output") as temporary:
         picture.save(temporary)
     left_out = len(images) > _MOST_ROWS or top > _MOST_COLUMNS
-    limits = f" (of the first {_MOST_ROWS} images, and {_MOST_COLUMNS} for each)" if left_out else ""
-    logger.info("drawn in %s%s", output, limits)
+    limits = f" (only the first {_MOST_ROWS} images, with {_MOST_COLUMNS} matches each)" if left_out else ""
+    logger.info("picture written to %s%s", output, limits)
 
 
-def _check_settings(cfg: CfgNode, facts: Facts, source: str) -> None:
-    """The command line may say where and how to compute, but not what."""
-    weights.check_settings({"config": facts.config}, cfg, source, key="--gallery")
-    made_with, used_with = yaml.safe_load(facts.config), as_plain_dict(cfg)
+def recorded_settings(cfg: CfgNode, command_args: dict[str, Any]) -> list[Given]:
+    """Return the settings that the gallery was made with, including its TEST.WEIGHT."""
+    del cfg
+    folder = command_args["gallery"]
+    return settings_in(read_metadata(Path(folder)).config, f"--gallery {folder}", key="--gallery")
+
+
+def _check_settings(cfg: CfgNode, metadata: Metadata, source: str) -> None:
+    """Reject settings that change the embeddings; those of the machine may differ."""
+    weights.check_settings({"config": metadata.config}, cfg, source, key="--gallery")
+    made_with, used_with = yaml.safe_load(metadata.config), as_plain_dict(cfg)
     for key in ("INPUT.SIZE_TEST", "TEST.NECK_FEAT", "TEST.FEAT_NORM", "TEST.FLIP"):
         section, name = key.split(".")
         before, now = made_with[section][name], used_with[section][name]
@@ -121,95 +126,94 @@ def _check_settings(cfg: CfgNode, facts: Facts, source: str) -> None:
             )
 
 
-def _embed_queries(embedder: ImageEmbedder, images: Sequence[str]) -> NDArray[np.float32]:
+def _embed_queries(embedder: ImageEmbedder, images: Sequence[str]) -> torch.Tensor:
     rows = embedder.embed([Path(image) for image in images])
     if rows.unreadable:
-        bad = ", ".join(f"{images[place]} ({reason})" for place, reason in sorted(rows.unreadable.items()))
+        bad = ", ".join(f"{images[index]} ({reason})" for index, reason in sorted(rows.unreadable.items()))
         raise DataError(
             f"every IMAGE must be readable, but {len(rows.unreadable)} of {len(images)} are not: {bad}; leave them out",
             key="IMAGE",
         )
-    return rows.embedding.float().cpu().numpy()
+    return rows.embedding.float().cpu()
 
 
-def _judge(query: str, distances: NDArray[np.float64], places: NDArray[np.int64], gallery: Gallery) -> list[Found]:
-    """What was found for one query, and whether it is right, as far as the file names tell."""
-    sought = GalleryImage.of(Path(query).name)
-    found = []
-    for number, (distance, place) in enumerate(zip(distances.tolist(), places.tolist(), strict=True), start=1):
-        image = gallery.images[place]
+def _matches(query: str, distances: list[float], positions: list[int], gallery: Gallery) -> list[Match]:
+    """Return the matches of one query, and whether they are right as far as the file names state it."""
+    query_image = GalleryImage.of(Path(query).name)
+    matches = []
+    for number, (distance, position) in enumerate(zip(distances, positions, strict=True), start=1):
+        image = gallery.images[position]
         is_match = None
-        if sought.pid is not None and sought.pid > DISTRACTOR_PID and image.pid is not None and image.pid != JUNK_PID:
-            is_match = image.pid == sought.pid
-        same_camera = sought.camid is not None and image.camid == sought.camid
-        found.append(Found(number, distance, image, is_match, same_camera))
-    return found
+        if (query_image.pid or 0) > DISTRACTOR_PID and image.pid is not None and image.pid != JUNK_PID:
+            is_match = image.pid == query_image.pid
+        same_camera = query_image.camid is not None and image.camid == query_image.camid
+        matches.append(Match(number, distance, image, is_match, same_camera))
+    return matches
 
 
-def _measure(distance: float, facts: Facts) -> float:
-    """As it is shown: the cosine, or the Euclidean distance."""
-    return 1 - distance if facts.distance == "cosine" else distance
+def _measure(distance: float, metadata: Metadata) -> float:
+    """Return the reported number: the cosine, or the Euclidean distance."""
+    return 1 - distance if metadata.distance == "cosine" else distance
 
 
-def _name_of_measure(facts: Facts) -> str:
-    return "similarity" if facts.distance == "cosine" else "distance"
+def _name_of_measure(metadata: Metadata) -> str:
+    return "similarity" if metadata.distance == "cosine" else "distance"
 
 
-def _table(query: str, found: Sequence[Found], facts: Facts) -> str:
-    lines = [printable(query), f"{'rank':>6}{_name_of_measure(facts):>12}  image"]
-    for one in found:
-        remarks = ", ".join(_remarks(one))
-        remark = f" ({remarks})" if remarks else ""
-        lines.append(f"{one.number:>6}{_measure(one.distance, facts):>12.4f}  {printable(one.image.path)}{remark}")
-    return "\n".join(lines)
+def _table(query: str, matches: Sequence[Match], metadata: Metadata) -> str:
+    rows = [["rank", _name_of_measure(metadata), "image"]]
+    for match in matches:
+        remarks = ", ".join(_remarks(match))
+        path = printable(match.image.path) + (f" ({remarks})" if remarks else "")
+        rows.append([str(match.number), f"{_measure(match.distance, metadata):.4f}", path])
+    return f"{printable(query)}\n{format_table(rows, '>><')}"
 
 
-def _remarks(one: Found) -> list[str]:
-    """What is known of it."""
-    verdict = {True: "match", False: "other", None: ""}[one.is_match]
-    return [words for words in (verdict, "same camera" if one.same_camera else "") if words]
+def _remarks(match: Match) -> list[str]:
+    verdict = {True: "match", False: "other", None: ""}[match.is_match]
+    return [remark for remark in (verdict, "same camera" if match.same_camera else "") if remark]
 
 
-def _report(images: Sequence[str], results: Sequence[Sequence[Found]], facts: Facts) -> dict[str, Any]:
+def _report(images: Sequence[str], results: Sequence[Sequence[Match]], metadata: Metadata) -> dict[str, Any]:
     return {
-        "folder": facts.folder,
-        "weight": facts.weight,
-        "checksum": facts.checksum,
-        "measure": _name_of_measure(facts),
+        "folder": metadata.folder,
+        "weight": metadata.weight,
+        "checksum": metadata.checksum,
+        "measure": _name_of_measure(metadata),
         "results": [
             {
                 "image": image,
                 "found": [
                     {
-                        "rank": one.number,
-                        _name_of_measure(facts): _measure(one.distance, facts),
-                        **one.image._asdict(),
-                        "match": one.is_match,
-                        "same_camera": one.same_camera,
+                        "rank": match.number,
+                        _name_of_measure(metadata): _measure(match.distance, metadata),
+                        **match.image._asdict(),
+                        "match": match.is_match,
+                        "same_camera": match.same_camera,
                     }
-                    for one in found
+                    for match in matches
                 ],
             }
-            for image, found in zip(images, results, strict=True)
+            for image, matches in zip(images, results, strict=True)
         ],
     }
 
 
-def _draw(images: Sequence[str], results: Sequence[Sequence[Found]], facts: Facts) -> Image.Image:
+def _draw(images: Sequence[str], results: Sequence[Sequence[Match]], metadata: Metadata) -> Image.Image:
     rows = []
-    for query, found in zip(images[:_MOST_ROWS], results, strict=False):
-        shown = [_shown(one, facts) for one in found[:_MOST_COLUMNS]]
-        rows.append(ranked_gallery(Shown(_pixels(Path(query)), ()), shown, [one.is_match for one in found]))
-    return sheet(rows, f"the nearest images in {Path(facts.folder).name}", _LEGEND)
+    for query, matches in zip(images[:_MOST_ROWS], results, strict=False):
+        cells = [_cell(match, metadata) for match in matches[:_MOST_COLUMNS]]
+        rows.append(ranked_gallery(GalleryCell(_pixels(Path(query)), ()), cells, [match.is_match for match in matches]))
+    return sheet(rows, f"the nearest images in {Path(metadata.folder).name}", _LEGEND)
 
 
-def _shown(one: Found, facts: Facts) -> Shown:
-    lines = (f"{_measure(one.distance, facts):.4f}", *_remarks(one))
-    return Shown(_pixels(Path(facts.folder, one.image.path)), lines, one.same_camera)
+def _cell(match: Match, metadata: Metadata) -> GalleryCell:
+    lines = (f"{_measure(match.distance, metadata):.4f}", *_remarks(match))
+    return GalleryCell(_pixels(Path(metadata.folder, match.image.path)), lines, match.same_camera)
 
 
 def _pixels(file: Path) -> NDArray[np.uint8] | None:
-    """Those that are drawn; None where the image is gone or damaged."""
+    """Return the pixels to draw, or None if the image is missing or damaged."""
     try:
         with Image.open(file) as image:
             return pixels_of(image)

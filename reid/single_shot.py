@@ -1,10 +1,10 @@
-"""The single-gallery-shot protocol of CUHK03: a query is looked for among one image of every identity; pure.
+"""Single-gallery-shot protocol of CUHK03: a query is ranked against one gallery image of every identity.
 
-Which images these are is drawn anew for every query and repeat, each with the same probability, from those of an
-identity that the query's protocol keeps. Distractors (pid 0) count as one identity. The draws are a function of repeat,
-query and identity, so they are the same for every model and on any number of ranks.
+The images are drawn anew for every query and repeat, uniformly from the images of an identity that the query's protocol
+keeps. Distractors (pid 0) count as one identity. The draws are a function of repeat, query and identity, so they are
+equal for every model and on any number of ranks.
 
-Source: Li et al., DeepReID, CVPR 2014; drawn ten times for each query, as Open-ReID and torchreid do.
+Source: Li et al., DeepReID, CVPR 2014; ten repeats for each query, as in Open-ReID and torchreid.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from torch import Tensor
 from reid.data.randomness import uniform
 
 NUM_REPEATS = 10
-_STREAM = 0x51  # keeps these numbers apart from those of training
+_STREAM = 0x51  # separates these random numbers from those of training
 
 
 def single_shot_positions(
     distances: Tensor, is_match: Tensor, q_pids: Tensor, query_ids: NDArray[np.int64], g_pids: Tensor
 ) -> Tensor:
-    """The position of the query's identity among one image of each, from 0; -1 for a query without a match.
+    """Return the position of the query's identity among one image of each, from 0; -1 for a query without a match.
 
     Args:
-        distances: [b, G]; among equal ones the gallery's order decides.
-        is_match: bool [b, G].
-        q_pids: [b].
-        query_ids: [b], the queries' numbers among all queries.
-        g_pids: [G].
+        distances: [b, G] distances; gallery order decides between equal ones.
+        is_match: bool [b, G], matches.
+        q_pids: [b] identities of the queries.
+        query_ids: [b] indices of the queries among all queries.
+        g_pids: [G] identities of the gallery.
 
     Returns:
         int64 [b, NUM_REPEATS].
     """
     pids, identity = g_pids.unique(return_inverse=True)  # type: ignore[no-untyped-call]  # [P], [G]
     num_images = identity.bincount(minlength=len(pids))  # [P]
-    images = identity.argsort(stable=True)  # those of identity p: num_images[p] of them from first_image[p] on
+    images = identity.argsort(stable=True)  # images of identity p: num_images[p] of them from first_image[p]
     first_image = num_images.cumsum(0) - num_images
     own = q_pids[:, None] == pids  # [b, P], at most one in a row
 

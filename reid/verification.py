@@ -1,124 +1,105 @@
-"""TPR at FPR: how many of the pairs of one person are accepted where hardly any pair of two persons is; exact, pure.
+"""TPR at FPR: the share of accepted positive pairs where hardly any negative pair is accepted, exact.
 
-A pair is a query and a gallery image that its protocol keeps; it is positive where they are a match, else negative, and
-accepted where it is closer than a threshold, one for all queries. Nothing is sorted or stored: the threshold is found
-digit by digit, most significant first, from counts of pairs by the next 16 bits of their distances. Counts of parts of
-the pairs may be added up, in any order, and memory does not grow with their number.
+A pair is a query and a gallery image that its protocol keeps. It is positive if they match, else negative. It is
+accepted if it is closer than a threshold, one for all queries. The threshold is found from histograms of the distances:
+the first one counts all pairs by the upper 16 bits of their distances, and each further one divides the bin that holds
+the threshold by the next 16 bits. Nothing is sorted or stored, and memory does not grow with the number of pairs.
+Histograms of parts of the pairs may be added in any order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-_DIGIT_BITS = 16
-_NUM_DIGITS = 1 << _DIGIT_BITS
-
-# What `count_digits` gives for a level and prefixes, summed over all pairs.
-Counter = Callable[[int, Sequence[int]], Tensor]
+_BIN_BITS = 16
+NUM_BINS = 1 << _BIN_BITS
 
 
-@dataclass
-class _Search:
-    """For the closest negative pair that may not be accepted."""
+def tpr_at_fpr(count: Callable[[int, list[int]], Tensor], fprs: Sequence[float], num_levels: int) -> dict[float, float]:
+    """Return the share of positive pairs accepted at the largest threshold that does not exceed each FPR.
 
-    left: int  # negative pairs to pass over among those whose keys begin with the prefix
-    prefix: int = 0  # the digits that are known of its key
-    accepted: int = 0  # positive pairs that are certainly closer
-
-
-def tpr_at_fpr(count: Counter, fprs: Sequence[float], num_digits: int) -> dict[float, float]:
-    """The share of positive pairs accepted at the largest threshold that accepts no larger share of the negative ones.
-
-    That is the share that is closer than the closest negative pair which must not be accepted any more; what is just as
-    far is not accepted. Without a negative pair all are accepted.
+    A positive pair is accepted if it is closer than the closest negative pair that must be rejected. All are accepted
+    if there is no negative pair.
 
     Args:
-        count: of all pairs; asked once for every digit.
-        fprs: the largest shares of negative pairs, from 0 to less than 1.
-        num_digits: of a key, see `num_digits`.
+        count: Sum of `count_pairs` over all pairs, as a function of level and prefixes; called once for every level.
+        fprs: Largest shares of accepted negative pairs, from 0 to less than 1.
+        num_levels: Number of histograms, see `num_levels`.
 
     Raises:
-        ValueError: a rate is not one, or there is no positive pair.
+        ValueError: A rate is out of range, or there is no positive pair.
     """
     if not all(0 <= fpr < 1 for fpr in fprs):
         raise ValueError(f"false positive rates must be from 0 to less than 1, got {list(fprs)}")
-    counts = count(0, [0])
+    counts = count(0, [0]).cpu()
     num_negatives, num_positives = counts[0].sum(1).tolist()
     if num_positives == 0:
         raise ValueError("there must be a pair of a query and a match")
     if num_negatives == 0:
         return dict.fromkeys(fprs, 1.0)
-    searches = [_Search(_most_accepted(fpr, num_negatives)) for fpr in fprs]
-    for level in range(num_digits):
-        prefixes = sorted({search.prefix for search in searches})
+    left = torch.tensor([_most_accepted(fpr, num_negatives) for fpr in fprs])  # [R] negatives closer than the threshold
+    accepted, prefix = torch.zeros_like(left), torch.zeros_like(left)
+    for level in range(num_levels):
         if level > 0:
-            counts = count(level, prefixes)
-        for search in searches:
-            negatives, positives = counts[prefixes.index(search.prefix)]
-            digit = int((negatives.cumsum(0) <= search.left).sum())
-            search.left -= int(negatives[:digit].sum())
-            search.accepted += int(positives[:digit].sum())
-            search.prefix = search.prefix * _NUM_DIGITS + digit - (_NUM_DIGITS // 2 if level == 0 else 0)
-    return {fpr: search.accepted / num_positives for fpr, search in zip(fprs, searches, strict=True)}
+            counts = count(level, prefix.tolist()).cpu()
+        negatives, positives = counts.unbind(1)  # [R, NUM_BINS] each; one row for all rates at level 0
+        digit = (negatives.cumsum(1) <= left[:, None]).sum(1)  # bin of the threshold
+        is_closer = torch.arange(NUM_BINS) < digit[:, None]
+        left -= (negatives * is_closer).sum(1)
+        accepted += (positives * is_closer).sum(1)
+        prefix = prefix * NUM_BINS + digit - (NUM_BINS // 2 if level == 0 else 0)
+    return dict(zip(fprs, (accepted.double() / num_positives).tolist(), strict=True))
 
 
 def _most_accepted(fpr: float, num_negatives: int) -> int:
-    """The largest number whose share of the negative pairs, as a float, is not above the rate."""
-    number = int(fpr * num_negatives)  # rounding may have made it one too large or too small
+    """Return the largest number of negative pairs whose share, as a float, does not exceed the rate."""
+    number = int(fpr * num_negatives)  # off by at most one, by rounding
     return max(n for n in (number - 1, number, number + 1) if n / num_negatives <= fpr)
 
 
-def num_digits(dtype: torch.dtype) -> int:
-    """The digits of the keys of distances of this type."""
-    return 64 // _DIGIT_BITS if dtype == torch.float64 else 32 // _DIGIT_BITS
+def num_levels(dtype: torch.dtype) -> int:
+    """Return the number of histograms that tell all distances of this type apart."""
+    return 64 // _BIN_BITS if dtype == torch.float64 else 32 // _BIN_BITS
 
 
 def ordered_keys(distances: Tensor) -> Tensor:
-    """Integers in the order of the distances: int64 for float64, else int32. NaN has no place in it."""
+    """Return integers in the order of the distances, which must not be NaN: int64 for float64, else int32."""
     if distances.dtype != torch.float64:
         distances = distances.float()
     num_bits, dtype = (64, torch.int64) if distances.dtype == torch.float64 else (32, torch.int32)
-    bits = (distances + 0.0).view(dtype)  # 0.0, as -0.0 is equal to it but has other bits
+    bits = (distances + 0.0).view(dtype)  # adding 0.0 turns -0.0 into 0.0, which is equal but has other bits
     return bits ^ ((bits >> (num_bits - 1)) & torch.iinfo(dtype).max)
 
 
-def count_digits(keys: Tensor, same_pid: Tensor, is_match: Tensor, level: int, prefixes: Sequence[int]) -> Tensor:
-    """How many pairs have which digit of their key at this level, among those whose digits before it are the prefix.
+def count_pairs(keys: Tensor, same_pid: Tensor, is_match: Tensor, level: int, prefixes: Sequence[int]) -> Tensor:
+    """Count pairs by 16 bits of their keys, among the pairs whose higher bits are a prefix.
 
     Args:
-        keys: [b, G], see `ordered_keys`; the first digit is signed.
-        same_pid: bool [b, G]; those that are no matches are left out.
+        keys: [b, G], see `ordered_keys`; the first 16 bits are signed.
+        same_pid: bool [b, G]; pairs of the same pid that do not match are left out.
         is_match: bool [b, G], the positive pairs.
-        level: the number of digits in the prefixes.
-        prefixes: all of them different; at level 0 there is one, and it means nothing.
+        level: Number of 16-bit groups in a prefix.
+        prefixes: Higher bits of the keys, one for each histogram; ignored at level 0.
 
     Returns:
-        int64 [len(prefixes), 2, 2**16]: negative pairs, then positive ones.
+        int64 [len(prefixes), 2, NUM_BINS]: negative pairs, then positive ones.
     """
-    shift = torch.iinfo(keys.dtype).bits - _DIGIT_BITS * (level + 1)
-    digits = keys >> shift
+    digits = keys >> (torch.iinfo(keys.dtype).bits - _BIN_BITS * (level + 1))
     if level == 0:
-        digits = digits + _NUM_DIGITS // 2
-        # Few are of one identity, so that it is cheaper to take their digits away again than to select the others.
-        negatives = _count(digits) - _count(digits[same_pid])
-        return torch.stack([negatives, _count(digits[is_match])])[None]
-    stems = digits >> _DIGIT_BITS
-    digits = digits & (_NUM_DIGITS - 1)
+        digits = digits + NUM_BINS // 2
+        # Few pairs are of one identity: subtracting their counts is cheaper than selecting all others.
+        negatives = _histogram(digits) - _histogram(digits[same_pid])
+        return torch.stack([negatives, _histogram(digits[is_match])])[None]
+    stems, digits = digits >> _BIN_BITS, digits & (NUM_BINS - 1)
     counts = []
     for prefix in prefixes:
         inside = stems == prefix
-        counts += [_count(digits[inside & ~same_pid]), _count(digits[inside & is_match])]
-    return torch.stack(counts).view(len(prefixes), 2, _NUM_DIGITS)
+        counts += [_histogram(digits[inside & ~same_pid]), _histogram(digits[inside & is_match])]
+    return torch.stack(counts).view(len(prefixes), 2, NUM_BINS)
 
 
-def _count(digits: Tensor) -> Tensor:
-    return torch.bincount(digits.flatten(), minlength=_NUM_DIGITS)
-
-
-def no_counts(num_prefixes: int, device: torch.device) -> Tensor:
-    """The counts of no pair at all."""
-    return torch.zeros((num_prefixes, 2, _NUM_DIGITS), dtype=torch.int64, device=device)
+def _histogram(digits: Tensor) -> Tensor:
+    return torch.bincount(digits.flatten(), minlength=NUM_BINS)

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from reid.errors import SettingsError, WorldError, shared
-from reid.neighbours import has_fast_bfloat16
+from reid.hardware import has_fast_bfloat16
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode

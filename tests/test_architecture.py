@@ -22,8 +22,8 @@ OWNERS = {
     "accelerate": {"wrapping.py"},
     "ignite.handlers.tensorboard_logger": {"handlers/tensorboard.py"},
     "safetensors": {"safetensors_files.py", "timm_models.py"},
-    "faiss": {"nearest.py"},
     "onnxruntime": {"export.py"},
+    "matplotlib": {"pictures.py"},
     "wandb": {
         "handlers/tracking.py",
         "handlers/wandb_session.py",
@@ -40,13 +40,14 @@ MATHEMATICS = {
     "layouts.py",
     "losses.py",
     "metrics.py",
+    "distances.py",
     "per_query.py",
     "ranking.py",
     "single_shot.py",
     "verification.py",
     "neighbours.py",
     "reranking.py",
-    "nearest.py",
+    "tables_text.py",
     "examples.py",
     "pictures.py",
     "data/augment.py",
@@ -68,6 +69,7 @@ MATHEMATICS = {
 # Answer before torch is imported.
 LIGHT = {
     "summarize.py",
+    "tables_text.py",
     "errors.py",
     "environment_file.py",
     "world.py",

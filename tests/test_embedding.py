@@ -99,11 +99,11 @@ def test_the_embeddings_are_the_models(gallery, photos, weight):
 
 
 def test_it_knows_what_it_was_made_with(gallery, photos, weight):
-    facts = gallery.facts
-    assert (facts.folder, facts.weight) == (str(photos), str(weight))
-    assert (facts.num_images, facts.num_features, facts.num_unreadable) == (37, 512, 0)
-    assert (facts.distance, facts.normalised) == ("cosine", True)
-    assert "SIZE_TEST:\n  - 32\n  - 16" in facts.config
+    metadata = gallery.metadata
+    assert (metadata.folder, metadata.weight) == (str(photos), str(weight))
+    assert (metadata.num_images, metadata.num_features, metadata.num_unreadable) == (37, 512, 0)
+    assert (metadata.distance, metadata.normalised) == ("cosine", True)
+    assert "SIZE_TEST:\n  - 32\n  - 16" in metadata.config
 
 
 def files_of(folder):
@@ -119,7 +119,7 @@ def test_unnormalized_flip_embedding_is_mean_pre_neck_feature(place, photos, wei
     settings = ("TEST.WEIGHT", weight, "TEST.FEAT_NORM", "no", "TEST.NECK_FEAT", "before", "TEST.FLIP", "yes")
     run(place, photos, "--config_file", "tiny.yml", *settings, "OUTPUT_DIR", "raw")
     made = read_gallery(place.folder / "raw" / "galleries" / "photos")
-    assert (made.facts.distance, made.facts.normalised) == ("euclidean", False)
+    assert (made.metadata.distance, made.metadata.normalised) == ("euclidean", False)
     images, model = images_of(made, photos), model_of(weight)
     with torch.no_grad():
         expected = (model.base(images) + model.base(images.flip(-1))).mean((2, 3)) / 2
@@ -147,7 +147,7 @@ def test_they_are_left_out_listed_and_counted(place, damaged, weight, gallery):
     lines = (place.folder / "rest" / "unreadable.txt").read_text().splitlines()
     assert [line.partition(" ")[0] for line in lines] == ["b/gone.jpg", "many/03.png", "many/20.png"]
     rest = read_gallery(place.folder / "rest")
-    assert rest.facts.num_unreadable == 3
+    assert rest.metadata.num_unreadable == 3
     places = [i for i, image in enumerate(gallery.images) if image.path not in ("many/03.png", "many/20.png")]
     assert rest.images == tuple(gallery.images[i] for i in places)
     np.testing.assert_allclose(rest.embedding, gallery.embedding[places], atol=1e-6)

@@ -6,13 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reid.distances import Distances, embedding_distances, prepare_embeddings
 from reid.examples import find_examples, query_table, seeded_queries, worst_queries
 from reid.metrics import (
     QUERY_BLOCK,
-    Distances,
     Labels,
-    embedding_distances,
-    prepare_embeddings,
     retrieval_scores,
     scores_from_distmat,
 )

@@ -11,16 +11,16 @@ from refusals import refused
 
 from reid.errors import DataError
 from reid.gallery import (
-    Facts,
     GalleryImage,
-    read_facts,
+    Metadata,
     read_gallery,
+    read_metadata,
     write_gallery,
     write_unreadable,
     writing_embeddings,
 )
 
-FACTS = Facts(
+METADATA = Metadata(
     folder="/images",
     num_images=3,
     num_features=4,
@@ -34,11 +34,11 @@ FACTS = Facts(
 PATHS = ["0002_c1s1_000451_03.jpg", "a/-1_c3_x.png", "b/no name.webp"]
 
 
-def write(folder, *parts, paths=PATHS, facts=FACTS):
-    with writing_embeddings(folder, facts.num_features) as file:
+def write(folder, *parts, paths=PATHS, metadata=METADATA):
+    with writing_embeddings(folder, metadata.num_features) as file:
         for part in parts:
             file.append(part)
-    write_gallery(folder, paths, facts)
+    write_gallery(folder, paths, metadata)
 
 
 def write_then_fail(file, rows):
@@ -54,7 +54,7 @@ def embedding():
 def test_what_is_written_in_parts_comes_back_as_one(tmp_path, embedding):
     write(tmp_path / "new" / "out", embedding[:1], embedding[1:1], embedding[1:])
     gallery = read_gallery(tmp_path / "new" / "out")
-    assert gallery.facts == FACTS
+    assert gallery.metadata == METADATA
     assert np.array_equal(gallery.embedding, embedding)
     assert isinstance(gallery.embedding, np.memmap)
     assert gallery.images == (
@@ -76,8 +76,8 @@ def test_the_embeddings_lie_aligned_for_any_number_of_rows(tmp_path):
 def test_any_file_name_comes_back(tmp_path_factory, names):
     folder = tmp_path_factory.mktemp("names")
     names = [*names, b"\xff\n\r\"',.jpg".decode("utf-8", "surrogateescape")]
-    facts = replace(FACTS, num_images=4)
-    write(folder, np.zeros((4, 4), dtype=np.float32), paths=names, facts=facts)
+    metadata = replace(METADATA, num_images=4)
+    write(folder, np.zeros((4, 4), dtype=np.float32), paths=names, metadata=metadata)
     assert [image.path for image in read_gallery(folder).images] == names
 
 
@@ -120,7 +120,7 @@ def test_a_folder_without_a_gallery_is_rejected(tmp_path):
         ({"num_images": 4}, ("4 embeddings", "4 features", "[3, 4]", "3 images")),
     ],
 )
-def test_facts_that_do_not_fit_are_rejected(tmp_path, embedding, change, words):
+def test_metadata_that_do_not_fit_are_rejected(tmp_path, embedding, change, words):
     write(tmp_path, embedding)
     file = tmp_path / "gallery.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
@@ -137,6 +137,6 @@ def test_a_damaged_file_is_rejected(tmp_path, embedding, name, content):
         read_gallery(tmp_path)
 
 
-def test_facts_alone_can_be_read(tmp_path, embedding):
+def test_metadata_alone_can_be_read(tmp_path, embedding):
     write(tmp_path, embedding)
-    assert read_facts(tmp_path) == FACTS
+    assert read_metadata(tmp_path) == METADATA

@@ -1,8 +1,9 @@
 """CMC, mAP and mINP against recorded figures and a loop over the ranking; what changes nothing; what is refused.
 
-Also covers reid.ranking.
+Also covers reid.ranking and reid.distances.
 """
 
+import doctest
 import math
 
 import numpy as np
@@ -262,6 +263,10 @@ def test_the_two_sides_may_differ_in_precision(golden):
     q = q.astype(np.float32)
     mixed = retrieval_scores(q, q_pids, q_camids, g, g_pids, g_camids)
     assert_equal(mixed, retrieval_scores(q.astype(np.float64), q_pids, q_camids, g, g_pids, g_camids))
+
+
+def test_examples_in_the_docstrings_are_right():
+    assert doctest.testmod(metrics) == (0, 3)
 
 
 # ---- what is refused ----

@@ -66,7 +66,7 @@ def test_the_cameras_together_are_all_queries(single_gallery_shot):
 def test_the_table_is_aligned():
     table = camera_table([CameraScores(0, 1234, 1200, 0.8512, 1.0), CameraScores(11, 3, 0, math.nan, math.nan)])
     assert table.splitlines() == [
-        "camid          queries     valid       mAP    rank-1",
-        "0                1,234     1,200    85.1 %   100.0 %",
-        "11                   3         0         -         -",
+        "camid  queries  valid     mAP   rank-1",
+        "0        1,234  1,200  85.1 %  100.0 %",
+        "11           3      0       -        -",
     ]

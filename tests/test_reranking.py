@@ -5,6 +5,7 @@ Also covers reid.neighbours.
 
 from __future__ import annotations
 
+import doctest
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -93,21 +94,17 @@ KINDS = {
     spare=st.sampled_from([0, 1, neighbours.SPARE]),
     block_rows=st.sampled_from([1, 7, neighbours.PRODUCT_ROWS]),
     portion=st.sampled_from([1, 100, reranking.PORTION]),
-    coarse=st.booleans(),
 )
-@example("zeros", 1, 1, 1, 1, 1, 0.3, 0, 16, 512, 2**20, True)
-@example("identical", 3, 60, 2, 5, 12, 0.3, 0, 16, 512, 2**20, True)  # most have no mutual neighbour at all
-@example("ties", 8, 60, 1, 1, 1, 0.3, 0, 0, 7, 1, False)
+@example("zeros", 1, 1, 1, 1, 1, 0.3, 0, 16, 512, 2**20)
+@example("identical", 3, 60, 2, 5, 12, 0.3, 0, 16, 512, 2**20)  # most have no mutual neighbour at all
+@example("ties", 8, 60, 1, 1, 1, 0.3, 0, 0, 7, 1)
 def test_as_the_dense_algorithm(
-    kind, num_queries, num_gallery, num_features, k1, k2, lambda_value, seed, spare, block_rows, portion, coarse
+    kind, num_queries, num_gallery, num_features, k1, k2, lambda_value, seed, spare, block_rows, portion
 ):
     x = KINDS[kind](np.random.default_rng(seed), (num_queries + num_gallery, num_features))
     q, g = x[:num_queries], x[num_queries:]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neighbours, "has_fast_bfloat16", lambda: coarse)
         patch.setattr(neighbours, "SPARE", spare)
-        patch.setattr(neighbours, "COARSE_SPARE", 4 * spare)
-        patch.setattr(neighbours, "COARSE_FARTHEST", 1 + spare)
         patch.setattr(neighbours, "PRODUCT_ROWS", block_rows)
         patch.setattr(reranking, "PORTION", portion)
         distmat = k_reciprocal(q, g, k1, k2, lambda_value)
@@ -182,40 +179,15 @@ def test_neighbours_do_not_depend_on_blocks(monkeypatch):
     assert (together[100:150, :2] == torch.stack([torch.arange(50), torch.arange(100, 150)], dim=1)).all()
 
 
-@pytest.mark.parametrize("coarse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["unit", "ties", "far ties", "duplicates", "identical", "zeros", "outlier"])
-def test_neighbours_as_sorted_distances(monkeypatch, kind, dtype, coarse):
-    monkeypatch.setattr(neighbours, "has_fast_bfloat16", lambda: coarse)
+def test_neighbours_as_sorted_distances(kind, dtype):
     x = torch.from_numpy(KINDS[kind](np.random.default_rng(1), (200, 3))).to(dtype)
     distances = reference.squared_distances(x.numpy())
     found, farthest = neighbours.nearest(neighbours.Points.of(x.clone()), slice(0, 200), 20)
     is_right = (found.numpy() == distances.argsort(axis=1, kind="stable")[:, :20]).all(axis=1)
     assert is_right[1 if kind == "outlier" else 0 :].all()  # its own distances are nearly equal
     assert_close(farthest / farthest.max().clamp(min=1e-30), distances.max(axis=1) / max(distances.max(), 1e-30))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("offset", [0.0, 100.0])
-def test_bfloat16_settles_nearly_all_rows_and_these_rightly(monkeypatch, dtype, offset):
-    monkeypatch.setattr(neighbours, "has_fast_bfloat16", lambda: True)
-    x = (offset + torch.from_numpy(people(1500, 64))).to(dtype)
-    points = neighbours.Points.of(x.clone())
-    everything = slice(0, len(x))
-    found, farthest, is_certain = neighbours._nearest_by_coarse_product(points, points, points.coarse, 21)
-    wanted, wanted_farthest = neighbours._nearest_by_product(points.part(everything), points, 21)
-    assert is_certain.double().mean() > 0.95
-    assert torch.equal(found[is_certain], wanted[is_certain])
-    torch.testing.assert_close(farthest[is_certain], wanted_farthest[is_certain], rtol=1e-5, atol=0)
-
-
-def test_an_image_far_away_does_not_disturb_bfloat16(monkeypatch):
-    monkeypatch.setattr(neighbours, "has_fast_bfloat16", lambda: True)
-    x = torch.from_numpy(people(1500, 64))
-    x[0] *= 1000
-    points = neighbours.Points.of(x)
-    is_certain = neighbours._nearest_by_coarse_product(points, points, points.coarse, 21)[2]
-    assert is_certain.double().mean() > 0.5
 
 
 def test_both_ways_to_measure_pairs_agree():
@@ -271,6 +243,10 @@ def test_lambda_of_one_is_the_original_distance():
     q, g = x[:10], x[10:]
     farthest = ((q[:, None] - x) ** 2).sum(2).max(1, keepdims=True)
     assert_close(k_reciprocal(q, g, lambda_value=1), ((q[:, None] - g) ** 2).sum(2) / farthest, atol=1e-12)
+
+
+def test_example_in_the_docstring_is_right():
+    assert doctest.testmod(reranking) == (0, 2)
 
 
 class LargestTensor(TorchDispatchMode):

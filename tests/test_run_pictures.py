@@ -18,9 +18,10 @@ from program import Ended, Place, names, records
 from reid.config.load import load_config
 from reid.data import loaders
 from reid.data.loaders import StoredImages
-from reid.handlers.pictures import Drawn, Pictures
+from reid.distances import Distances
+from reid.handlers.pictures import FigureSet, Pictures
 from reid.handlers.records import Progress, Records
-from reid.metrics import Distances, Labels, RetrievalScores, scores_from_distmat
+from reid.metrics import Labels, RetrievalScores, scores_from_distmat
 
 ALL = ["cmc_synthetic.png", "random_queries_synthetic.png", "train_batch.png", "worst_queries_synthetic.png"]
 
@@ -115,7 +116,7 @@ class Setting:
         self.data = loaders.TestData(None, self.query, self.gallery, stored)  # type: ignore[arg-type]
         paths = [Path(f"{number:04d}_c1.jpg") for number in range(3)]
         benchmarks = [SimpleNamespace(name=name, query=SimpleNamespace(paths=paths)) for name in names]
-        self.seen: list[Drawn] = []
+        self.seen: list[FigureSet] = []
         cfg = load_config(None, list(settings))
         self.pictures = Pictures(
             cfg, folder / "pictures", SimpleNamespace(train=(), test=benchmarks), on_drawn=self.seen.append

@@ -12,7 +12,7 @@ from rankings import TIED, retrievals, sides, without_ties
 
 from reid import metrics
 from reid.metrics import retrieval_scores, scores_from_distmat
-from reid.verification import num_digits, ordered_keys, tpr_at_fpr
+from reid.verification import num_levels, ordered_keys, tpr_at_fpr
 
 RATES = (0.0, 0.001, 0.01, 0.1, 0.25, 0.5, 0.99)
 
@@ -133,4 +133,4 @@ def test_keys_are_in_the_order_of_the_distances(left, right):
         keys = ordered_keys(distances)
         assert (keys[0] < keys[1]) == (distances[0] < distances[1])
         assert (keys[0] == keys[1]) == (distances[0] == distances[1])
-        assert torch.iinfo(keys.dtype).bits == 16 * num_digits(dtype)
+        assert torch.iinfo(keys.dtype).bits == 16 * num_levels(dtype)

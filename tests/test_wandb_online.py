@@ -28,7 +28,7 @@ from program import REPOSITORY, TIMEOUT, TRAIN, Ended, Place, Ranks, newest, rec
 from wandb_server import ENTITY, Run, WandbServer
 
 from reid import weights
-from reid.gallery import read_facts
+from reid.gallery import read_metadata
 from reid.layouts import checksum_of
 
 pytestmark = pytest.mark.slow
@@ -194,7 +194,7 @@ def test_embed_search_and_export_fetch_model_from_wandb(place, story, photos):
 
     ended, _ = place.run("embed", photos, "TEST.WEIGHT", weight, "--output", "fetched", **options, num_ranks=2)
     assert (ended.code, ended.err) == (0, ""), ended
-    facts = read_facts(place.folder / "fetched")
+    facts = read_metadata(place.folder / "fetched")
     assert (facts.checksum, facts.num_images) == (checksum, 3)
     assert yaml.safe_load(facts.config)["INPUT"]["SIZE_TEST"] == [32, 16]
     assert server.operations.count("ArtifactMembershipByName") == asked + 1  # by one rank, once

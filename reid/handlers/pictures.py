@@ -19,10 +19,11 @@ from reid.backbones import normalisation
 from reid.data.loaders import TestData, TrainData
 from reid.data.preprocessing import BatchPreprocessor
 from reid.data.sets import DataSets
+from reid.distances import Distances
 from reid.examples import Example, find_examples, query_table, seeded_queries, worst_queries
 from reid.handlers.records import Progress, Records
-from reid.metrics import Distances, RetrievalScores
-from reid.pictures import Shown, batch_grid, cmc_chart, denormalise, ranked_gallery, sheet
+from reid.metrics import RetrievalScores
+from reid.pictures import GalleryCell, batch_grid, cmc_chart, denormalize, ranked_gallery, sheet
 from reid.process.files import atomic_write
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ _LEGEND = "green: right, red: wrong; left out: the query's identity on its own c
 
 
 @dataclass
-class Drawn:
+class FigureSet:
     """What there is to see at one point of a run, for those who show it elsewhere; the keys are W&B's.
 
     Attributes:
@@ -77,7 +78,7 @@ class Pictures:
     """
 
     def __init__(
-        self, cfg: CfgNode, folder: Path, data: DataSets, on_drawn: Callable[[Drawn], None] = lambda drawn: None
+        self, cfg: CfgNode, folder: Path, data: DataSets, on_drawn: Callable[[FigureSet], None] = lambda drawn: None
     ) -> None:
         self._cfg, self._folder, self._on_drawn = cfg, folder, on_drawn
         self._is_on = bool(cfg.WANDB.LOG_IMAGES) and distributed.is_main()
@@ -91,7 +92,7 @@ class Pictures:
         def draw_batch(engine: Engine) -> None:
             file = self._folder / "train_batch.png"
             if engine.state.iteration == 0 or not file.exists():
-                drawn = Drawn(engine.state.iteration, engine.state.epoch)
+                drawn = FigureSet(engine.state.iteration, engine.state.epoch)
                 self._attempt(lambda: self._draw_batch(file, train_data, drawn), drawn)
 
         @trainer.on(Records.VALIDATION)
@@ -116,13 +117,13 @@ class Pictures:
 
         Args:
             of_what: the checkpoint's name, for the titles.
-            iteration: see `Drawn`.
-            epoch: see `Drawn`.
+            iteration: see `FigureSet`.
+            epoch: see `FigureSet`.
         """
-        drawn = Drawn(iteration, epoch)
+        drawn = FigureSet(iteration, epoch)
         self._attempt(lambda: self._draw_all(of_what, drawn), drawn)
 
-    def _draw_all(self, of_what: str, drawn: Drawn) -> None:
+    def _draw_all(self, of_what: str, drawn: FigureSet) -> None:
         for name, compared in self._compared.items():
             section = f"val/{name}" if len(self._compared) > 1 else "val"
             title = f"{name}, {of_what}"
@@ -140,10 +141,12 @@ class Pictures:
             table = query_table(compared.scores.per_query, compared.data.query, self._names[name])
             drawn.tables.append((f"{section}/AP_per_query", *table))
 
-    def _draw_cmc(self, name: str, key: str, title: str, scores: RetrievalScores, drawn: Drawn) -> None:
+    def _draw_cmc(self, name: str, key: str, title: str, scores: RetrievalScores, drawn: FigureSet) -> None:
         curve = scores.cmc.tolist()
         title = f"CMC curve of {title}"
-        _save(self._folder / f"cmc_{name}.png", cmc_chart({_in_words(scores): curve}, title))
+        chart = cmc_chart({_in_words(scores): curve}, title)
+        if chart is not None:
+            _save(self._folder / f"cmc_{name}.png", chart)
         ranks = [float(k) for k in range(1, len(curve) + 1)]
         drawn.curves.append((key, ranks, curve, title, "rank", "fraction of queries with a match"))
 
@@ -164,10 +167,12 @@ class Pictures:
             f"first at {int(per_query.first_match[example.query]) + 1}",
         )
         found = [
-            Shown(image, (f"pid {int(gallery.pids[i])}", f"camid {int(gallery.camids[i])}", self._closeness(distance)))
+            GalleryCell(
+                image, (f"pid {int(gallery.pids[i])}", f"camid {int(gallery.camids[i])}", self._closeness(distance))
+            )
             for image, i, distance in zip(others, example.gallery, example.distances, strict=True)
         ]
-        return ranked_gallery(Shown(first, labels), found, example.is_match)
+        return ranked_gallery(GalleryCell(first, labels), found, example.is_match)
 
     def _closeness(self, distance: float) -> str:
         if self._cfg.TEST.RE_RANKING:
@@ -181,7 +186,7 @@ class Pictures:
         marks = "".join("+" if match else "-" for match in example.is_match)
         return f"{names[example.query]}: AP {100 * precision:.1f} %, {marks}"
 
-    def _draw_batch(self, file: Path, train_data: TrainData, drawn: Drawn) -> None:
+    def _draw_batch(self, file: Path, train_data: TrainData, drawn: FigureSet) -> None:
         """From the plan, not from what the ranks hold: the same for any number of them, and no rank must wait."""
         planned = train_data.batches.first_global_batch()
         each = 1 if self._cfg.DATALOADER.SAMPLER == "softmax" else self._cfg.DATALOADER.NUM_INSTANCE
@@ -189,13 +194,13 @@ class Pictures:
         some = planned._replace(sample_ids=planned.sample_ids[:num], positions=planned.positions[:num])
         batch = train_data.images.__getitems__(some)
         prepared = BatchPreprocessor(self._cfg, torch.device("cpu")).for_training(batch).numpy()
-        images = denormalise(prepared, *normalisation(self._cfg))
+        images = denormalize(prepared, *normalisation(self._cfg))
         of_all = f"{num} of {len(planned.sample_ids)} images" if num < len(planned.sample_ids) else f"{num} images"
         note = f"{of_all} as the model sees them: flipped, padded and cropped, partly erased; pids are labels"
         _save(file, batch_grid(images, batch.pids.tolist(), "the first training batch", note))
         drawn.images.append(("train/batch", file, note))
 
-    def _attempt(self, work: Callable[[], None], drawn: Drawn | None = None) -> None:
+    def _attempt(self, work: Callable[[], None], drawn: FigureSet | None = None) -> None:
         if not self._is_on:
             return
         try:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import wandb
     from yacs.config import CfgNode
 
-    from reid.handlers.pictures import Drawn
+    from reid.handlers.pictures import FigureSet
 
 _RUN_ID_FILE = "wandb_run_id"
 
@@ -160,7 +160,7 @@ class Tracker:
         if self._session is not None:
             self._session.do("a row of numbers", lambda run: run.log(row))
 
-    def show(self, drawn: Drawn) -> None:
+    def show(self, drawn: FigureSet) -> None:
         """The pictures, curves and tables of one point of a run."""
         place = {"iteration": drawn.iteration, "epoch": drawn.epoch}
         for key, file, caption in drawn.images:
