@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from reid import logs
 from reid.commands import COMMANDS, Words, read_words
 from reid.config.load import load_config
-from reid.config.rules import check_training, fitting_nodes
+from reid.config.rules import fitting_nodes, validate_training
 from reid.environment_file import read_environment_file
 from reid.errors import ReidError, SettingsError, UnsavedError, WorldError
 from reid.preemption import MARKER, Preempted, Signals, write_marker
@@ -26,7 +26,7 @@ from reid.world import World, read_world, speaks_for_node
 if TYPE_CHECKING:
     from yacs.config import CfgNode
 
-    from reid.config.parsing import Given
+    from reid.config.parsing import RawSetting
 
 # Exit codes of a process; torchrun prints them, and itself ends with 1 whenever one is not 0.
 FAILED, BAD_INPUT, UNSAVED, PREEMPTED = 1, 2, 74, 85
@@ -37,7 +37,7 @@ _PATIENCE = 10.0
 logger = logging.getLogger("reid.launcher")
 
 
-def _nothing_recorded(cfg: CfgNode, own: dict[str, Any]) -> list[Given]:
+def _nothing_recorded(cfg: CfgNode, own: dict[str, Any]) -> list[RawSetting]:
     del cfg, own
     return []
 
@@ -47,7 +47,7 @@ class _Story(NamedTuple):
 
     work: Callable[..., None]  # of cfg, accelerator, signals, and the command's own arguments by name
     # of cfg and these arguments: the settings to go by without --config_file
-    recorded: Callable[[CfgNode, dict[str, Any]], list[Given]] = _nothing_recorded
+    recorded: Callable[[CfgNode, dict[str, Any]], list[RawSetting]] = _nothing_recorded
 
 
 def main(story: str, description: str) -> int:
@@ -122,7 +122,7 @@ def _answer(story: str, description: str, signals: Signals) -> int:
         words = read_words(story, description)
         cfg = load_config(words.config_file, words.overrides, subfolder=_trial() if story == "train" else "")
         if story == "train":
-            check_training(cfg, world.num_ranks)
+            validate_training(cfg, world.num_ranks)
         _check_alone(story, world)
         cfg, run = _prepare(story, words, cfg)
     except ReidError as error:  # the same on all processes of a node, so the first one speaks
@@ -173,7 +173,7 @@ def _prepare(story: str, words: Words, cfg: CfgNode) -> tuple[CfgNode, Callable[
     recorded_by = _nothing_recorded if words.config_file else stories[story].recorded
     at_wandb = weight_file.is_at_wandb(cfg)  # fetched by one rank for all, which have to meet before
 
-    def settle(found: list[Given]) -> CfgNode:
+    def settle(found: list[RawSetting]) -> CfgNode:
         return load_config(words.config_file, [*words.overrides, *COMMANDS[story].fixed], recorded=found)
 
     found = [] if at_wandb else recorded_by(cfg, words.own)
