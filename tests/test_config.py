@@ -1,4 +1,4 @@
-"""Settings: defaults, old spellings, every refusal, which losses a configuration means, and the way back to YAML.
+"""Settings: defaults, documentation, accepted spellings, errors, rules, and the way back to YAML.
 
 Also covers reid.config.schema, reid.config.schema_model, reid.config.schema_data, reid.config.schema_solver,
 reid.config.schema_output, reid.config.load, reid.config.parsing, reid.config.validators, reid.config.rules.
@@ -154,7 +154,7 @@ def test_every_setting_is_documented(key):
 
 
 def test_the_tree_is_frozen():
-    cfg = load_config(None, [])
+    cfg = load_config()
     assert cfg.is_frozen()
     with pytest.raises(AttributeError):
         cfg.SEED = 1

@@ -43,7 +43,8 @@ INPUT = {
         validate=_SIZE,
         unit="pixels",
         doc="Height and width that training images are resized to. The published recipe uses 256 x 128; other sizes "
-        "such as 384 x 128 cost time and memory in proportion to their area. Vehicles want square images.",
+        "such as 384 x 128 cost time and memory in proportion to their area. For vehicles square images are "
+        "usual.",
     ),
     "INPUT.SIZE_TEST": Setting(
         default=(256, 128),
@@ -163,7 +164,7 @@ DATASETS = {
         default=12,
         validate=integer(4),
         unit="images",
-        doc="Images of each identity of the generated benchmark, over all cameras.",
+        doc="Mean number of images of each identity of the generated benchmark, over all cameras.",
     ),
     "DATASETS.SYNTHETIC.NUM_CAMERAS": Setting(
         default=4,

@@ -20,8 +20,8 @@ TEST = {
         default=128,
         validate=integer(1),
         unit="images",
-        doc="Images that a rank embeds at once in an evaluation. Lower it where the memory does not suffice; the "
-        "result stays.",
+        doc="Images that a rank embeds at once in an evaluation. Lower it where memory runs out; the result does not "
+        "change.",
     ),
     "TEST.RE_RANKING": Setting(
         default=False,
