@@ -7,13 +7,18 @@ assembly builds, gathers and wires.
     errors.py                   errors written for the user
     world.py                    what the launcher told this process about ranks
     environment_file.py         variables from .env
-    config/schema.py            every setting: key, default, check
+    config/schema.py            every setting by its full key, in order
+    config/schema_model.py      default, validator and documentation of: SEED, OUTPUT_DIR, MODEL
+    config/schema_data.py       the same of INPUT, DATASETS, DATALOADER
+    config/schema_solver.py     the same of SOLVER
+    config/schema_output.py     the same of TEST, LOG, WANDB
     config/load.py              from files and command lines to the frozen yacs tree, and back
-    config/parsing.py           reading, literals, wording
-    config/validators.py        checks of single settings
-    config/rules.py             which losses the settings choose, and which settings do not fit
+    config/parsing.py           raw settings of files and command lines, and their literals
+    config/validators.py        validators of single settings
+    config/rules.py             losses that the settings choose, and combinations that are errors
     config/benchmark_names.py   what a benchmark may be called, and in which forms it comes
     commands.py                 what each command takes besides settings
+    settings_command.py         the command that prints the settings with their documentation
     launcher.py                 from the command line to a running story
     sweeps.py                   searches for settings, by W&B
     logs.py                     where lines go, and what happens where they cannot

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from reid import distributed
-from reid.config.rules import check_training
+from reid.config.rules import validate_training
 from reid.evaluate_command import evaluate as evaluate_on_all_ranks
 from reid.preemption import SIGNALS, Signals
 from reid.training.train import train as train_on_all_ranks
@@ -38,7 +38,7 @@ def train(cfg: CfgNode) -> dict[str, Any]:
         >>> reid.train(cfg)["mAP"]
         0.31
     """
-    check_training(cfg, read_world(os.environ).num_ranks)
+    validate_training(cfg, read_world(os.environ).num_ranks)
     return _run(train_on_all_ranks, cfg)
 
 

@@ -1,4 +1,4 @@
-"""The commands of launch/: what each takes on its command line besides settings."""
+"""Arguments of the commands in launch/, besides settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reid.errors import SettingsError
 
 FORMATS = ("onnx", "torch", "safetensors")
 CHECKS = ("evaluation", "random", "none")
-PICTURES = (".jpg", ".jpeg", ".png")  # WebP is too small for many rows
+PICTURES = (".jpg", ".jpeg", ".png")  # WebP limits the height to 16,383 pixels, which many rows exceed
 
 _SETTINGS = "[KEY VALUE | KEY=VALUE ...]"
 _FILE_AND_SETTINGS = f"[--config_file FILE] {_SETTINGS}"
@@ -21,14 +21,14 @@ _TOP_LEVEL = {key.partition(".")[0] for key in SETTINGS}
 
 
 class Parser(argparse.ArgumentParser):
-    """Says a wrong argument as any wrong setting: in one sentence, once for all ranks."""
+    """ArgumentParser whose errors are SettingsErrors, which are reported once for all ranks."""
 
     def __init__(self, form: str, description: str) -> None:
         super().__init__(description=description, allow_abbrev=False)
         self._form = form
 
     def error(self, message: str) -> NoReturn:
-        # argparse has made a text of its own error by now, in which the argument's name comes first.
+        # The name of the argument comes first in argparse's message.
         named = re.search(r"(?<!\S)-{1,2}\w[\w-]*|\b(FOLDER|IMAGE)\b", message)
         key = named[0] if named else None
         raise SettingsError(f"the command line must be {self._form}, got: {message}; correct it", key=key)
@@ -36,13 +36,13 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Command:
-    """One of the commands.
+    """Command line of one command.
 
     Attributes:
-        form: how its command line looks, for the error.
-        add_arguments: its own arguments; they reach the story under their names.
-        fixed: settings that hold whatever the user says.
-        one_process: whether it can only be started alone.
+        form: Form of the command line, for errors.
+        add_arguments: Function that adds the arguments of the command itself; it receives them under their names.
+        fixed: Settings that the user cannot change.
+        one_process: Whether the command runs as a single process only.
     """
 
     form: str = _FILE_AND_SETTINGS
@@ -52,97 +52,110 @@ class Command:
 
 
 @dataclass(frozen=True)
-class Words:
-    """A command line, taken apart.
+class ParsedArguments:
+    """Parsed command line of a command.
 
     Attributes:
-        config_file: the YAML file with settings, if one is named.
-        overrides: the settings over those of the file.
-        own: the command's own arguments by name.
+        config_file: YAML file with settings, or None.
+        overrides: Settings that override those of the file, as KEY VALUE or KEY=VALUE.
+        command_args: Arguments of the command itself, by name.
     """
 
     config_file: str | None
     overrides: list[str]
-    own: dict[str, Any]
+    command_args: dict[str, Any]
 
 
-def read_words(story: str, description: str, words: Sequence[str] | None = None) -> Words:
-    """The command line of a story; `words` is None for this process's.
+def parse_arguments(name: str, description: str, arguments: Sequence[str] | None = None) -> ParsedArguments:
+    """Parse the command line of a command.
+
+    Args:
+        name: Key of COMMANDS.
+        description: First line of its help.
+        arguments: Arguments; None for those of this process.
 
     Raises:
-        SettingsError: it has another form.
+        SettingsError: The command line has another form.
     """
-    command = COMMANDS[story]
+    command = COMMANDS[name]
     parser = Parser(command.form, description)
     if "--config_file" in command.form:
         parser.add_argument("--config_file", "--config-file", metavar="FILE", help="YAML file with settings")
     command.add_arguments(parser)
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE | KEY=VALUE", help="settings over those of the file")
-    own = vars(parser.parse_intermixed_args(words))
-    overrides = own.pop("overrides")
-    if "folder" in own and (not own["folder"] or _is_setting(own["folder"])):
+    parsed = vars(parser.parse_intermixed_args(arguments))
+    overrides = parsed.pop("overrides")
+    if "folder" in parsed and (not parsed["folder"] or _starts_setting(parsed["folder"])):
         parser.error("no FOLDER")
-    if "images" in own:  # any number of names: the settings stand behind them
-        own["images"], overrides = _split(own["images"])
-        if not own["images"]:
+    if "images" in parsed:  # any number of files, followed by settings
+        parsed["images"], overrides = _split(parsed["images"])
+        if not parsed["images"]:
             parser.error("no IMAGE")
-    return Words(own.pop("config_file", None), overrides, own)
+    return ParsedArguments(parsed.pop("config_file", None), overrides, parsed)
 
 
-def _split(words: list[str]) -> tuple[list[str], list[str]]:
-    """Names, and from the first key on the settings."""
-    start = next((place for place, word in enumerate(words) if _is_setting(word)), len(words))
-    return words[:start], words[start:]
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Split into file names, and the settings from the first key on."""
+    start = next((index for index, argument in enumerate(arguments) if _starts_setting(argument)), len(arguments))
+    return arguments[:start], arguments[start:]
 
 
-def _is_setting(word: str) -> bool:
-    """Whether a key begins here, be it a wrong one; ./TEST.JPG is none."""
-    return word.partition("=")[0].partition(".")[0] in _TOP_LEVEL
+def _starts_setting(argument: str) -> bool:
+    """Return whether an argument starts with the name of a section, even of an unknown key; ./TEST.JPG does not."""
+    return argument.partition("=")[0].partition(".")[0] in _TOP_LEVEL
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", type=_formats, default=FORMATS, metavar="LIST", help=",".join(FORMATS))
-    parser.add_argument("--output", metavar="FOLDER", help="for the files; by default that of TEST.WEIGHT")
-    parser.add_argument("--check", choices=CHECKS, default=CHECKS[0], help="what is compared with the model itself")
-    parser.add_argument("--uint8", action="store_true", help="take uint8 [B, H, W, 3] and normalise inside the model")
+    parser.add_argument("--output", metavar="FOLDER", help="folder for the files; default: the folder of TEST.WEIGHT")
+    parser.add_argument("--check", choices=CHECKS, default=CHECKS[0], help="data to compare with the model on")
+    parser.add_argument("--uint8", action="store_true", help="take uint8 [B, H, W, 3] and normalize inside the model")
 
 
 def _embed_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", nargs="?", default="", metavar="FOLDER", help="of images, with all folders in it")
-    parser.add_argument("--output", metavar="OUT", help="by default OUTPUT_DIR/galleries/ and the name of FOLDER")
+    parser.add_argument("folder", nargs="?", default="", metavar="FOLDER", help="folder of images, recursive")
+    parser.add_argument("--output", metavar="OUT", help="folder for the gallery; default: OUTPUT_DIR/galleries/FOLDER")
     parser.add_argument("--strict", action="store_true", help="an image that cannot be read is an error")
 
 
 def _search_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="to look for")
-    parser.add_argument("--gallery", required=True, metavar="OUT", help="a folder that launch/embed.py wrote")
-    parser.add_argument("--top", type=at_least_one, default=10, metavar="K", help="how many to find, by default 10")
-    parser.add_argument("--output", type=_picture, default="search.jpg", metavar="FILE", help="a picture of them")
-    parser.add_argument("--json", metavar="FILE", help="the same to be read by programs")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image to search for")
+    parser.add_argument("--gallery", required=True, metavar="OUT", help="folder that launch/embed.py wrote")
+    parser.add_argument("--top", type=at_least_one, default=10, metavar="K", help="number of results, default: 10")
+    parser.add_argument(
+        "--output",
+        type=_picture,
+        default="search.jpg",
+        metavar="FILE",
+        help="picture of the results",
+    )
+    parser.add_argument("--json", metavar="FILE", help="the results as JSON")
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nodes", type=at_least_one, default=1, metavar="N", help="that the job has")
-    parser.add_argument("--ranks_per_node", type=at_least_one, default=1, metavar="R", help="processes on each")
+    parser.add_argument("--nodes", type=at_least_one, default=1, metavar="N", help="nodes of the job, default: 1")
+    parser.add_argument(
+        "--ranks_per_node", type=at_least_one, default=1, metavar="R", help="ranks of a node, default: 1"
+    )
 
 
-def _formats(word: str) -> tuple[str, ...]:
-    chosen = tuple(part.strip() for part in word.split(",") if part.strip())
+def _formats(argument: str) -> tuple[str, ...]:
+    chosen = tuple(part.strip() for part in argument.split(",") if part.strip())
     if not chosen or not set(chosen) <= set(FORMATS):
-        raise argparse.ArgumentTypeError(f"{word!r} is no list of {','.join(FORMATS)}")
+        raise argparse.ArgumentTypeError(f"{argument!r} is not a list of {','.join(FORMATS)}")
     return chosen
 
 
-def at_least_one(word: str) -> int:
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word!r} is no whole number >= 1")
-    return int(word)
+def at_least_one(argument: str) -> int:
+    if not argument.isdecimal() or int(argument) < 1:
+        raise argparse.ArgumentTypeError(f"{argument!r} is not a whole number >= 1")
+    return int(argument)
 
 
-def _picture(word: str) -> str:
-    if not word.lower().endswith(PICTURES):
-        raise argparse.ArgumentTypeError(f"{word!r} does not end in one of {', '.join(PICTURES)}")
-    return word
+def _picture(argument: str) -> str:
+    if not argument.lower().endswith(PICTURES):
+        raise argparse.ArgumentTypeError(f"{argument!r} does not end in one of {', '.join(PICTURES)}")
+    return argument
 
 
 COMMANDS = {
@@ -153,7 +166,7 @@ COMMANDS = {
     "export": Command(
         f"[--to LIST] [--output FOLDER] [--check {'|'.join(CHECKS)}] [--uint8] {_FILE_AND_SETTINGS}",
         _export_arguments,
-        # The exported model computes in float32; what it is compared with must do so too.
+        # The exported model computes in float32, so the model that it is compared with must too.
         fixed=("MODEL.DEVICE=cpu", "SOLVER.PRECISION=fp32", "SOLVER.SHARDING=none"),
         one_process=True,
     ),

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from reid import logs
-from reid.commands import COMMANDS, Words, read_words
+from reid.commands import COMMANDS, ParsedArguments, parse_arguments
 from reid.config.load import load_config
-from reid.config.rules import check_training, fitting_nodes
+from reid.config.rules import fitting_nodes, validate_training
 from reid.errors import ReidError, SettingsError, UnsavedError, WorldError
 from reid.preemption import MARKER, Preempted, Signals, write_marker
 from reid.process.environment import load_environment_file
@@ -26,7 +26,7 @@ from reid.world import World, read_world, speaks_for_node
 if TYPE_CHECKING:
     from yacs.config import CfgNode
 
-    from reid.config.parsing import Given
+    from reid.config.parsing import RawSetting
 
 # Exit codes of a process; torchrun prints them, and itself ends with 1 whenever one is not 0.
 FAILED, BAD_INPUT, UNSAVED, PREEMPTED = 1, 2, 74, 85
@@ -37,7 +37,7 @@ _PATIENCE = 10.0
 logger = logging.getLogger("reid.launcher")
 
 
-def _nothing_recorded(cfg: CfgNode, own: dict[str, Any]) -> list[Given]:
+def _nothing_recorded(cfg: CfgNode, own: dict[str, Any]) -> list[RawSetting]:
     del cfg, own
     return []
 
@@ -47,7 +47,7 @@ class _Story(NamedTuple):
 
     work: Callable[..., object]  # of cfg, accelerator, signals, and the command's own arguments by name
     # of cfg and these arguments: the settings to go by without --config_file
-    recorded: Callable[[CfgNode, dict[str, Any]], list[Given]] = _nothing_recorded
+    recorded: Callable[[CfgNode, dict[str, Any]], list[RawSetting]] = _nothing_recorded
 
 
 def main(story: str, description: str) -> int:
@@ -99,15 +99,15 @@ def print_plan() -> int:
     """For job scripts: on how many nodes the training of the command line runs, and in which folder it will be."""
     logging.getLogger("reid").addHandler(logs.Console(sys.stderr))
     try:
-        words = read_words("plan", "Print the number of nodes that a training uses, and its OUTPUT_DIR.")
-        cfg = load_config(words.config_file, words.overrides, subfolder=_trial())
-        num_nodes = fitting_nodes(cfg, words.own["nodes"], words.own["ranks_per_node"])
+        arguments = parse_arguments("plan", "Print the number of nodes that a training uses, and its OUTPUT_DIR.")
+        cfg = load_config(arguments.config_file, arguments.overrides, subfolder=_trial())
+        num_nodes = fitting_nodes(cfg, arguments.command_args["nodes"], arguments.command_args["ranks_per_node"])
     except ReidError as error:
         return _report(error, speaks=True)
-    if num_nodes < words.own["nodes"]:
+    if num_nodes < arguments.command_args["nodes"]:
         logger.warning(
             "warning: the ranks of %d nodes cannot share SOLVER.IMS_PER_BATCH=%d evenly; it uses %d of them",
-            *(words.own["nodes"], cfg.SOLVER.IMS_PER_BATCH, num_nodes),
+            *(arguments.command_args["nodes"], cfg.SOLVER.IMS_PER_BATCH, num_nodes),
         )
     logs.answer(f"{num_nodes}\n{cfg.OUTPUT_DIR}\n")
     return 0
@@ -119,12 +119,12 @@ def _answer(story: str, description: str, signals: Signals) -> int:
         world = read_world(os.environ)
         if world.rank != 0:
             logging.getLogger("reid").setLevel(logging.ERROR)
-        words = read_words(story, description)
-        cfg = load_config(words.config_file, words.overrides, subfolder=_trial() if story == "train" else "")
+        arguments = parse_arguments(story, description)
+        cfg = load_config(arguments.config_file, arguments.overrides, subfolder=_trial() if story == "train" else "")
         if story == "train":
-            check_training(cfg, world.num_ranks)
+            validate_training(cfg, world.num_ranks)
         _check_alone(story, world)
-        cfg, run = _prepare(story, words, cfg)
+        cfg, run = _prepare(story, arguments, cfg)
     except ReidError as error:  # the same on all processes of a node, so the first one speaks
         signals.release()
         return _report(error, speaks=speaks_for_node(os.environ))
@@ -153,7 +153,9 @@ def _trial() -> str:
     return os.environ.get("WANDB_RUN_ID", "") if os.environ.get("WANDB_SWEEP_ID") else ""
 
 
-def _prepare(story: str, words: Words, cfg: CfgNode) -> tuple[CfgNode, Callable[[CfgNode, World, Signals], None]]:
+def _prepare(
+    story: str, arguments: ParsedArguments, cfg: CfgNode
+) -> tuple[CfgNode, Callable[[CfgNode, World, Signals], None]]:
     """The settings to go by, and the work.
 
     Imports torch and what rests on it only now: a wrong setting must not cost the seconds that this takes.
@@ -171,13 +173,13 @@ def _prepare(story: str, words: Words, cfg: CfgNode) -> tuple[CfgNode, Callable[
         "embed": _Story(embedding.embed, recorded.of_checkpoint),
         "search": _Story(search.search, search.recorded_settings),
     }
-    recorded_by = _nothing_recorded if words.config_file else stories[story].recorded
+    recorded_by = _nothing_recorded if arguments.config_file else stories[story].recorded
     at_wandb = weight_file.is_at_wandb(cfg)  # fetched by one rank for all, which have to meet before
 
-    def settle(found: list[Given]) -> CfgNode:
-        return load_config(words.config_file, [*words.overrides, *COMMANDS[story].fixed], recorded=found)
+    def settle(found: list[RawSetting]) -> CfgNode:
+        return load_config(arguments.config_file, [*arguments.overrides, *COMMANDS[story].fixed], recorded=found)
 
-    found = [] if at_wandb else recorded_by(cfg, words.own)
+    found = [] if at_wandb else recorded_by(cfg, arguments.command_args)
     if found or COMMANDS[story].fixed:
         cfg = settle(found)
 
@@ -186,10 +188,10 @@ def _prepare(story: str, words: Words, cfg: CfgNode) -> tuple[CfgNode, Callable[
             with distributed.session(world, cfg) as accelerator:
                 # Not before: while ranks look for each other no handler of Python's would run.
                 signals.install()
-                found = distributed.on_main(lambda: recorded_by(cfg, words.own)) if at_wandb else []
+                found = distributed.on_main(lambda: recorded_by(cfg, arguments.command_args)) if at_wandb else []
                 if found:
                     cfg = distributed.together(lambda: settle(found))
-                stories[story].work(cfg, accelerator, signals, **words.own)
+                stories[story].work(cfg, accelerator, signals, **arguments.command_args)
         except RuntimeError as error:
             is_lost = world.num_ranks > 1 and distributed.is_lost_rank(error)
             raise explain_runtime_error(error, world.rank, lost_another=is_lost) from error

@@ -21,7 +21,7 @@ import torch
 
 from reid import distributed
 from reid.checkpoint_files import checkpoints_in
-from reid.config.rules import check_training
+from reid.config.rules import validate_training
 from reid.data.sets import DataSets, open_data_sets
 from reid.errors import ReidError, WorldError, shared
 from reid.link_speed import Link, measure
@@ -167,7 +167,7 @@ def _numbers(ranks: list[int]) -> str:
 
 
 def _batch(report: Report, cfg: CfgNode) -> bool:
-    check_training(cfg, distributed.num_ranks())
+    validate_training(cfg, distributed.num_ranks())
     batch, num_ranks, k = cfg.SOLVER.IMS_PER_BATCH, distributed.num_ranks(), cfg.DATALOADER.NUM_INSTANCE
     of = "images" if cfg.DATALOADER.SAMPLER == "softmax" else f"images, {batch // k} identities of {k}"
     parts = f", in {cfg.SOLVER.ACCUMULATE} parts" if cfg.SOLVER.ACCUMULATE > 1 else ""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from reid.config.parsing import Given
+from reid.config.parsing import RawSetting
 from reid.config.schema import SETTINGS
 from reid.errors import WorldError
 from reid.trained import check_weight_is_named
@@ -23,7 +23,7 @@ logger = logging.getLogger("reid.recorded")
 _OF_THE_MACHINE = ("MODEL.DEVICE", "SOLVER.PRECISION", "SOLVER.SHARDING")
 
 
-def of_checkpoint(cfg: CfgNode, command_args: dict[str, Any]) -> list[Given]:
+def of_checkpoint(cfg: CfgNode, command_args: dict[str, Any]) -> list[RawSetting]:
     """Return the settings in TEST.WEIGHT; none for a file without settings, as those of reid-strong-baseline."""
     del command_args
     check_weight_is_named(cfg)
@@ -36,7 +36,7 @@ def of_checkpoint(cfg: CfgNode, command_args: dict[str, Any]) -> list[Given]:
     return settings_in(content["config"], f"TEST.WEIGHT={cfg.TEST.WEIGHT}", key="TEST.WEIGHT")
 
 
-def settings_in(text: str, source: str, *, key: str) -> list[Given]:
+def settings_in(text: str, source: str, *, key: str) -> list[RawSetting]:
     try:
         nested = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -46,10 +46,10 @@ def settings_in(text: str, source: str, *, key: str) -> list[Given]:
     return [given for given in _flatten(nested, "", f"in {source}") if given.key not in _OF_THE_MACHINE]
 
 
-def _flatten(node: Any, key: str, source: str) -> Iterator[Given]:
+def _flatten(node: Any, key: str, source: str) -> Iterator[RawSetting]:
     is_section = any(known.startswith(f"{key}.") for known in SETTINGS)
     if isinstance(node, dict) and (is_section or not key):
         for name, value in node.items():
             yield from _flatten(value, f"{key}.{name}" if key else str(name), source)
     else:
-        yield Given(key, node, source)
+        yield RawSetting(key, node, source)

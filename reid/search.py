@@ -16,7 +16,7 @@ from PIL import Image
 
 from reid import weights
 from reid.config.load import as_plain_dict
-from reid.config.parsing import Given, example
+from reid.config.parsing import RawSetting, example
 from reid.data.splits import DISTRACTOR_PID, JUNK_PID
 from reid.embedder import ImageEmbedder
 from reid.errors import DataError, SettingsError, WorldError
@@ -106,7 +106,7 @@ def search(
     logger.info("picture written to %s%s", output, limits)
 
 
-def recorded_settings(cfg: CfgNode, command_args: dict[str, Any]) -> list[Given]:
+def recorded_settings(cfg: CfgNode, command_args: dict[str, Any]) -> list[RawSetting]:
     """Return the settings that the gallery was made with, including its TEST.WEIGHT."""
     del cfg
     folder = command_args["gallery"]

@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from reid.commands import Parser, at_least_one
-from reid.config.parsing import nearest, shown
+from reid.config.parsing import nearest, quoted
 from reid.config.schema import SETTINGS
-from reid.config.validators import Refused
+from reid.config.validators import InvalidValue
 from reid.errors import ReidError, SettingsError, UnknownKeyError, WorldError
 from reid.logs import Console
 from reid.process.environment import load_environment_file
@@ -86,7 +86,7 @@ def read_sweep(file: Path) -> dict[str, Any]:
 
 def _check_parameter(key: str, space: Any, file: Path) -> None:
     if key not in SETTINGS:
-        meant = " or ".join(nearest(key, SETTINGS)) or "a key in reid/config/schema.py"
+        meant = " or ".join(nearest(key, SETTINGS)) or "a key of docs/settings.md"
         raise UnknownKeyError(
             f"parameters in {file} must be settings by their full keys, got {key}; use {meant}", key=key
         )
@@ -98,11 +98,11 @@ def _check_parameter(key: str, space: Any, file: Path) -> None:
         )
     for value in values:
         try:
-            SETTINGS[key][1](value)
-        except Refused as refused:
-            remedy = refused.remedy or "correct it"
+            SETTINGS[key].validate(value)
+        except InvalidValue as error:
+            remedy = str(error) or "correct it"
             raise SettingsError(
-                f"{key} in {file} must be {refused.wanted}, got {shown(value)}; {remedy}", key=key
+                f"{key} in {file} must be {SETTINGS[key].validate.allowed}, got {quoted(value)}; {remedy}", key=key
             ) from None
 
 
@@ -125,7 +125,7 @@ def _create(sweep: dict[str, Any]) -> str:
     import wandb
 
     try:
-        project = sweep.get("project") or SETTINGS["WANDB.PROJECT"][0]
+        project = sweep.get("project") or SETTINGS["WANDB.PROJECT"].default
         sweep_id = wandb.sweep(sweep, entity=sweep.get("entity"), project=project)
     except Exception as error:  # of wandb's own, pydantic's, and others
         raise _refused("does not make the sweep", error) from error

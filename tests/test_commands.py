@@ -2,28 +2,32 @@
 
 import pytest
 
-from reid.commands import Words, read_words
+from reid.commands import ParsedArguments, parse_arguments
 from reid.errors import SettingsError
 
 
 def test_settings_and_options_of_an_embedding_mix_in_any_order():
-    words = ["TEST.WEIGHT", "w.pt", "--output", "out", "SEED=1"]
-    own = {"folder": "photos", "output": "out", "strict": False}
-    assert read_words("embed", "", ["photos", *words]) == Words(None, ["TEST.WEIGHT", "w.pt", "SEED=1"], own)
-    words = ["--strict", "photos", "--config_file", "a.yml", "SEED=1"]
-    own = {"folder": "photos", "output": None, "strict": True}
-    assert read_words("embed", "", words) == Words("a.yml", ["SEED=1"], own)
+    arguments = ["TEST.WEIGHT", "w.pt", "--output", "out", "SEED=1"]
+    command_args = {"folder": "photos", "output": "out", "strict": False}
+    assert parse_arguments("embed", "", ["photos", *arguments]) == ParsedArguments(
+        None, ["TEST.WEIGHT", "w.pt", "SEED=1"], command_args
+    )
+    arguments = ["--strict", "photos", "--config_file", "a.yml", "SEED=1"]
+    command_args = {"folder": "photos", "output": None, "strict": True}
+    assert parse_arguments("embed", "", arguments) == ParsedArguments("a.yml", ["SEED=1"], command_args)
 
 
 def test_any_number_of_images_stands_before_the_settings():
-    words = ["a.jpg", "--gallery", "g", "./TEST.JPG", "TEST.WEIGHT", "w.pt", "MODEL.DEVICE=cpu"]
-    own = {"images": ["a.jpg", "./TEST.JPG"], "gallery": "g", "top": 10, "output": "search.jpg", "json": None}
-    assert read_words("search", "", words) == Words(None, ["TEST.WEIGHT", "w.pt", "MODEL.DEVICE=cpu"], own)
+    arguments = ["a.jpg", "--gallery", "g", "./TEST.JPG", "TEST.WEIGHT", "w.pt", "MODEL.DEVICE=cpu"]
+    command_args = {"images": ["a.jpg", "./TEST.JPG"], "gallery": "g", "top": 10, "output": "search.jpg", "json": None}
+    assert parse_arguments("search", "", arguments) == ParsedArguments(
+        None, ["TEST.WEIGHT", "w.pt", "MODEL.DEVICE=cpu"], command_args
+    )
 
 
 def test_formats_are_a_list():
-    assert read_words("export", "", ["--to", "onnx, torch"]).own["to"] == ("onnx", "torch")
-    assert read_words("export", "", []).own == {
+    assert parse_arguments("export", "", ["--to", "onnx, torch"]).command_args["to"] == ("onnx", "torch")
+    assert parse_arguments("export", "", []).command_args == {
         "to": ("onnx", "torch", "safetensors"),
         "output": None,
         "check": "evaluation",
@@ -32,11 +36,13 @@ def test_formats_are_a_list():
 
 
 def test_training_has_settings_only():
-    assert read_words("train", "", ["--config-file", "a.yml", "SEED", "1"]) == Words("a.yml", ["SEED", "1"], {})
+    assert parse_arguments("train", "", ["--config-file", "a.yml", "SEED", "1"]) == ParsedArguments(
+        "a.yml", ["SEED", "1"], {}
+    )
 
 
 @pytest.mark.parametrize(
-    ("story", "words", "told"),
+    ("command", "arguments", "keyword"),
     [
         ("embed", [], "no FOLDER"),
         ("embed", ["TEST.WEIGHT", "w.pt"], "no FOLDER"),
@@ -52,6 +58,6 @@ def test_training_has_settings_only():
         ("train", ["--output", "x"], "arguments: --output"),
     ],
 )
-def test_another_form_is_answered_by_the_right_one(story, words, told):
-    with pytest.raises(SettingsError, match=told):
-        read_words(story, "", words)
+def test_another_form_is_answered_by_the_right_one(command, arguments, keyword):
+    with pytest.raises(SettingsError, match=keyword):
+        parse_arguments(command, "", arguments)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from reid.config.load import by_full_key, load_config
-from reid.config.rules import check_training, label_smoothing, use_center_loss, use_identity_loss, use_triplet_loss
+from reid.config.rules import label_smoothing, use_center_loss, use_identity_loss, use_triplet_loss, validate_training
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted(CONFIGS.rglob("*.yml"))
@@ -64,7 +64,7 @@ def test_header_of_config_gives_command_and_expected_scores(path, caplog):
     words = shlex.split(command)
     overrides = words[words.index("--config_file") + 2 :]
     cfg = load_config(str(path), overrides)
-    check_training(cfg, 2)
+    validate_training(cfg, 2)
     assert f"runs/{path.stem}" == cfg.OUTPUT_DIR
     assert cfg.WANDB.ENTITY == ""
     assert caplog.records == []

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reid.config.load import load_config
-from reid.config.rules import check_training
+from reid.config.rules import validate_training
 from reid.data.augment import augment_at_once
 from reid.data.loaders import Batch
 from reid.data.preprocessing import BatchPreprocessor
@@ -130,7 +130,7 @@ def test_batchnorm_uses_each_micro_batch_and_loss_stays_close():
 )
 def test_a_batch_that_cannot_be_cut_is_rejected(overrides, num_ranks, words):
     with pytest.raises(SettingsError) as error:
-        check_training(load_config(None, overrides), num_ranks)
+        validate_training(load_config(None, overrides), num_ranks)
     assert all(word in str(error.value) for word in words), error.value
 
 

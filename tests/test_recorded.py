@@ -12,7 +12,8 @@ from refusals import refused
 
 from reid.config.load import load_config
 from reid.errors import DataError, SettingsError, UnknownKeyError, WorldError
-from reid.recorded import of_checkpoint, of_gallery
+from reid.recorded import of_checkpoint
+from reid.search import recorded_settings
 
 
 def settings_of(weight, *overrides):
@@ -71,4 +72,4 @@ def test_settings_that_are_no_yaml_are_rejected(tmp_path):
 
 def test_a_gallery_that_is_none_is_rejected(tmp_path):
     with refused(DataError, "--gallery", str(tmp_path), "launch/embed.py"):
-        of_gallery(load_config(None, []), {"gallery": str(tmp_path)})
+        recorded_settings(load_config(None, []), {"gallery": str(tmp_path)})

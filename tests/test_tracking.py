@@ -59,8 +59,8 @@ def test_the_run_has_the_names_that_were_given(place, without_key):
         "tags": ["one", "two"],
         "run_group": "a group",
         "notes": "some notes",
-        "job_type": SETTINGS["WANDB.JOB_TYPE"][0],
-        "project": SETTINGS["WANDB.PROJECT"][0],
+        "job_type": SETTINGS["WANDB.JOB_TYPE"].default,
+        "project": SETTINGS["WANDB.PROJECT"].default,
     }
 
 

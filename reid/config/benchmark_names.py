@@ -1,4 +1,4 @@
-"""What a benchmark may be called and asked for; plain values, imported before numpy and torch."""
+"""Names of the benchmarks and their published forms, as plain values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 NAMES = ("market1501", "dukemtmc", "msmt17", "cuhk03", "veri", "occluded_duke", "vehicleid", "synthetic")
 TABLE_SUFFIXES = (".csv", ".parquet")
-VEHICLEID_TESTS = (800, 1600, 2400, 3200, 6000, 13164)  # vehicles in its test lists
+VEHICLEID_TESTS = (800, 1600, 2400, 3200, 6000, 13164)  # vehicles in each test list
 NUM_CLASSIC_SPLITS = 20  # of CUHK03
 
 Part = Literal["train", "test"]  # test is query and gallery
@@ -17,15 +17,15 @@ PARTS: tuple[Part, ...] = ("train", "test")
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """Which of its published forms a benchmark is read in; each field is a setting of DATASETS.
+    """Published forms that benchmarks are read in; each field is a setting of DATASETS.
 
     Attributes:
-        market1501_distractors: whether the 500,000 distractors join the gallery of Market-1501.
-        msmt17_train: whether MSMT17's validation images are trained on too.
-        cuhk03_protocol: new, 767 identities to train on; or classic, 1,367 in 20 splits.
-        cuhk03_boxes: boxes by a pedestrian detector or by hand.
-        cuhk03_split: which of the classic splits, 0..19.
-        vehicleid_test: vehicles in VehicleID's test list.
+        market1501_distractors: Whether the 500,000 distractors join the gallery of Market-1501.
+        msmt17_train: Images of MSMT17 to train on, with or without the validation images.
+        cuhk03_protocol: "new", 767 identities to train on; or "classic", 1,367 in 20 splits.
+        cuhk03_boxes: Boxes by a pedestrian detector or by hand.
+        cuhk03_split: Number of the classic split, 0..19.
+        vehicleid_test: Vehicles in VehicleID's test list.
     """
 
     market1501_distractors: bool = False
@@ -40,5 +40,5 @@ DEFAULTS = BenchmarkOptions()
 
 
 def is_table(name: str) -> bool:
-    """Whether a benchmark's name is the path of a table of images."""
+    """Return whether the name of a benchmark is the path of a table of images."""
     return PurePath(name).suffix.lower() in TABLE_SUFFIXES

@@ -1,9 +1,9 @@
-"""From files and command lines to the frozen yacs tree, and back to YAML."""
+"""Loading of settings: files and command lines to the frozen yacs tree, and back to YAML."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import reduce
 from itertools import chain
 from operator import getitem
@@ -13,109 +13,114 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode
 
-from reid.config.parsing import Given, example, nearest, read_file, read_overrides, shown
-from reid.config.rules import check_combinations
-from reid.config.schema import NO_EFFECT, RESNETS, SECTIONS, SETTINGS
-from reid.config.validators import Refused
+from reid.config.parsing import RawSetting, example, nearest, quoted, read_file, read_overrides
+from reid.config.rules import validate_combinations
+from reid.config.schema import NO_EFFECT, SECTIONS, SETTINGS
+from reid.config.schema_model import RESNETS
+from reid.config.validators import InvalidValue
 from reid.errors import SettingsError, UnknownKeyError
 
-log = logging.getLogger("reid.config")
+logger = logging.getLogger("reid.config")
 
 
 def load_config(
     config_file: str | Path | None = None,
-    overrides: Sequence[str] = (),
+    overrides: Iterable[str] = (),
     *,
-    recorded: Iterable[Given] = (),
+    recorded: Iterable[RawSetting] = (),
     subfolder: str = "",
 ) -> CfgNode:
-    """The frozen settings: defaults, then the file, then the command line (KEY VALUE or KEY=VALUE; the last wins).
+    """Return the frozen settings: the defaults, then those of the file, then those of the command line.
+
+    Example: load_config("configs/demo.yml", ["SOLVER.BASE_LR", "0.001"]).SOLVER.BASE_LR
 
     Args:
-        config_file: YAML.
-        overrides: the command line's.
-        recorded: what a checkpoint says that it was made with, in the place of a file.
-        subfolder: of OUTPUT_DIR, which becomes OUTPUT_DIR; empty: none.
+        config_file: YAML file with settings; None for none.
+        overrides: KEY VALUE pairs and KEY=VALUE items; the last occurrence of a key wins.
+        recorded: Settings that a checkpoint was made with; they come before the file's.
+        subfolder: Folder inside OUTPUT_DIR that becomes OUTPUT_DIR; empty for none.
+
+    Raises:
+        SettingsError: A key or value is not allowed, or the file cannot be read; its `key` names the setting.
     """
-    values = {key: default for key, (default, _) in SETTINGS.items()}
-    places: dict[str, str] = {}  # where each key was given
+    values = {key: setting.default for key, setting in SETTINGS.items()}
+    sources: dict[str, str] = {}
     unused = {}
     from_file = read_file(str(config_file), SECTIONS) if config_file else ()
-    for given in chain(recorded, from_file, read_overrides(overrides, SETTINGS)):
-        if given.key in NO_EFFECT:
-            unused[given.key] = given.where
+    for raw in chain(recorded, from_file, read_overrides(overrides, SETTINGS)):
+        if raw.key in NO_EFFECT:
+            unused[raw.key] = raw.source
         else:
-            values[given.key] = _checked(given)
-            places[given.key] = given.where
-    _settle_backbone(values, places)
+            values[raw.key] = _validated(raw)
+            sources[raw.key] = raw.source
+    _resolve_backbone(values, sources)
     values["OUTPUT_DIR"] = values["OUTPUT_DIR"] or f"runs/{Path(config_file).stem if config_file else 'default'}"
     values["OUTPUT_DIR"] += f"/{subfolder}" if subfolder else ""
     cfg = _tree(values)
-    check_combinations(cfg)
-    for key, where in unused.items():
-        log.warning("%s has no effect (%s): %s", key, where, NO_EFFECT[key])
+    validate_combinations(cfg)
+    for key, source in unused.items():
+        logger.warning("%s has no effect (%s): %s", key, source, NO_EFFECT[key])
     return cfg
 
 
 def dump(cfg: CfgNode) -> str:
-    """The settings as YAML that load_config reads back to the same tree."""
+    """Return the settings as YAML that load_config reads back to the same tree."""
     return str(yaml.safe_dump(as_plain_dict(cfg), sort_keys=False, width=120))
 
 
 def as_plain_dict(cfg: CfgNode) -> dict[str, Any]:
-    """The settings as nested dicts, lists, texts and numbers."""
-    return {
-        name: as_plain_dict(value)
-        if isinstance(value, CfgNode)
-        else list(value)
-        if isinstance(value, tuple | list)
-        else value
-        for name, value in cfg.items()
-    }
+    """Return the settings as nested dicts, lists, texts and numbers."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, CfgNode):
+            return as_plain_dict(value)
+        return list(value) if isinstance(value, tuple | list) else value
+
+    return {name: plain(value) for name, value in cfg.items()}
 
 
 def by_full_key(cfg: CfgNode) -> dict[str, Any]:
-    """The settings without nesting: SOLVER.BASE_LR -> its value."""
+    """Return the settings without nesting: SOLVER.BASE_LR -> its value."""
     return {key: reduce(getitem, key.split("."), cfg) for key in SETTINGS}
 
 
-# ---- checks of one setting ----
-
-
-def _checked(given: Given) -> Any:
-    key, value, where = given
+def _validated(raw: RawSetting) -> Any:
+    key, value, source = raw
     if key in SECTIONS:
         first = next(known for known in SETTINGS if known.startswith(f"{key}."))
         raise SettingsError(
-            f"{key} is a section and takes no value itself, got {shown(value)} {where}; "
+            f"{key} is a section and must have no value itself, got {quoted(value)} {source}; "
             f"set one of its keys, as {first}",
             key=key,
         )
     if key not in SETTINGS:
         meant = " or ".join(nearest(key, [*SETTINGS, *SECTIONS]))
-        remedy = f"did you mean {meant}?" if meant else "the keys are in reid/config/schema.py"
-        raise UnknownKeyError(f"every setting must be one of the known keys, got {key} {where}; {remedy}", key=key)
-    default, check = SETTINGS[key]
+        fix = f"did you mean {meant}?" if meant else "docs/settings.md lists all keys"
+        raise UnknownKeyError(f"every setting must be one of the known keys, got {key} {source}; {fix}", key=key)
+    setting = SETTINGS[key]
     try:
-        return check(value)
-    except Refused as refused:
-        remedy = refused.remedy or f"use for example {example(default)}"
-        raise SettingsError(f"{key} must be {refused.wanted}, got {shown(value)} {where}; {remedy}", key=key) from None
+        return setting.validate(value)
+    except InvalidValue as error:
+        fix = str(error) or f"use for example {example(setting.default)}"
+        raise SettingsError(
+            f"{key} must be {setting.validate.allowed}, got {quoted(value)} {source}; {fix}", key=key
+        ) from None
 
 
-def _settle_backbone(values: dict[str, Any], places: dict[str, str]) -> None:
-    """Gives the settings that not every backbone leaves open the value that they have there."""
+def _resolve_backbone(values: dict[str, Any], sources: dict[str, str]) -> None:
+    """Set what the backbone decides: the activation of its stem, and of timm's models the normalization."""
     name = values["MODEL.NAME"]
     if name in RESNETS:
         return
-    if "MODEL.STEM_RELU" in places and not values["MODEL.STEM_RELU"]:
-        log.warning(
+    if "MODEL.STEM_RELU" in sources and not values["MODEL.STEM_RELU"]:
+        logger.warning(
             "MODEL.STEM_RELU no has no effect (%s): the stem of %s always has its activation",
-            *(places["MODEL.STEM_RELU"], name),
+            sources["MODEL.STEM_RELU"],
+            name,
         )
     values["MODEL.STEM_RELU"] = True
     if name.startswith("timm/"):
-        values |= {key: None for key in ("INPUT.PIXEL_MEAN", "INPUT.PIXEL_STD") if key not in places}
+        values |= {key: None for key in ("INPUT.PIXEL_MEAN", "INPUT.PIXEL_STD") if key not in sources}
 
 
 def _tree(values: dict[str, Any]) -> CfgNode:

@@ -1,4 +1,4 @@
-"""Settings as a file or a command line gives them: reading, literals, wording."""
+"""Raw settings of files and command lines, the literals they are written in, and their form in messages."""
 
 from __future__ import annotations
 
@@ -19,19 +19,25 @@ _NULL = "tag:yaml.org,2002:null"
 _file_error = partial(SettingsError, key="--config_file")
 
 
-class Given(NamedTuple):
-    """One setting as the user wrote it."""
+class RawSetting(NamedTuple):
+    """One setting as the user wrote it.
 
-    key: str  # full key, as SOLVER.BASE_LR
+    Attributes:
+        key: Full key, as SOLVER.BASE_LR.
+        value: Value before conversion.
+        source: "in FILE, line N" or "on the command line".
+    """
+
+    key: str
     value: Any
-    where: str  # "in FILE, line N" or "on the command line"
+    source: str
 
 
 # ---- reading ----
 
 
-def read_file(file: str, sections: Collection[str]) -> Iterator[Given]:
-    """The settings of a YAML file in its order; only `sections` are descended into."""
+def read_file(file: str, sections: Collection[str]) -> Iterator[RawSetting]:
+    """Yield the settings of a YAML file in its order; only `sections` are descended into."""
     text = _text_of(file)
     try:
         loader = yaml.SafeLoader(text)
@@ -39,7 +45,7 @@ def read_file(file: str, sections: Collection[str]) -> Iterator[Given]:
         if root is None or root.tag == _NULL:
             return
         if not isinstance(root, yaml.MappingNode):
-            got = shown(loader.construct_object(root, deep=True))
+            got = quoted(loader.construct_object(root, deep=True))
             raise _file_error(f"{file} must hold KEY: VALUE lines, got {got}; write for example SEED: 0")
         yield from _settings_in(root, "", _Reader(file, loader, sections, {}))
     except yaml.reader.ReaderError as error:
@@ -47,12 +53,12 @@ def read_file(file: str, sections: Collection[str]) -> Iterator[Given]:
         raise _file_error(f"{file} must be plain text, got {got}; remove it") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise _file_error(f"{file} must be valid YAML, got: {error.problem}{place}; correct that line") from error
+        position = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise _file_error(f"{file} must be valid YAML, got: {error.problem}{position}; correct that line") from error
 
 
-def read_overrides(items: Iterable[str], known: Collection[str]) -> Iterator[Given]:
-    """The settings of a command line, KEY VALUE pairs and KEY=VALUE items in any mixture."""
+def read_overrides(items: Iterable[str], known: Collection[str]) -> Iterator[RawSetting]:
+    """Yield the settings of a command line: KEY VALUE pairs and KEY=VALUE items in any mixture."""
     rest = iter(items)
     for item in rest:
         key, equals, value = item.partition("=")
@@ -65,7 +71,7 @@ def read_overrides(items: Iterable[str], known: Collection[str]) -> Iterator[Giv
                     f"{key} must be followed by its value on the command line, got {got}; use {key}=VALUE", key=key
                 )
             value = following
-        yield Given(key, value, "on the command line")
+        yield RawSetting(key, value, "on the command line")
 
 
 def _text_of(file: str) -> str:
@@ -83,46 +89,46 @@ class _Reader(NamedTuple):
     file: str
     loader: yaml.SafeLoader
     sections: Collection[str]
-    lines: dict[str, int]  # where each key was first given
+    lines: dict[str, int]  # first line of each key
 
 
-def _settings_in(mapping: yaml.MappingNode, prefix: str, reader: _Reader) -> Iterator[Given]:
+def _settings_in(mapping: yaml.MappingNode, prefix: str, reader: _Reader) -> Iterator[RawSetting]:
     for key_node, node in mapping.value:
         line = key_node.start_mark.line + 1
-        where = f"in {reader.file}, line {line}"
+        source = f"in {reader.file}, line {line}"
         if key_node.tag != "tag:yaml.org,2002:str":
             name = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
-            raise _file_error(f"a key must be text, got {name} {where}; write a key of the configuration")
+            raise _file_error(f"a key must be text, got {name} {source}; write a key of the configuration")
         key = prefix + key_node.value
         if key in reader.lines:
-            got = f"it {where} and line {reader.lines[key]}"
+            got = f"it {source} and line {reader.lines[key]}"
             raise SettingsError(f"{key} must be given once, got {got}; remove one", key=key)
         reader.lines[key] = line
         if key in reader.sections and isinstance(node, yaml.MappingNode):
             yield from _settings_in(node, f"{key}.", reader)
         elif key not in reader.sections or node.tag != _NULL:  # else a section whose keys are all commented out
-            yield Given(key, _value_of(node, key, where, reader.loader), where)
+            yield RawSetting(key, _value_of(node, key, source, reader.loader), source)
 
 
-def _value_of(node: yaml.Node, key: str, where: str, loader: yaml.SafeLoader) -> Any:
+def _value_of(node: yaml.Node, key: str, source: str, loader: yaml.SafeLoader) -> Any:
     try:
         return loader.construct_object(node, deep=True)
     except (ValueError, OverflowError) as error:  # a date with month 13, a number of 5,000 digits
-        message = f"{key} must have a value that YAML can read, got {error} {where}; quote it"
+        message = f"{key} must have a value that YAML can read, got {error} {source}; quote it"
         raise SettingsError(message, key=key) from error
 
 
 # ---- wording ----
 
 
-def shown(value: Any) -> str:
-    """The value in an error message, cut where it would fill the screen."""
-    words = repr(value)
-    return words if len(words) <= 80 else f"{words[:77]}..."
+def quoted(value: Any) -> str:
+    """Return the value as an error message quotes it, cut to 80 characters."""
+    written = repr(value)
+    return written if len(written) <= 80 else f"{written[:77]}..."
 
 
 def example(value: Any) -> str:
-    """The value as the user may write it, in a file and on a command line alike."""
+    """Return the value as the user may write it, in a file and on a command line alike."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
@@ -131,7 +137,7 @@ def example(value: Any) -> str:
 
 
 def nearest(word: str, words: Collection[str]) -> list[str]:
-    """What the user may have meant: the same in another case, the same last part elsewhere, or the most similar."""
+    """Return the likely meaning: the word in another case, its last part in other sections, or the most similar."""
     by_lower = {candidate.lower(): candidate for candidate in words}
     if word.lower() in by_lower:
         return [by_lower[word.lower()]]
@@ -144,7 +150,7 @@ def nearest(word: str, words: Collection[str]) -> list[str]:
 
 
 def literal(word: str) -> Any:
-    """The Python literal that a text spells, or the text itself."""
+    """Return the Python literal that a text spells, or the text itself."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python's complaints about the user's text as source code
@@ -154,14 +160,14 @@ def literal(word: str) -> Any:
 
 
 def bare(word: str) -> str:
-    """The text without the quotes and brackets of a string literal: "('0')" is what old commands say for 0."""
+    """Return the text without the quotes and brackets of a string literal; old commands write 0 as "('0')"."""
     while isinstance(inner := literal(word), str) and inner != word:
         word = inner
     return word
 
 
 def number_of(value: Any) -> float:
-    """A float, from YAML's 1e-3 too, which YAML 1.1 reads as text; NaN for what is no number."""
+    """Return a float, also from 1e-3, which YAML 1.1 reads as text; NaN for anything that is not a number."""
     number = literal(bare(value)) if isinstance(value, str) else value
     if isinstance(number, bool) or not isinstance(number, int | float):
         return math.nan
@@ -172,7 +178,7 @@ def number_of(value: Any) -> float:
 
 
 def elements_of(value: Any) -> list[Any]:
-    """The elements of [a, b], "(a, b)", "[a,b]", "a,b"; of a lone value, as "('market1501')" or (40), that one."""
+    """Return the elements of [a, b], "(a, b)", "[a,b]" or "a,b"; a lone value, as "('market1501')", is one element."""
     if isinstance(value, str):
         value = literal(bare(value))
     if isinstance(value, str):

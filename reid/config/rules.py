@@ -1,4 +1,4 @@
-"""What settings mean together: which losses there are, and what does not fit."""
+"""Rules between settings: the losses and benchmark forms that they choose, and the combinations that are errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from yacs.config import CfgNode
 
 _LABEL_SMOOTHING = 0.1  # fixed in reid-strong-baseline too
-FUSED = ("Adam", "AdamW", "SGD")  # optimisers that torch has a fused step for on GPUs and CPUs
+FUSED = ("Adam", "AdamW", "SGD")  # optimizers for which torch has a fused step on GPUs and CPUs
 
 # ---- which losses ----
 # As reid-strong-baseline composes them: without a center loss DATALOADER.SAMPLER chooses, with one METRIC_LOSS_TYPE.
@@ -33,7 +33,7 @@ def use_center_loss(cfg: CfgNode) -> bool:
 
 
 def label_smoothing(cfg: CfgNode) -> float:
-    """Epsilon of the identity loss; 0 without smoothing, as where the published code leaves it out."""
+    """Return epsilon of the identity loss: 0 without smoothing, and where the published code omits it."""
     left_out = cfg.DATALOADER.SAMPLER == "softmax" and not use_center_loss(cfg) and not cfg.MODEL.SMOOTH_SOFTMAX
     return _LABEL_SMOOTHING if cfg.MODEL.IF_LABELSMOOTH and use_identity_loss(cfg) and not left_out else 0.0
 
@@ -42,7 +42,7 @@ def label_smoothing(cfg: CfgNode) -> float:
 
 
 def benchmark_options(cfg: CfgNode) -> BenchmarkOptions:
-    """The forms that DATASETS asks for."""
+    """Return the forms of the benchmarks that the DATASETS section chooses."""
     return BenchmarkOptions(
         market1501_distractors=cfg.DATASETS.MARKET1501.DISTRACTORS,
         msmt17_train=cfg.DATASETS.MSMT17.TRAIN,
@@ -53,21 +53,21 @@ def benchmark_options(cfg: CfgNode) -> BenchmarkOptions:
     )
 
 
-# ---- what does not fit ----
+# ---- combinations that are errors ----
 
 
-def check_combinations(cfg: CfgNode) -> None:
-    """Refuses settings that contradict each other.
+def validate_combinations(cfg: CfgNode) -> None:
+    """Raise an error for settings that contradict each other.
 
     Raises:
-        SettingsError: naming the keys and the values that would do.
+        SettingsError: It names the keys and values that would be allowed.
     """
-    _check_losses(cfg)
-    _check_batch(cfg)
-    _check_values(cfg)
+    _validate_losses(cfg)
+    _validate_batch(cfg)
+    _validate_values(cfg)
 
 
-def _check_losses(cfg: CfgNode) -> None:
+def _validate_losses(cfg: CfgNode) -> None:
     metric_loss = cfg.MODEL.METRIC_LOSS_TYPE
     if use_center_loss(cfg) and metric_loss == "triplet":
         raise SettingsError(
@@ -84,7 +84,7 @@ def _check_losses(cfg: CfgNode) -> None:
         )
 
 
-def _check_batch(cfg: CfgNode) -> None:
+def _validate_batch(cfg: CfgNode) -> None:
     if cfg.DATALOADER.SAMPLER == "softmax":  # draws images, not identities
         return
     batch, k = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE
@@ -108,7 +108,7 @@ def _check_batch(cfg: CfgNode) -> None:
         )
 
 
-def _check_values(cfg: CfgNode) -> None:
+def _validate_values(cfg: CfgNode) -> None:
     if min(cfg.INPUT.SIZE_TRAIN) < cfg.INPUT.PADDING:
         raise SettingsError(
             f"INPUT.PADDING must not exceed the smaller side of INPUT.SIZE_TRAIN={tuple(cfg.INPUT.SIZE_TRAIN)}, got "
@@ -141,31 +141,31 @@ def _check_values(cfg: CfgNode) -> None:
         )
 
 
-def check_training(cfg: CfgNode, num_ranks: int) -> None:
-    """Refuses what only an evaluation does not mind; it may be started with the training's settings.
+def validate_training(cfg: CfgNode, num_ranks: int) -> None:
+    """Raise an error for settings that no training can have; an evaluation with them is allowed.
 
     Raises:
-        SettingsError: naming the keys and the values that would do.
+        SettingsError: It names the keys and values that would be allowed.
     """
-    _check_pretraining(cfg)
-    _check_ranks(cfg, num_ranks)
+    _validate_pretraining(cfg)
+    _validate_ranks(cfg, num_ranks)
 
 
 def fitting_nodes(cfg: CfgNode, num_nodes: int, ranks_per_node: int) -> int:
-    """Of so many nodes the largest number whose ranks can share the training's batches.
+    """Return the largest number of nodes, of those given, whose ranks can share the batches of a training evenly.
 
     Raises:
-        SettingsError: not even the ranks of one node can, or something else does not fit.
+        SettingsError: Not even the ranks of one node can, or validate_training raises for another reason.
     """
     for number in range(num_nodes, 1, -1):
         with suppress(SettingsError):
-            check_training(cfg, number * ranks_per_node)
+            validate_training(cfg, number * ranks_per_node)
             return number
-    check_training(cfg, ranks_per_node)
+    validate_training(cfg, ranks_per_node)
     return 1
 
 
-def _check_pretraining(cfg: CfgNode) -> None:
+def _validate_pretraining(cfg: CfgNode) -> None:
     choice, path = cfg.MODEL.PRETRAIN_CHOICE, cfg.MODEL.PRETRAIN_PATH
     if choice in ("self", "finetune") and not path:
         raise SettingsError(
@@ -181,11 +181,11 @@ def _check_pretraining(cfg: CfgNode) -> None:
         )
 
 
-def _check_ranks(cfg: CfgNode, num_ranks: int) -> None:
-    """Refuses a number of ranks that cannot share every global batch evenly.
+def _validate_ranks(cfg: CfgNode, num_ranks: int) -> None:
+    """Raise an error for a number of ranks that cannot share every global batch evenly.
 
     Raises:
-        SettingsError: naming the batch sizes and the numbers of ranks that would do.
+        SettingsError: It names the batch sizes and numbers of ranks that would be allowed.
     """
     batch, k = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE
     if batch < 2:
@@ -199,7 +199,7 @@ def _check_ranks(cfg: CfgNode, num_ranks: int) -> None:
             f"no, as BatchNorm needs, got {batch}; use {2 * num_ranks} or more, or SOLVER.SYNC_BN yes",
             key="SOLVER.IMS_PER_BATCH",
         )
-    _check_micro_batches(cfg, num_ranks)
+    _validate_micro_batches(cfg, num_ranks)
     if cfg.DATALOADER.SAMPLER == "softmax":
         size, shares, each = "", batch, 1
     else:  # a rank gets whole identities
@@ -214,7 +214,7 @@ def _check_ranks(cfg: CfgNode, num_ranks: int) -> None:
         )
 
 
-def _check_micro_batches(cfg: CfgNode, num_ranks: int) -> None:
+def _validate_micro_batches(cfg: CfgNode, num_ranks: int) -> None:
     batch, num_micro = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE
     if num_micro == 1:
         return
@@ -224,16 +224,16 @@ def _check_micro_batches(cfg: CfgNode, num_ranks: int) -> None:
             f"{num_micro}, got {batch}; use {multiples_around(batch, num_ranks * num_micro, num_ranks * num_micro)}",
             key="SOLVER.IMS_PER_BATCH",
         )
-    normalised_over = batch // num_micro // (1 if cfg.SOLVER.SYNC_BN else num_ranks)
-    if normalised_over < 2:
+    num_normalized = batch // num_micro // (1 if cfg.SOLVER.SYNC_BN else num_ranks)
+    if num_normalized < 2:
         raise SettingsError(
-            f"SOLVER.ACCUMULATE must leave at least 2 images for BatchNorm to normalise over, got {num_micro} with "
+            f"SOLVER.ACCUMULATE must leave at least 2 images for BatchNorm to normalize over, got {num_micro} with "
             f"SOLVER.IMS_PER_BATCH={batch} on {num_ranks} ranks; lower SOLVER.ACCUMULATE",
             key="SOLVER.ACCUMULATE",
         )
 
 
 def multiples_around(value: int, step: int, least: int) -> str:
-    """The multiples of `step` next to `value`, not below `least`."""
+    """Return the multiples of `step` next to `value` that are not below `least`."""
     below = value // step * step
     return f"{below} or {below + step}" if below >= least else str(max(below + step, least))

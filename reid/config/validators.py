@@ -4,156 +4,199 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from reid.config.parsing import bare, elements_of, example, literal, nearest, number_of, shown
-
-# Takes a value as the user wrote it and returns the canonical one, or raises Refused.
-Check = Callable[[Any], Any]
+from reid.config.parsing import bare, elements_of, example, literal, nearest, number_of, quoted
 
 
-class Refused(Exception):
-    """A value that will not do: what is wanted instead ("a whole number >= 1") and, where there is one, a remedy."""
-
-    def __init__(self, wanted: str, remedy: str = "") -> None:
-        super().__init__(wanted)
-        self.wanted = wanted
-        self.remedy = remedy
+class InvalidValue(Exception):
+    """A value that a setting does not take; its text is the fix ("use 64"), or empty where none is known."""
 
 
-def flag(value: Any) -> bool:
-    """True or false in any of YAML's spellings; reid-strong-baseline quotes its 'yes' and 'on'."""
+@dataclass(frozen=True)
+class Validator:
+    """Converter of one kind of value.
+
+    Attributes:
+        allowed: What is allowed, as part of a sentence: "a whole number >= 1".
+        convert: Function from the user's value to the canonical one; raises InvalidValue.
+    """
+
+    allowed: str
+    convert: Callable[[Any], Any]
+
+    def __call__(self, value: Any) -> Any:
+        return self.convert(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One setting of the schema.
+
+    Attributes:
+        default: Value where neither a file nor the command line gives one.
+        validate: Its validator.
+        doc: What it does, when to change it and where the default comes from.
+        unit: Unit of the value; empty for none.
+    """
+
+    default: Any
+    validate: Validator
+    doc: str
+    unit: str = ""
+
+
+def _to_bool(value: Any) -> bool:
     word = bare(value).lower() if isinstance(value, str) else value
     if isinstance(word, bool):
         return word
-    if word in ("yes", "on", "true"):
-        return True
-    if word in ("no", "off", "false"):
-        return False
-    raise Refused("yes or no")
+    if word not in ("yes", "on", "true", "no", "off", "false"):
+        raise InvalidValue
+    return word in ("yes", "on", "true")
 
 
-def text(*, shortest: int = 0, longest: int | None = None, without: str = "") -> Check:
-    wanted = "text" if longest is None else f"text of {shortest} to {longest} characters"
-    wanted += f" without any of {without}" if without else ""
+# Any of YAML's spellings; reid-strong-baseline quotes its 'yes' and 'on'.
+flag = Validator("yes or no", _to_bool)
 
-    def check(value: Any) -> str:
+
+def text(*, shortest: int = 0, longest: int | None = None, without: str = "") -> Validator:
+    """Return a validator of text of a limited length that holds none of the characters of `without`."""
+    allowed = "text" if longest is None else f"text of {shortest} to {longest} characters"
+    allowed += f" without any of {without}" if without else ""
+
+    def convert(value: Any) -> str:
         word = bare(value) if isinstance(value, str) else None
         if value is None or word == "None":
-            raise Refused(wanted, "use ''" if shortest == 0 else "")
+            raise InvalidValue("use ''" if shortest == 0 else "")
         if word is None:
-            raise Refused(wanted, "put it in quotes")
+            raise InvalidValue("put it in quotes")
         if len(word) < shortest or len(word) > (longest or math.inf) or set(word) & set(without):
-            raise Refused(wanted)
+            raise InvalidValue
         return word
 
-    return check
+    return Validator(allowed, convert)
 
 
-def one_of(*choices: str, or_prefix: str = "") -> Check:
-    """One of the choices, or any word that begins with `or_prefix` and goes on behind it."""
-    wanted = "one of " + ", ".join(choice or "''" for choice in choices)
-    wanted += f", or {or_prefix}NAME" if or_prefix else ""
+def one_of(*choices: str, or_prefix: str = "") -> Validator:
+    """Return a validator of the choices, and of any longer word that starts with `or_prefix`."""
+    allowed = "one of " + ", ".join(choice or "''" for choice in choices)
+    allowed += f", or {or_prefix}NAME" if or_prefix else ""
 
-    def check(value: Any) -> str:
+    def convert(value: Any) -> str:
         word = bare(value) if isinstance(value, str) else value
-        if isinstance(value, bool):  # what YAML 1.1 reads an unquoted yes, no, on or off as
+        if isinstance(value, bool):  # YAML 1.1 reads an unquoted yes, no, on or off as a bool
             word = next((meant for meant in (("yes", "on") if value else ("no", "off")) if meant in choices), value)
-        if isinstance(word, str) and word in choices:
-            return word
-        if or_prefix and isinstance(word, str) and word.startswith(or_prefix) and word != or_prefix:
+        if isinstance(word, str) and (
+            word in choices or (or_prefix and word.startswith(or_prefix) and word != or_prefix)
+        ):
             return word
         near = nearest(str(word), choices)
-        raise Refused(wanted, f"did you mean {near[0]}?" if near else "")
+        raise InvalidValue(f"did you mean {near[0]}?" if near else "")
 
-    return check
+    return Validator(allowed, convert)
 
 
-def integer(minimum: int, maximum: int | None = None) -> Check:
-    wanted = f"a whole number >= {minimum}" if maximum is None else f"a whole number from {minimum} to {maximum}"
+def integer(minimum: int, maximum: int | None = None) -> Validator:
+    """Return a validator of whole numbers between two limits, both included."""
+    allowed = f"a whole number >= {minimum}" if maximum is None else f"a whole number from {minimum} to {maximum}"
 
-    def check(value: Any) -> int:
+    def convert(value: Any) -> int:
         number = literal(bare(value)) if isinstance(value, str) else value
         whole = int(number) if isinstance(number, float) and number.is_integer() else number
         if isinstance(whole, bool) or not isinstance(whole, int) or whole < minimum or whole > (maximum or math.inf):
-            raise Refused(wanted)
-        if isinstance(number, float):  # 64.0 may be a slip for 6.40, so it is not taken silently
-            raise Refused(wanted, f"use {whole}")
+            raise InvalidValue
+        if isinstance(number, float):  # 64.0 may be a typing error for 6.40
+            raise InvalidValue(f"use {whole}")
         return whole
 
-    return check
+    return Validator(allowed, convert)
+
+
+def one_number_of(*choices: int) -> Validator:
+    """Return a validator of some whole numbers."""
+    number = integer(min(choices))
+
+    def convert(value: Any) -> int:
+        chosen: int = number(value)
+        if chosen not in choices:
+            raise InvalidValue
+        return chosen
+
+    return Validator(f"one of {', '.join(map(str, choices))}", convert)
 
 
 def real(
     *, minimum: float = -math.inf, above: float = -math.inf, maximum: float = math.inf, below: float = math.inf
-) -> Check:
-    """A finite number; `above` is a minimum and `below` a maximum that is itself left out."""
+) -> Validator:
+    """Return a validator of finite numbers; `above` and `below` are limits that are themselves excluded."""
     bounds = (
         f" from {minimum:g} to {maximum:g}" if maximum < math.inf else f" >= {minimum:g}" if minimum > above else ""
     )
-    wanted = "a number" + (bounds or (f" > {above:g}" if above > -math.inf else ""))
+    allowed = "a number" + (bounds or (f" > {above:g}" if above > -math.inf else ""))
 
-    def check(value: Any) -> float:
+    def convert(value: Any) -> float:
         number = number_of(value)
         if not math.isfinite(number) or number < minimum or not above < number < below or number > maximum:
-            raise Refused(wanted)
+            raise InvalidValue
         return number
 
-    return check
+    return Validator(allowed, convert)
 
 
-def optional(check: Check) -> Check:
-    """None, or what `check` wants."""
+def optional(validator: Validator) -> Validator:
+    """Return a validator that also takes None."""
 
-    def check_or_none(value: Any) -> Any:
-        if value is None or (isinstance(value, str) and bare(value).lower() in ("none", "null")):
-            return None
-        try:
-            return check(value)
-        except Refused as refused:
-            raise Refused(f"{refused.wanted} or None", refused.remedy) from None
+    def convert(value: Any) -> Any:
+        is_none = value is None or (isinstance(value, str) and bare(value).lower() in ("none", "null"))
+        return None if is_none else validator(value)
 
-    return check_or_none
+    return Validator(f"{validator.allowed} or None", convert)
 
 
-def sequence(item: Check, wanted: str, *, length: int | None = None, least: int = 0) -> Check:
-    """A tuple of values that each pass `item`."""
+def sequence(item: Validator, allowed: str, *, length: int | None = None, least: int = 0) -> Validator:
+    """Return a validator of tuples whose elements `item` accepts."""
 
-    def check(value: Any) -> tuple[Any, ...]:
+    def convert(value: Any) -> tuple[Any, ...]:
         elements = elements_of(value)
         if len(elements) < least or (length is not None and len(elements) != length):
-            raise Refused(wanted)
-        passed = []
+            raise InvalidValue
+        converted = []
         for element in elements:
             try:
-                passed.append(item(element))
-            except Refused as refused:
-                of_which = f"{shown(element)}: " if refused.remedy and len(elements) > 1 else ""
-                raise Refused(wanted, of_which + refused.remedy) from None
-        return tuple(passed)
+                converted.append(item(element))
+            except InvalidValue as error:
+                which = f"{quoted(element)}: " if str(error) and len(elements) > 1 else ""
+                raise InvalidValue(f"{which}{error}") from None
+        return tuple(converted)
 
-    return check
+    return Validator(allowed, convert)
 
 
-def increasing(check: Check) -> Check:
-    def check_order(value: Any) -> Any:
-        values = check(value)
+def increasing(validator: Validator) -> Validator:
+    """Return a validator of sequences that must also increase."""
+
+    def convert(value: Any) -> Any:
+        values = validator(value)
         if list(values) != sorted(set(values)):
-            raise Refused("increasing whole numbers >= 0", f"use {example(sorted(set(values)))}")
+            raise InvalidValue(f"use {example(sorted(set(values)))}")
         return values
 
-    return check_order
+    return Validator(f"increasing {validator.allowed}", convert)
 
 
-def distinct(check: Check) -> Check:
-    def check_repetition(value: Any) -> Any:
-        values = check(value)
+def distinct(validator: Validator) -> Validator:
+    """Return a validator of sequences that must not repeat an element."""
+
+    def convert(value: Any) -> Any:
+        values = validator(value)
         if len(set(values)) < len(values):
-            raise Refused("a list without repetition", f"use {example(list(dict.fromkeys(values)))}")
+            raise InvalidValue(f"use {example(list(dict.fromkeys(values)))}")
         return values
 
-    return check_repetition
+    return Validator(f"{validator.allowed}, without repetition", convert)
 
 
-def as_list(check: Check) -> Check:
-    return lambda value: list(check(value))
+def as_list(validator: Validator) -> Validator:
+    """Return a validator that gives a list in place of a tuple."""
+    return Validator(validator.allowed, lambda value: list(validator(value)))

@@ -1,0 +1,8 @@
+"""Settings with their documentation: python launch/settings.py [PREFIX] [--markdown]."""
+
+import sys
+
+from reid.settings_command import main
+
+if __name__ == "__main__":
+    sys.exit(main())
