@@ -125,7 +125,7 @@ SETTINGS: dict[str, tuple[Any, Check]] = {
     # where its random numbers come from; not SEED, so that every run of a study sees the same people
     "DATASETS.SYNTHETIC.SEED": (0, integer(0, 2**32 - 1)),
     # ---- DATALOADER ----
-    "DATALOADER.NUM_WORKERS": (2, integer(0)),  # loader processes per rank; 0: load in the training process
+    "DATALOADER.NUM_WORKERS": (2, integer(0)),  # 0: load in line; more: one thread loads ahead
     # batches and losses: softmax (any images, identity loss), triplet (P x K, triplet loss), softmax_triplet (both)
     "DATALOADER.SAMPLER": ("softmax_triplet", one_of("softmax", "triplet", "softmax_triplet")),
     "DATALOADER.NUM_INSTANCE": (4, integer(1)),  # K, the images per identity in a P x K batch

@@ -72,7 +72,7 @@ class RunDirectory:
         """Keeps other trainings out for as long as this process lives; for rank 0. False: another one is in here."""
         assert self._log.stream is not None
         try:
-            # Of this process alone: a loader process that outlives it for a moment does not hold it.
+            # Of this process alone: a child process that outlives it for a moment does not hold it.
             fcntl.lockf(self._log.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             return error.errno not in (errno.EACCES, errno.EAGAIN)  # else a file system without locks
