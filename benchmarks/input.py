@@ -229,8 +229,8 @@ def waits(file: Path, num_images: int) -> None:
         rows.append([*key, first, *map(float, (statistics.median(waited), statistics.mean(waited), max(waited)))])
         rows[-1].append(statistics.median(worked))
     table(
-        f"Waits for batches of {BATCH}, ms, {ROUNDS} epochs of {num_images // BATCH} batches; the step alone is 30 ms",
-        ["page cache", "step", "loading", "first wait", "median wait", "mean wait", "longest wait", "step"],
+        f"Waits for batches of {BATCH}, ms, {ROUNDS} epochs of {num_images // BATCH} batches; steps of about 30 ms",
+        ["page cache", "step", "loading", "first wait", "median wait", "mean wait", "longest wait", "median step"],
         rows,
     )
 
