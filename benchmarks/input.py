@@ -6,16 +6,21 @@ Images of 256x128, batches of 64, one thread. "store": decoding and resizing JPE
 alone. "gather": a batch out of the memory-mapped store, against a copy of as many bytes. "draw" and "augment": flip,
 pad, crop, normalise and erase, against a conversion to float32 alone. "batch": all of them. "PIL": the same from files,
 image by image, as reid-strong-baseline does it every epoch, written anew here (resize, flip, pad, crop, to tensor,
-normalise, erase). Where there is a GPU: copies to it, and augmentation of images that lie there. FOLDER is on the disk
+normalise, erase). "waits": how long a trainer waits for each batch, loaded in line or by the thread, with the store in
+the page cache (warm) or only on the disk (cold), beside steps of 30 ms that sleep, multiply matrices, or launch many
+small operations. Where there is a GPU: copies to it, and augmentation of images that lie there. FOLDER is on the disk
 to be used.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
+import statistics
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +31,7 @@ from tables import machine, say, table
 from torch import Tensor
 
 from reid.data import augment
-from reid.data.loaders import StoredImages
+from reid.data.loaders import Batch, BatchLoader, StoredImages
 from reid.data.samplers import PlannedBatch
 from reid.data.store import build_store, open_store
 
@@ -39,6 +44,11 @@ PER_GPU, NUM_GPUS = 4_000, 8  # images per second that a GPU trains on
 RSB = 912  # images per CPU second of reid-strong-baseline's own pipeline on a faster machine, see the notes
 TARGETS = {"gather": 50_000.0, "store": 1_500.0}  # images per CPU second
 ROUNDS = 3
+STEP = 0.03  # seconds of a trainer's step
+WAYS: dict[str, Callable[[StoredImages, list[PlannedBatch]], Iterable[Batch]]] = {
+    "in line": lambda images, plans: BatchLoader(images, plans, prefetch=False, pin_memory=False),
+    "thread": lambda images, plans: BatchLoader(images, plans, prefetch=True, pin_memory=False),
+}
 
 
 def write_files(folder: Path, num_images: int) -> list[Path]:
@@ -181,6 +191,71 @@ def needs(costs: dict[str, Cost], num_images: int) -> None:
     table(f"Cores for {NUM_GPUS} GPUs at {PER_GPU:,} images/s each: {wanted:,} images/s", ["way", "cores"], rows)
 
 
+def repeated(work: Callable[[], object]) -> Callable[[], object]:
+    """Return the work, done as often as fills one step."""
+    work()
+    begun, number = time.perf_counter(), 0
+    while time.perf_counter() < begun + 10 * STEP:
+        work()
+        number += 1
+    return each(lambda _: work(), max(number // 10, 1))
+
+
+def drop_from_page_cache(file: Path) -> None:
+    """Leave the file on the disk alone; no process may map it."""
+    descriptor = os.open(file, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def waits(file: Path, num_images: int) -> None:
+    matrix, few = torch.rand(512, 512), torch.zeros(16)
+    steps = {
+        "sleep": lambda: time.sleep(STEP),
+        "matrix products": repeated(lambda: matrix @ matrix),
+        "small operations": repeated(lambda: few.add_(1)),
+    }
+    found: dict[tuple[str, str, str], list[tuple[list[float], list[float]]]] = {}
+    for _ in range(ROUNDS):
+        for cache in ("warm", "cold"):
+            for name, step in steps.items():
+                for way in WAYS:
+                    found.setdefault((cache, name, way), []).append(epoch(file, num_images, cache, step, way))
+    rows: list[list[object]] = []
+    for key, rounds in found.items():
+        waited, worked = ([1e3 * t for part in rounds for t in part[i][1:]] for i in (0, 1))
+        first = statistics.median(1e3 * waited[0] for waited, _ in rounds)
+        rows.append([*key, first, *map(float, (statistics.median(waited), statistics.mean(waited), max(waited)))])
+        rows[-1].append(statistics.median(worked))
+    table(
+        f"Waits for batches of {BATCH}, ms, {ROUNDS} epochs of {num_images // BATCH} batches; steps of about 30 ms",
+        ["page cache", "step", "loading", "first wait", "median wait", "mean wait", "longest wait", "median step"],
+        rows,
+    )
+
+
+def epoch(
+    file: Path, num_images: int, cache: str, step: Callable[[], object], way: str
+) -> tuple[list[float], list[float]]:
+    """Seconds that each batch is waited for, and that each step takes then."""
+    if cache == "cold":
+        drop_from_page_cache(file)
+    store = open_store(file, num_images, SIZE)
+    if cache == "warm":
+        store.max()
+    batches = iter(WAYS[way](StoredImages([store], np.zeros(num_images, dtype=np.int64), RECIPE), planned(num_images)))
+    waited, worked = list[float](), list[float]()
+    for _ in range(num_images // BATCH):
+        begun = time.perf_counter()
+        next(batches)
+        received = time.perf_counter()
+        step()
+        waited.append(received - begun)
+        worked.append(time.perf_counter() - received)
+    return waited, worked
+
+
 def on_the_gpu(store: np.ndarray) -> None:
     """Copies from pinned memory, and whole-batch augmentation, where there is a GPU."""
     where = device()
@@ -216,6 +291,7 @@ def main() -> None:
         building(folder, paths)
         file = folder / "store.npy"
         build_store(file, paths, SIZE, num_threads=1)
+        waits(file, len(paths))
         store = open_store(file, len(paths), SIZE)
         costs = on_the_cpu(paths, store)
         needs(costs, len(planned(len(store))) * BATCH)

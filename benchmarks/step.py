@@ -26,14 +26,13 @@ from ignite.engine import Engine
 from measuring import Cost, costs_in_turn, device
 from tables import machine, say, table
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from yacs.config import CfgNode
 
 from reid.config.load import load_config
 from reid.criterion import Criterion
 from reid.data import augment
-from reid.data.loaders import Batch, StoredImages
+from reid.data.loaders import Batch, BatchLoader, StoredImages
 from reid.data.preprocessing import BatchPreprocessor
 from reid.data.samplers import IdentityPlan, TrainBatches
 from reid.handlers import console, schedule
@@ -102,11 +101,7 @@ def images_of(cfg: CfgNode) -> tuple[StoredImages, TrainBatches]:
 
 
 def steps_of(training: Training, num_steps: int) -> Callable[[], object]:
-    loader: DataLoader[Batch] = DataLoader(
-        training.dataset,
-        batch_sampler=training.batches,  # type: ignore[arg-type]  # yields PlannedBatch for a list of ids
-        collate_fn=lambda batch: batch,  # type: ignore[arg-type]  # the data set gives whole batches
-    )
+    loader = BatchLoader(training.dataset, training.batches, prefetch=False, pin_memory=False)
     return lambda: training.trainer.run(loader, max_epochs=1, epoch_length=num_steps)
 
 
@@ -148,7 +143,7 @@ def bare_loop(training: Training, num_steps: int) -> Callable[[], object]:
 
 
 def first_batch(training: Training) -> Batch:
-    return training.dataset.__getitems__(next(iter(training.batches)))
+    return training.dataset.batch(next(iter(training.batches)))
 
 
 def whole(folder: Path, settings: list[str], variants: dict[str, list[str]], num_steps: int, rounds: int) -> None:
@@ -198,7 +193,7 @@ def part_by_part(folder: Path, settings: list[str], repeats: int) -> None:
     training = build(folder / "parts", settings)
     training.wrapped.train()
     planned = next(iter(training.batches))
-    batch = training.dataset.__getitems__(planned)
+    batch = training.dataset.batch(planned)
     images, pids = training.preprocessor.for_training(batch), training.preprocessor.to_device(batch.pids)
     counter = FlopCounterMode(display=False)
     with counter:
@@ -217,7 +212,7 @@ def part_by_part(folder: Path, settings: list[str], repeats: int) -> None:
     parts: dict[str, tuple[Callable[[], object], float, float]] = {  # work, FLOP, bytes
         "backbone, forward and backward": (lambda: backbone(training, images), flops, 3 * 4 * parameters),
         "gather and augment": (
-            lambda: training.preprocessor.for_training(training.dataset.__getitems__(planned)),
+            lambda: training.preprocessor.for_training(training.dataset.batch(planned)),
             3 * pixels * size,
             5 * pixels * size,
         ),

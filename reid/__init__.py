@@ -88,8 +88,7 @@ assembly builds, gathers and wires.
     data/samplers.py            the global batch of (seed, epoch, step), and this rank's part
     data/augment.py             whole uint8 batches to normalised float batches on the device
     data/sets.py                the benchmarks that the settings name, several training sets as one (assembly)
-    data/workers.py             batches from loader processes, and what is said where one is lost (assembly)
-    data/loaders.py             from settings and folders to this rank's batches (assembly)
+    data/loaders.py             this rank's batches, loaded ahead by a thread (assembly)
     data_check.py               what is wrong with the benchmarks on disk
     backbones.py                trunks, a plain dict by name
     timm_models.py              any other trunk that timm has

@@ -220,8 +220,8 @@ def _trial(report: Report, cfg: CfgNode, trial: Trial, device: torch.device) -> 
     report.add("memory", f"{_size(trial.memory)} {whose} at most, of {_size(total)}")
     if trial.waiting > _WAITING:
         report.problems.append(
-            f"batches should be there in time, but a rank waits for them {100 * trial.waiting:.0f} % of a step; raise "
-            "DATALOADER.NUM_WORKERS, ask for more CPUs, or set DATASETS.NODE_LOCAL_DIR"
+            f"batches should be there in time, but a rank waits for them {100 * trial.waiting:.0f} % of a step; set "
+            "DATALOADER.NUM_WORKERS above 0, ask for more CPUs, or set DATASETS.NODE_LOCAL_DIR"
         )
 
 

@@ -72,7 +72,7 @@ class RunDirectory:
         """Lock the folder until this process ends, on rank 0; return False if another training holds the lock."""
         assert self._log.stream is not None
         try:
-            # Not flock, which filelock uses: a loader process that outlives this one for a moment would inherit it.
+            # Of this process alone: a child process that outlives it for a moment does not hold it.
             fcntl.lockf(self._log.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             return error.errno not in (errno.EACCES, errno.EAGAIN)  # other errors: a file system without locks

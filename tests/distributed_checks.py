@@ -16,14 +16,13 @@ from golden_weights import fill
 from ignite.engine import Events
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
 
 from reid import distributed, metrics, neighbours
 from reid.backbones import BACKBONES, IBN
 from reid.checkpoint_files import host_copy
 from reid.config.load import load_config
 from reid.data import augment
-from reid.data.loaders import Batch, StoredImages, TestData
+from reid.data.loaders import Batch, BatchLoader, StoredImages, TestData
 from reid.data.preprocessing import BatchPreprocessor
 from reid.data.samplers import EvaluationBatches, IdentityPlan, ShufflePlan, TrainBatches
 from reid.errors import DataError, WorldError
@@ -206,7 +205,7 @@ def variant(accelerator: Any, options: list[str], num_images_of_pid: list[int]) 
         plan = IdentityPlan(pids, num_pids=4, num_instances=4, seed=cfg.SEED)
     recipe = augment.Recipe((32, 16), cfg.INPUT.PROB, cfg.INPUT.PADDING, cfg.INPUT.RE_PROB, cfg.SEED)
     batches = TrainBatches(plan, rank=distributed.rank(), num_ranks=distributed.num_ranks())
-    loader = DataLoader(StoredImages([images], pids, recipe), batch_sampler=batches, collate_fn=lambda batch: batch)
+    loader = BatchLoader(StoredImages([images], pids, recipe), batches, prefetch=True, pin_memory=False)
     seen: list[Any] = []
     preprocessor = BatchPreprocessor(cfg, accelerator.device)
 
@@ -244,7 +243,7 @@ def evaluated(accelerator: Any, num_images: int) -> dict[str, Any]:
     batches = EvaluationBatches(num_images, batch_size=8, rank=distributed.rank(), num_ranks=distributed.num_ranks())
     stores = [images[:num_queries], images[num_queries:]]
     stored = StoredImages(stores, pids, None)
-    loader = DataLoader(stored, batch_sampler=batches, collate_fn=lambda batch: batch)
+    loader = BatchLoader(stored, batches, prefetch=True, pin_memory=False)
     query, gallery = (Labels.of(pids[part], camids[part]) for part in (slice(num_queries), slice(num_queries, None)))
     data = TestData(loader, query, gallery, stored)
     scores = Evaluator(model, accelerator, data, cfg).run()

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from multiprocessing import get_context, set_start_method
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -254,7 +254,6 @@ def _rank_main(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    set_start_method("fork", force=True)  # as a user's process has it, not as these children of a server
     signal.signal(signal.SIGINT, signal.default_int_handler)
     code = 1
     try:

@@ -1,16 +1,23 @@
 """From plans to batches: the right images with the right labels and draws, whoever loads them."""
 
 import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from program import TIMEOUT
 from refusals import refused
 
 from reid.config.load import load_config
 from reid.data import augment
-from reid.data.loaders import StoredImages, build_test_data, build_train_data
+from reid.data.loaders import BatchLoader, StoredImages, build_test_data, build_train_data
 from reid.data.preprocessing import BatchPreprocessor
 from reid.data.samplers import EvaluationBatches, PlannedBatch, TrainBatches
 from reid.data.sets import open_data_sets
@@ -36,7 +43,7 @@ def planned(ids, epoch=1, positions=None):
 
 def test_images_are_gathered_across_stores_in_requested_order():
     dataset = StoredImages([numbered(0, 3), numbered(3, 1), numbered(4, 5)], np.arange(9) * 10, None)
-    batch = dataset.__getitems__(planned([8, 0, 3, 2, 4, 0]))
+    batch = dataset.batch(planned([8, 0, 3, 2, 4, 0]))
     assert torch.equal(batch.images[:, 0, 0, 0], torch.tensor([8, 0, 3, 2, 4, 0], dtype=torch.uint8))
     assert torch.equal(batch.images, batch.images[:, :1, :1, :1].expand(6, 2, 1, 3))
     assert batch.pids.tolist() == [80, 0, 30, 20, 40, 0]
@@ -47,10 +54,183 @@ def test_images_are_gathered_across_stores_in_requested_order():
 def test_random_draws_depend_on_plan_position_not_on_image():
     recipe = augment.Recipe(size=SIZE, flip_probability=0.5, padding=2, erasing_probability=0.5, seed=1)
     dataset = StoredImages([numbered(0, 9)], np.arange(9), recipe)
-    one, other = (dataset.__getitems__(planned(ids, 3, [20, 21])) for ids in ([0, 1], [7, 7]))
+    one, other = (dataset.batch(planned(ids, 3, [20, 21])) for ids in ([0, 1], [7, 7]))
     assert torch.equal(one.drawn, other.drawn)
     assert torch.equal(one.drawn, augment.draw(recipe, 3, np.array([20, 21])))
-    assert not torch.equal(one.drawn, dataset.__getitems__(planned([0, 1], 4, [20, 21])).drawn)
+    assert not torch.equal(one.drawn, dataset.batch(planned([0, 1], 4, [20, 21])).drawn)
+
+
+def test_gathering_releases_the_interpreter_lock(monkeypatch):
+    """No thread has to give the lock up here; an operation that keeps it shows no other thread its middle."""
+    dataset, take = StoredImages([np.zeros((64, 512, 512, 3), np.uint8)], np.arange(64), None), np.take
+    inside, is_outside, seen = threading.Event(), threading.Event(), []
+
+    def observed(*args, **options):
+        inside.set()
+        take(*args, **options)
+        is_outside.set()
+
+    monkeypatch.setattr(np, "take", observed)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    try:
+        for _ in range(50):  # the scheduler may wake this thread too late
+            inside.clear()
+            is_outside.clear()
+            thread = threading.Thread(target=dataset.images, args=(np.arange(64),))
+            thread.start()
+            inside.wait()
+            seen.append(is_outside.is_set())
+            thread.join()
+            if not seen[-1]:
+                break
+    finally:
+        sys.setswitchinterval(before)
+    assert not seen[-1]
+
+
+# ---- loading ahead ----
+
+
+class Numbers:
+    """A data set whose batches are the numbers that are planned; for number 3 it does something else."""
+
+    def __init__(self, fourth=lambda: None):
+        self._fourth, self.loaded = fourth, []
+
+    def batch(self, number, *, pin_memory):
+        assert not pin_memory
+        if number == 3:
+            self._fourth()
+        self.loaded.append(number)
+        return number
+
+
+def numbers(dataset, *, prefetch=True):
+    return BatchLoader(dataset, range(6), prefetch=prefetch, pin_memory=False)
+
+
+def loader_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    yield
+    wait_for(lambda: not loader_threads())
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_batches_come_in_order_again_and_again(prefetch):
+    loader = numbers(Numbers(), prefetch=prefetch)
+    assert len(loader) == 6
+    assert [list(loader) for _ in range(3)] == 3 * [list(range(6))]
+
+
+def test_the_thread_is_two_batches_ahead():
+    dataset = Numbers()
+    received = iter(numbers(dataset))
+    assert dataset.loaded == []
+    for number in range(3):
+        assert next(received) == number
+        wait_for(lambda: len(dataset.loaded) >= number + 3)  # noqa: B023  # called at once
+        time.sleep(0.01)
+        assert dataset.loaded == list(range(number + 3))
+    received.close()
+
+
+def test_without_prefetching_a_batch_is_loaded_when_asked_for():
+    dataset = Numbers()
+    assert next(iter(numbers(dataset, prefetch=False))) == 0
+    assert dataset.loaded == [0]
+
+
+class OwnError(RuntimeError):
+    pass
+
+
+@pytest.mark.parametrize("error", [OwnError("of the data set"), ZeroDivisionError("too"), MemoryError()])
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_an_error_of_the_data_set_comes_in_its_turn(prefetch, error):
+    def fail():
+        raise error
+
+    received = iter(numbers(Numbers(fail), prefetch=prefetch))
+    assert [next(received) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(type(error)) as raised:
+        next(received)
+    assert raised.value is error
+
+
+def test_an_abandoned_pass_ends_its_thread_and_harms_no_other():
+    loader = numbers(Numbers())
+    for number in loader:
+        if number == 1:
+            break
+    wait_for(lambda: not loader_threads())
+    iter(loader)
+    assert list(loader) == list(range(6))
+
+
+def test_a_signal_handler_that_raises_ends_a_wait():
+    is_over = threading.Event()
+    received = iter(numbers(Numbers(is_over.wait)))
+
+    def stop(number, frame):
+        raise OwnError
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR1))
+    timer.start()
+    try:
+        with pytest.raises(OwnError):
+            list(received)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        is_over.set()
+
+
+def test_a_pass_keeps_the_position_that_it_began_at(folder, benchmark):
+    data = build_train_data(settings(folder, "DATALOADER.NUM_WORKERS=1"), [benchmark])
+    data.batches.set_position(epoch=3, step=1)
+    begun = iter(data.loader)
+    data.batches.set_position(epoch=4, step=0)
+    third, fourth = batches(begun), batches(data.loader)
+    data.batches.set_position(epoch=3, step=1)
+    assert equal(third, batches(data.loader))
+    assert equal(third, batches(data.loader))  # a pass moves no position
+    assert len(fourth) == len(third) + 1
+
+
+KEEPS_AN_ITERATOR = """
+import sys
+from reid.data.loaders import BatchLoader
+from reid.launcher import leave
+
+class Numbers:
+    def batch(self, number, *, pin_memory):
+        return number
+
+kept = iter(BatchLoader(Numbers(), range(1000), prefetch=True, pin_memory=False))
+print(next(kept))
+if sys.argv[1] == "leave":
+    leave(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["leave", "return"])
+def test_program_exits_in_the_middle_of_a_pass(how):
+    words = [sys.executable, "-c", KEEPS_AN_ITERATOR, how]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
 
 
 # ---- the loaders of a benchmark ----
@@ -90,21 +270,26 @@ def equal(left, right) -> bool:
     )
 
 
-def test_loader_processes_change_nothing(folder, benchmark):
-    def loaded(num_workers: int):
-        cfg = settings(folder, f"DATALOADER.NUM_WORKERS={num_workers}")
+@pytest.mark.parametrize("num_workers", [1, 8])
+def test_prefetching_changes_no_batch_of_several_epochs(folder, benchmark, num_workers):
+    def loaded(number: int):
+        cfg = settings(folder, f"DATALOADER.NUM_WORKERS={number}")
         train, test = build_train_data(cfg, [benchmark]), build_test_data(cfg, benchmark)
-        train.batches.set_position(epoch=2, step=0)
-        return batches(train.loader), batches(test.loader)
+        epochs = []
+        for epoch in (2, 3, 4):
+            train.batches.set_position(epoch, step=0)
+            epochs.append(batches(train.loader))
+        return [*epochs, batches(test.loader)]
 
-    (train, test), (train_by_two, test_by_two) = loaded(0), loaded(2)
-    assert equal(train, train_by_two)
-    assert equal(test, test_by_two)
-    assert len(train) >= 2
+    expected = loaded(0)
+    assert all(equal(*pair) for pair in zip(loaded(num_workers), expected, strict=True))
+    assert not equal(*expected[:2])
+    assert all(len(part) >= 2 for part in expected)
 
 
-def test_epoch_resumed_after_a_step_yields_the_remaining_batches(folder, benchmark):
-    data = build_train_data(settings(folder), [benchmark])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_epoch_resumed_after_a_step_yields_the_remaining_batches(folder, benchmark, num_workers):
+    data = build_train_data(settings(folder, f"DATALOADER.NUM_WORKERS={num_workers}"), [benchmark])
     data.batches.set_position(epoch=3, step=0)
     whole = batches(data.loader)
     data.batches.set_position(epoch=3, step=1)
@@ -115,10 +300,10 @@ def test_epoch_resumed_after_a_step_yields_the_remaining_batches(folder, benchma
 
 def test_two_ranks_together_load_what_one_loads(folder, benchmark):
     data = build_train_data(settings(folder), [benchmark])
-    dataset, plan = data.loader.dataset, data.batches._plan
+    dataset, plan = data.images, data.batches._plan
     parts = [TrainBatches(plan, rank=rank, num_ranks=2) for rank in (0, 1)]
     for whole, *shares in zip(data.loader, *parts, strict=True):
-        loaded = [dataset.__getitems__(share) for share in shares]
+        loaded = [dataset.batch(share) for share in shares]
         assert equal([whole], [tuple(torch.cat(tensors) for tensors in zip(*loaded, strict=True))])
 
 
@@ -179,7 +364,7 @@ def test_an_image_that_changes_makes_a_new_store(folder, benchmark, tmp_path):
 # ---- all images on the device ----
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, 1])
 def test_batches_are_the_same_with_all_images_on_the_device(folder, benchmark, num_workers):
     cfg = settings(folder, f"DATALOADER.NUM_WORKERS={num_workers}")
     cached_cfg = settings(folder, f"DATALOADER.NUM_WORKERS={num_workers}", "DATASETS.DEVICE_CACHE=on")

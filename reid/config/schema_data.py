@@ -183,9 +183,9 @@ DATALOADER = {
     "DATALOADER.NUM_WORKERS": Setting(
         default=2,
         validate=integer(0),
-        unit="processes",
-        doc="Loader processes of each rank, at most as many as there are CPU cores. 0: images are loaded in the "
-        "training process. Raise it where the console reports time spent waiting for data.",
+        doc="Any value above 0: one thread of each rank loads the next batches while a step computes. 0: each batch is "
+        "loaded between two steps. Values of older configurations, which meant processes, are accepted. The command "
+        "embed decodes images in as many threads.",
     ),
     "DATALOADER.SAMPLER": Setting(
         default="softmax_triplet",

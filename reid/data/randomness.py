@@ -1,4 +1,4 @@
-"""Random numbers as a pure function of integers: the same on any rank, in any worker, after a resume."""
+"""Random numbers as a pure function of integers: the same on any rank, in any thread, after a resume."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ class Pictures:
         each = 1 if self._cfg.DATALOADER.SAMPLER == "softmax" else self._cfg.DATALOADER.NUM_INSTANCE
         num = min(max(_MOST_IMAGES // each, 1) * each, len(planned.sample_ids))
         some = planned._replace(sample_ids=planned.sample_ids[:num], positions=planned.positions[:num])
-        batch = train_data.images.__getitems__(some)
+        batch = train_data.images.batch(some)
         prepared = BatchPreprocessor(self._cfg, torch.device("cpu")).for_training(batch).numpy()
         images = denormalize(prepared, *normalisation(self._cfg))
         of_all = f"{num} of {len(planned.sample_ids)} images" if num < len(planned.sample_ids) else f"{num} images"

@@ -222,8 +222,8 @@ def test_batches_are_pinned_and_arrive_as_on_a_cpu(device, num_workers):
     plan = ShufflePlan(40, batch_size=BATCH, seed=0)
 
     def prepared(on: torch.device, *, is_cached: bool = False) -> list[tuple[Batch, torch.Tensor]]:
-        cfg, data = settings(on, "SOLVER.PRECISION=fp64"), stored()
-        loader = loaders._build_loader(cfg, data, TrainBatches(plan, rank=0, num_ranks=1), num_workers)
+        cfg, data = settings(on, "SOLVER.PRECISION=fp64", f"DATALOADER.NUM_WORKERS={num_workers}"), stored()
+        loader = loaders._build_loader(cfg, data, TrainBatches(plan, rank=0, num_ranks=1))
         every = torch.from_numpy(data.images(np.arange(40))).to(on) if is_cached else None
         preprocessor = BatchPreprocessor(cfg, on, every)
         return [(batch, preprocessor.for_training(batch)) for batch in loader]
