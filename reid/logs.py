@@ -46,10 +46,11 @@ def set_up_console() -> None:
         sys.stdout.reconfigure(errors=_UNENCODABLE)  # as stderr is
     ours = logging.getLogger("reid")
     ours.handlers.clear()
-    ours.setLevel(logging.INFO)
+    ours.setLevel(logging.DEBUG)  # log.txt also has the tracebacks of optional side effects
     ours.propagate = False
     happenings, errors = Console(sys.stdout), Console(sys.stderr)
     happenings.addFilter(lambda record: record.levelno < logging.ERROR)
+    happenings.setLevel(logging.INFO)
     errors.setLevel(logging.ERROR)
     ours.addHandler(happenings)
     ours.addHandler(errors)

@@ -23,7 +23,7 @@ from reid.handlers import artifacts, console, guards, interruption, schedule
 from reid.handlers.checkpoint import Checkpoints
 from reid.handlers.meters import TrainMeter
 from reid.handlers.pictures import Pictures
-from reid.handlers.records import Progress, summary_of_all
+from reid.handlers.records import Progress, attach_rows, score_numbers, summary_of_all
 from reid.handlers.tensorboard import TensorBoard
 from reid.handlers.tracking import Tracker
 from reid.handlers.watchdog import Watchdog
@@ -112,8 +112,8 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     ownership.attach(trainer)
     checkpoints.attach(trainer)
     console.attach(trainer, folder, progress)
-    tracker.attach(trainer, progress)
-    tensorboard.attach(trainer, progress)
+    attach_rows(trainer, progress, tracker.log_row)
+    attach_rows(trainer, progress, tensorboard.log_row)
     pictures.attach(trainer, progress, train_data)
     interruption.save_and_stop_when_asked(trainer, checkpoints, signals)
 
@@ -227,7 +227,7 @@ def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
         scores = evaluator.run()
         summary = summary_of_all(scores)
         pictures.draw(Path(cfg.TEST.WEIGHT).name, None, epoch)
-        tracker.log_test(summary, epoch)
+        tracker.log_row("test", score_numbers(summary), None, epoch)
     result: dict[str, Any] = {"epoch": epoch, **summary, "weight": cfg.TEST.WEIGHT}
     if distributed.is_main():
         folder.write_result(result)

@@ -20,17 +20,11 @@ OWNERS = {
     "torch.distributed": {"distributed.py", "link_speed.py", "wrapping.py"},  # the last for sharded tensors
     "ignite.distributed": {"distributed.py"},
     "accelerate": {"wrapping.py"},
-    "ignite.handlers.tensorboard_logger": {"handlers/tensorboard.py"},
+    "torch.utils.tensorboard": {"handlers/tensorboard.py"},
     "safetensors": {"safetensors_files.py", "timm_models.py"},
     "faiss": {"nearest.py"},
     "onnxruntime": {"export.py"},
-    "wandb": {
-        "handlers/tracking.py",
-        "handlers/wandb_session.py",
-        "handlers/wandb_process.py",
-        "handlers/artifacts.py",
-        "sweeps.py",
-    },
+    "wandb": {"handlers/wandb_session.py", "handlers/wandb_process.py", "handlers/artifacts.py", "sweeps.py"},
     "psutil": {"handlers/wandb_process.py"},
     "yacs": {"config.py"},
 }
