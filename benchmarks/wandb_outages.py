@@ -1,11 +1,10 @@
-"""What W&B costs a run when it cannot be reached, in seconds, and what is said then; with a server on this machine.
+"""Seconds that W&B costs a run when it cannot be reached, and what the run logs; with a server on this machine.
 
 Usage: python benchmarks/wandb_outages.py [WORD IN A CASE'S NAME ...]
 
 Every case is a run of its own with the default settings: 100 rows, a table and a checkpoint before the server goes away
-and after it. Printed for each: the seconds until training could begin, those that it waited for in between, and those
-from its end to that of the process; then, in the reverse direction, whether all of it arrives by the command that is
-printed at the end.
+and after it. Printed for each: the seconds until training could start, those that it waited meanwhile, and those from
+its end to that of the process; then what has arrived once the server is back and the command of the last line was run.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from typing import Any, NamedTuple
 from tables import say
 
 from reid.config.load import load_config
+from reid.handlers.pictures import FigureSet, Table
 from reid.handlers.records import Progress, SavedCheckpoint
 from reid.handlers.tracking import Tracker
 
@@ -42,24 +42,24 @@ _FORKS.set_forkserver_preload(["reid.handlers.tracking", "wandb", "wandb_outages
 def main() -> None:
     say("| case | begins after | waits in between | ends after | rows, tables, checkpoints at W&B |")
     say("|---|---|---|---|---|")
-    said = []
+    logs = []
     for case in CASES:
         if all(word in case.name for word in sys.argv[1:]):
-            told, arrived = measure(case)
-            seconds = " | ".join(f"{told[name]:.1f}" for name in ("begin", "between", "end"))
+            measured, arrived = measure(case)
+            seconds = " | ".join(f"{measured[name]:.1f}" for name in ("begin", "between", "end"))
             say(f"| {case.name} | {seconds} | {arrived} |")
-            said.append(f"{case.name}:\n" + "\n".join(f"    {line}" for line in told["said"]))
-    say("\n" + "\n".join(said))
+            logs.append(f"{case.name}:\n" + "\n".join(f"    {line}" for line in measured["log"]))
+    say("\n" + "\n".join(logs))
 
 
 class Case(NamedTuple):
-    """A way in which W&B is not there.
+    """An outage of W&B.
 
     Attributes:
         name: in the table.
         moment: before which the server goes away: begin, first, end, or never.
         act: what happens to the server then.
-        environment: over that of the server.
+        environment: changes to the server's variables.
     """
 
     name: str
@@ -100,7 +100,7 @@ CASES = (
 
 
 def measure(case: Case) -> tuple[dict[str, Any], str]:
-    """What the run says of itself, and what W&B has of it once it can be reached again."""
+    """Return what the run reports, and what W&B has of it once it can be reached again."""
     from wandb_server import WandbServer
 
     server = WandbServer()
@@ -115,22 +115,22 @@ def measure(case: Case) -> tuple[dict[str, Any], str]:
             assert here.recv() == moment
             if moment == case.moment:
                 case.act(server)
-            here.send("go on")
-        told = here.recv()
+            here.send("continue")
+        measured = here.recv()
         left = time.monotonic()
         process.join()
-        told["end"] += time.monotonic() - left
+        measured["end"] += time.monotonic() - left
         server.mute.clear()
         server.status = 0
         server.stop()
         server.again()
-        command = told["said"][-1].partition("send it with: ")[2]
+        command = measured["log"][-1].partition("send it with: ")[2]
         if command:
             words = [sys.executable, "-m", *shlex.split(command)]
             subprocess.run(words, cwd=folder, env=environment, capture_output=True, check=True)
         arrived = _arrived(server)
     server.stop()
-    return told, arrived
+    return measured, arrived
 
 
 def _arrived(server: Any) -> str:
@@ -140,7 +140,7 @@ def _arrived(server: Any) -> str:
 
 
 class Run:
-    """One run, which says where it stands and waits for a word before it goes on."""
+    """One run, which reports each moment and waits for an answer before it continues."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection, self._folder = connection, Path("run")
@@ -150,7 +150,7 @@ class Run:
         self._num_steps, self._waited = 0, 0.0
 
     def run(self) -> dict[str, float]:
-        """Its seconds."""
+        """Return its seconds by moment."""
         self._pause("begin")
         start = time.monotonic()
         with self._tracker.training(Progress()):
@@ -169,9 +169,9 @@ class Run:
         start = time.monotonic()
         for _ in range(NUM_ROWS):
             self._num_steps += 1
-            self._tracker.log_test({"step": self._num_steps}, epoch)
-        rows = [[str(epoch), 0.5]]
-        self._tracker.log_table("val/AP_per_query", ["query", "AP"], rows, iteration=self._num_steps, epoch=epoch)
+            self._tracker.log_row("test", {"step": self._num_steps}, None, epoch)
+        table = Table("val/AP_per_query", ["query", "AP"], [[str(epoch), 0.5]])
+        self._tracker.show(FigureSet(self._num_steps, epoch, tables=[table]))
         facts = {"epoch": epoch, "iteration": self._num_steps, "mAP": 0.5}
         self._tracker.keep_checkpoint(SavedCheckpoint("best", file, facts))
         self._waited += time.monotonic() - start
@@ -186,11 +186,11 @@ def run(folder: str, environment: dict[str, str], connection: Connection) -> Non
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    said = io.StringIO()
-    logging.getLogger("reid").addHandler(logging.StreamHandler(said))
+    log = io.StringIO()
+    logging.getLogger("reid").addHandler(logging.StreamHandler(log))
     logging.getLogger("reid").setLevel(logging.INFO)
     seconds = Run(connection).run()
-    connection.send(seconds | {"said": said.getvalue().splitlines()})
+    connection.send(seconds | {"log": log.getvalue().splitlines()})
 
 
 if __name__ == "__main__":

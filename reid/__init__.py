@@ -40,6 +40,7 @@ assembly builds, gathers and wires.
     link_speed.py               how fast collectives are between ranks and nodes
     trial_steps.py              the first steps of a training, timed
     handlers/records.py         what there is to write down, and the events that say so
+    handlers/side_effects.py    guard around pictures, W&B and TensorBoard
     handlers/schedule.py        learning rate, sampler's place, when to evaluate
     handlers/meters.py          means over steps, equal on all ranks; the non-finite stop
     handlers/guards.py          the first batch is what was planned
@@ -49,12 +50,12 @@ assembly builds, gathers and wires.
     handlers/watchdog.py        the end of a run in which a rank hangs
     handlers/tensorboard.py     TensorBoard
     handlers/pictures.py        the first batch, ranked queries and CMC curves as PNG files
-    handlers/tracking.py        what Weights & Biases is told
-    handlers/artifacts.py       data sets and checkpoints at W&B
-    handlers/wandb_session.py   where that goes, and what happens where W&B fails
-    handlers/wandb_jobs.py      what of it waits for the server
-    handlers/wandb_pieces.py    what lies on the disk, and what of it W&B has
-    handlers/wandb_process.py   W&B's own process, which must not outlive the one that it works for
+    handlers/tracking.py        what a run records in Weights & Biases
+    handlers/artifacts.py       data sets, checkpoints, images and tables at W&B
+    handlers/wandb_session.py   where W&B records, and what happens where it fails
+    handlers/wandb_jobs.py      queue of upload tasks, which wait for the server
+    handlers/wandb_pieces.py    run segments on disk, and which of them W&B lacks
+    handlers/wandb_process.py   the process of W&B, which must not outlive the training
     run_directory.py            the files of a run
     ownership.py                which start of a training may write them
     checkpoint_files.py         files that are whole or absent, written in the background

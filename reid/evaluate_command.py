@@ -14,7 +14,7 @@ from reid.errors import SettingsError, shared
 from reid.evaluation import Evaluators, report_queries
 from reid.handlers import artifacts, console
 from reid.handlers.pictures import Pictures
-from reid.handlers.records import summary_of_all
+from reid.handlers.records import score_numbers, summary_of_all
 from reid.handlers.watchdog import Watchdog
 from reid.preemption import Signals
 from reid.run_directory import RunDirectory
@@ -65,7 +65,7 @@ def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> dict[s
         scores = evaluator.run()
         summary = summary_of_all(scores)
         pictures.draw(Path(cfg.TEST.WEIGHT).name, None, epoch)
-        tracker.log_test(summary, epoch)
+        tracker.log_row("test", score_numbers(summary), None, epoch)
     result: dict[str, Any] = {"epoch": epoch, **summary, "weight": cfg.TEST.WEIGHT}
     if distributed.is_main():
         folder.write_result(result)

@@ -45,10 +45,11 @@ def set_up_console() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it
     lines, errors = Console(sys.stdout), Console(sys.stderr)
     lines.addFilter(lambda record: record.levelno < logging.ERROR)
+    lines.setLevel(logging.INFO)
     errors.setLevel(logging.ERROR)
     logger = logging.getLogger("reid")
     logger.handlers = [lines, errors]
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG)  # log.txt also has the tracebacks of optional side effects
     logger.propagate = False
     logging.getLogger("ignite").addHandler(logging.NullHandler())  # it would repeat every error, twice on every rank
 

@@ -20,7 +20,7 @@ OWNERS = {
     "torch.distributed": {"distributed.py", "link_speed.py", "wrapping.py"},  # the last for sharded tensors
     "ignite.distributed": {"distributed.py"},
     "accelerate": {"wrapping.py"},
-    "ignite.handlers.tensorboard_logger": {"handlers/tensorboard.py"},
+    "torch.utils.tensorboard": {"handlers/tensorboard.py"},
     "safetensors": {"safetensors_files.py", "timm_models.py"},
     "onnxruntime": {"export.py"},
     "matplotlib": {"pictures.py"},

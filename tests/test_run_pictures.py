@@ -1,6 +1,6 @@
 """The pictures that a run leaves behind: what is drawn, when, and that nothing else depends on it.
 
-Also covers reid.handlers.pictures.
+Also covers reid.handlers.pictures, reid.handlers.side_effects.
 """
 
 import logging
@@ -94,11 +94,14 @@ def test_training_continues_when_pictures_cannot_be_written(place):
     ended = place.train("OUTPUT_DIR", folder.name, "SOLVER.MAX_EPOCHS", 1, "LOG.TENSORBOARD", "yes", num_ranks=2)
     said = [line for line in ended.out.splitlines() if "warning" in line]
     assert [line.partition(" (")[0] for line in said] == [
-        "warning: TensorBoard: gives up, and training goes on",
+        "warning: TensorBoard: nothing is written",
         "warning: a picture is missing",  # the batch
         "warning: a picture is missing",  # the evaluation
     ]
     assert all("File exists" in line for line in said)
+    log = (folder / "log.txt").read_text()
+    assert log.count("\nTraceback ") == len(said)
+    assert "Traceback" not in ended.out
     assert ended.err == ""
 
 
@@ -163,7 +166,7 @@ def test_what_cannot_be_compared_leaves_the_pictures_of_before(tmp_path, caplog,
     monkeypatch.setattr("reid.handlers.pictures.find_examples", lambda *_: torch.zeros(1 << 60))
     setting.evaluate(2, GOOD, ["a"])
     assert contents(tmp_path / "pictures") == before
-    (said,) = caplog.messages
+    (said,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
     assert re.fullmatch(r"warning: [^\n]*RuntimeError: [^\n]+", said)
 
 
@@ -182,12 +185,12 @@ def test_drawn_pictures_are_published_with_captions_and_curves(tmp_path):
     assert [caption.split(":")[0] for caption in captions] == [f"{number:04d}_c1.jpg" for number in order]
     # Query 0 may not find gallery image 0, which its own camera took; the only other of its person stands third.
     assert captions[order.index(0)] == "0000_c1.jpg: AP 33.3 %, --+--"
-    ((key, ranks, curve, *_),) = drawn.curves
-    assert (key, ranks) == ("val/cmc", list(range(1, 51)))
-    assert curve == scores.cmc.tolist()
-    ((key, columns, rows),) = drawn.tables
-    assert key == "val/AP_per_query"
-    assert [dict(zip(columns, row, strict=True))["AP"] for row in rows] == sorted(ap.tolist())
+    curve, table = drawn.tables
+    assert curve.key == "val/cmc"
+    assert curve.chart_title
+    assert curve.rows == [list(point) for point in enumerate(scores.cmc.tolist(), 1)]
+    assert (table.key, table.chart_title) == ("val/AP_per_query", "")
+    assert [dict(zip(table.columns, row, strict=True))["AP"] for row in table.rows] == sorted(ap.tolist())
 
 
 def test_every_test_set_has_pictures_of_its_own(tmp_path):
@@ -197,7 +200,8 @@ def test_every_test_set_has_pictures_of_its_own(tmp_path):
     kinds = ("cmc", "random_queries", "worst_queries")
     assert names(tmp_path / "pictures") == sorted(f"{kind}_{name}.png" for kind in kinds for name in ("a", "b"))
     assert [key for key, *_ in drawn.images] == [f"val/{name}/{kind}" for name in ("a", "b") for kind in kinds[1:]]
-    assert [key for key, *_ in drawn.curves] == ["val/a/cmc", "val/b/cmc"]
+    keys = [f"val/{name}/{kind}" for name in ("a", "b") for kind in ("cmc", "AP_per_query")]
+    assert [table.key for table in drawn.tables] == keys
 
 
 def test_without_images_nothing_is_drawn(tmp_path):

@@ -161,7 +161,8 @@ def test_training_outlives_wandbs_own_process(place):
     go_on.touch()
     (ended,) = ranks.ended()
     assert ended.code == 0, ended
-    (said,) = (line for line in lines(ended) if "died" in line)
+    (said,) = (line for line in ended.out.splitlines() if "died" in line)
+    assert said.startswith("warning: W&B: ")
     assert "Connection" in said
     assert "offline" in said
     pieces = sorted((place.folder / "lost" / "wandb").glob("offline-run-*"), key=lambda piece: piece.name)

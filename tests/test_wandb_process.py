@@ -1,4 +1,4 @@
-"""W&B's own process, and the watcher that ends it; with W&B and a server in test_wandb_online.py."""
+"""The process of W&B and the watcher that ends it; with W&B and a server in test_wandb_online.py."""
 
 import os
 import signal
@@ -9,27 +9,20 @@ import psutil
 from program import TIMEOUT
 
 from reid.handlers import wandb_process
-from reid.handlers.wandb_process import Service, kill, services_of
+from reid.handlers.wandb_process import Service, kill_services, services_of, start_watcher
 
-# Starts something in the place of W&B's process, and its watcher; says their numbers and waits to be ended.
+# Starts a process in the place of wandb-core, and its watcher; prints their ids and waits to be killed.
 WORKER = """
-import os, subprocess, sys, time, psutil
-from reid.handlers import wandb_process
-service = subprocess.Popen(["sleep", sys.argv[1]], start_new_session=True)
-watcher = wandb_process._start_watcher(psutil.Process(service.pid), grace=0.5)
-print(service.pid, watcher.pid, flush=True)
-service.wait()
-watcher.wait()
-print("the watcher has ended", flush=True)
+import subprocess, time
+from reid.handlers.wandb_process import start_watcher
+service = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+print(service.pid, start_watcher(service.pid).pid, flush=True)
+time.sleep(1000)
 """
 
 
-def start(seconds: int) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", WORKER, str(seconds)], stdout=subprocess.PIPE, text=True)
-
-
 def test_service_and_watcher_of_a_killed_process_are_ended():
-    with start(1000) as worker:
+    with subprocess.Popen([sys.executable, "-c", WORKER], stdout=subprocess.PIPE, text=True) as worker:
         service, watcher = map(psutil.Process, map(int, worker.stdout.readline().split()))
         sessions = {os.getsid(process.pid) for process in (worker, service, watcher)}
         worker.kill()
@@ -38,34 +31,29 @@ def test_service_and_watcher_of_a_killed_process_are_ended():
     assert len(sessions) == 3  # Ctrl-C ends neither of them
 
 
-def test_the_watcher_ends_with_what_it_watches():
-    with start(1) as worker:
-        out, _ = worker.communicate(timeout=TIMEOUT)
-    assert out.endswith("\nthe watcher has ended\n")
+def test_the_watcher_kills_nothing_that_has_ended():
+    child = subprocess.Popen(["sleep", "0"])
+    child.wait()
+    watcher = start_watcher(child.pid)
+    watcher.communicate(timeout=TIMEOUT)  # closes the pipe, as the end of this process would
+    assert watcher.returncode == 1  # of `kill -0`
 
 
 def test_a_service_that_does_not_end_by_itself_is_killed(monkeypatch):
     child = subprocess.Popen(["sleep", "1000"])
-    service = Service()
-    service._process = psutil.Process(child.pid)
+    monkeypatch.setattr(wandb_process, "services_of", lambda pid: [psutil.Process(child.pid)])
     monkeypatch.setattr(wandb_process, "_tear_down", child.wait)
-    service.end(0.1)
+    Service().end(0.1)
     assert child.wait(TIMEOUT) == -signal.SIGKILL
 
 
-def test_only_wandbs_processes_are_meant():
+def test_only_wandbs_processes_are_killed():
     child = subprocess.Popen(["sleep", "1000"])
     try:
+        kill_services(os.getpid())
+        assert child.poll() is None
         assert services_of(os.getpid()) == []
-        assert services_of(child.pid) == []
     finally:
         child.kill()
         child.wait()
-
-
-def test_one_that_has_ended_is_not_killed_again():
-    child = subprocess.Popen(["sleep", "0"])
-    process = psutil.Process(child.pid)
-    child.wait()
-    kill([process])
     assert services_of(child.pid) == []

@@ -15,14 +15,14 @@ from reid.handlers.records import Progress, Records
 from reid.run_directory import RunDirectory
 
 logger = logging.getLogger("reid.train")
-step_logger = logging.getLogger("reid.train.steps")  # left to the progress bar where there is one
+step_logger = logging.getLogger("reid.train.steps")  # replaced by the progress bar on a terminal
 
 _TERMS = ("id", "triplet", "center")
 _PERCENTAGES = ("mAP", "mINP", "rank-1", "rank-5", "rank-10")
 
 
 def attach(trainer: Engine, folder: RunDirectory, progress: Progress) -> None:
-    """Writes every record down, on rank 0."""
+    """Write each record, on rank 0."""
     if not distributed.is_main():
         return
     trainer.add_event_handler(Records.TRAIN, _write_train_record, folder)
@@ -39,10 +39,9 @@ def _write_train_record(trainer: Engine, folder: RunDirectory) -> None:
     step = (state.iteration - 1) % state.epoch_length + 1
     terms = ", ".join(f"{name} {metrics[name]:.3f}" for name in _TERMS if name in metrics)
     (logger if step == state.epoch_length else step_logger).info(
-        "epoch %d/%d step %d/%d: loss %.3f (%s), accuracy %.1f %%, lr %.2e, %.0f images/s, %.0f %% waiting for data",
-        *(state.epoch, state.max_epochs, step, state.epoch_length),
-        *(metrics["loss"], terms, 100 * metrics["acc"], metrics["lr"]),
-        *(metrics["images_per_second"], 100 * metrics["data_wait"]),
+        f"epoch {state.epoch}/{state.max_epochs} step {step}/{state.epoch_length}: loss {metrics['loss']:.3f} "
+        f"({terms}), accuracy {100 * metrics['acc']:.1f} %, lr {metrics['lr']:.2e}, "
+        f"{metrics['images_per_second']:.0f} images/s, {100 * metrics['data_wait']:.0f} % waiting for data"
     )
 
 
@@ -55,20 +54,20 @@ def _write_validation_record(trainer: Engine, folder: RunDirectory, progress: Pr
 
 
 def describe_scores(scores: dict[str, Any]) -> list[str]:
-    """A line for each test set (see `records.summary_of_all`): percentages, and how many queries count."""
+    """Return a line for each test set (see `records.summary_of_all`): percentages, and how many queries count."""
     if "datasets" in scores:
         return [f"{name}: {_describe(of_one)}" for name, of_one in scores["datasets"].items()]
     return [_describe(scores)]
 
 
 def report_test_sets(scores: dict[str, Any]) -> None:
-    """A table of all test sets where there are several."""
+    """Log a table of all test sets if there are several."""
     if "datasets" in scores:
         logger.info("%s", score_table(scores))
 
 
 def score_table(scores: dict[str, Any]) -> str:
-    """All test sets below each other, in percent."""
+    """Return the scores of all test sets as a table, in percent."""
     width = max(map(len, ["test set", *scores["datasets"]]))
     lines = [f"{'test set':<{width}}" + "".join(f"{name:>9}" for name in (*_PERCENTAGES, "queries"))]
     for name, of_one in scores["datasets"].items():
@@ -86,7 +85,7 @@ def _describe(scores: dict[str, Any]) -> str:
 
 
 def _show_progress_bar(trainer: Engine) -> None:
-    """A bar in place of the lines within an epoch; other lines are written above it."""
+    """Show a bar instead of the lines within an epoch; other lines are written above it."""
     ProgressBar(persist=False, desc="epoch").attach(trainer)
     for handler in logging.getLogger("reid").handlers:
         if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:

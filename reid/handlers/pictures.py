@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from reid.data.sets import DataSets
 from reid.distances import Distances
 from reid.examples import Example, find_examples, query_table, seeded_queries, worst_queries
 from reid.handlers.records import Progress, Records
+from reid.handlers.side_effects import optional
 from reid.metrics import RetrievalScores
 from reid.pictures import GalleryCell, batch_grid, cmc_chart, denormalize, ranked_gallery, sheet
 from reid.process.files import atomic_write
@@ -29,34 +29,40 @@ from reid.process.files import atomic_write
 if TYPE_CHECKING:
     from yacs.config import CfgNode
 
-logger = logging.getLogger("reid.pictures")
-
 _MOST_IMAGES = 64  # of a batch that are drawn
 _LEGEND = "green: right, red: wrong; left out: the query's identity on its own camera"
 
 
+class Figure(NamedTuple):
+    """An image file; the key is W&B's."""
+
+    key: str
+    file: Path
+    caption: str
+
+
+class Table(NamedTuple):
+    """Rows of plain values; the key is W&B's. With a chart title it is shown as a line over the first column."""
+
+    key: str
+    columns: list[str]
+    rows: list[list[Any]]
+    chart_title: str = ""
+
+
 @dataclass
 class FigureSet:
-    """What there is to see at one point of a run, for those who show it elsewhere; the keys are W&B's.
+    """Images and tables of one step of a run, for those who show them elsewhere."""
 
-    Attributes:
-        iteration: of training; None for an evaluation by itself.
-        epoch: of training; None where it is not known.
-        images: key, PNG file and caption of each.
-        curves: key, values of x and y, title, name of x and name of y of each.
-        tables: key, columns and rows of each.
-    """
-
-    iteration: int | None
-    epoch: int | None
-    images: list[tuple[str, Path, str]] = field(default_factory=list)
-    curves: list[tuple[str, list[float], list[float], str, str, str]] = field(default_factory=list)
-    tables: list[tuple[str, list[str], list[list[object]]]] = field(default_factory=list)
+    iteration: int | None  # None for a separate evaluation
+    epoch: int | None  # None if unknown
+    images: list[Figure] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class _Compared:
-    """What one evaluation found on one test set."""
+    """Results of one evaluation on one test set."""
 
     data: TestData
     scores: RetrievalScores
@@ -65,20 +71,19 @@ class _Compared:
 
 
 class Pictures:
-    """Draws the first training batch, and of every new best what it finds and what it misses.
+    """Draws the first training batch, and the correct and wrong matches of every new best checkpoint.
 
-    The pictures are of the best checkpoint, as the file names are the same each time. Whatever goes wrong here, only
-    the pictures are missing.
+    The file names are the same each time. An error costs only the picture.
 
     Args:
-        cfg: the whole configuration; WANDB.LOG_IMAGES and WANDB.NUM_QUERIES are read.
-        folder: of the pictures.
-        data: the benchmarks that are tested on.
-        on_drawn: told what was drawn, on rank 0.
+        cfg: the complete configuration; WANDB.LOG_IMAGES and WANDB.NUM_QUERIES are read.
+        folder: receives the pictures.
+        data: test benchmarks.
+        on_drawn: callback on rank 0 for the new pictures.
     """
 
     def __init__(
-        self, cfg: CfgNode, folder: Path, data: DataSets, on_drawn: Callable[[FigureSet], None] = lambda drawn: None
+        self, cfg: CfgNode, folder: Path, data: DataSets, on_drawn: Callable[[FigureSet], None] = lambda figures: None
     ) -> None:
         self._cfg, self._folder, self._on_drawn = cfg, folder, on_drawn
         self._is_on = bool(cfg.WANDB.LOG_IMAGES) and distributed.is_main()
@@ -86,14 +91,14 @@ class Pictures:
         self._compared: dict[str, _Compared] = {}
 
     def attach(self, trainer: Engine, progress: Progress, train_data: TrainData) -> None:
-        """Attach it behind the checkpoints, which know the best validation."""
+        """Draw at the start and after each best validation; attach it after the checkpoints, which know the best."""
 
         @trainer.on(Events.STARTED)
         def draw_batch(engine: Engine) -> None:
             file = self._folder / "train_batch.png"
             if engine.state.iteration == 0 or not file.exists():
-                drawn = FigureSet(engine.state.iteration, engine.state.epoch)
-                self._attempt(lambda: self._draw_batch(file, train_data, drawn), drawn)
+                figures = FigureSet(engine.state.iteration, engine.state.epoch)
+                self._attempt(lambda: self._draw_batch(file, train_data, figures), figures)
 
         @trainer.on(Records.VALIDATION)
         def draw_if_best(engine: Engine) -> None:
@@ -101,7 +106,7 @@ class Pictures:
                 self.draw(f"epoch {engine.state.epoch}", engine.state.iteration, engine.state.epoch)
 
     def compare(self, name: str, data: TestData, distances: Distances, scores: RetrievalScores) -> None:
-        """Keeps what `draw` needs of an evaluation; for `Evaluators`."""
+        """Keep what `draw` needs of an evaluation; for `Evaluators`."""
         self._compared.pop(name, None)
         self._attempt(lambda: self._compare(name, data, distances, scores))
 
@@ -112,52 +117,53 @@ class Pictures:
         examples = find_examples([*random, *worst], distances, data.query, data.gallery)
         self._compared[name] = _Compared(data, scores, examples[: len(random)], examples[len(random) :])
 
-    def draw(self, of_what: str, iteration: int | None, epoch: int | None) -> None:
-        """Draws the last evaluation.
+    def draw(self, checkpoint: str, iteration: int | None, epoch: int | None) -> None:
+        """Draw the last evaluation; the titles name the checkpoint."""
+        figures = FigureSet(iteration, epoch)
+        self._attempt(lambda: self._draw_all(checkpoint, figures), figures)
 
-        Args:
-            of_what: the checkpoint's name, for the titles.
-            iteration: see `FigureSet`.
-            epoch: see `FigureSet`.
-        """
-        drawn = FigureSet(iteration, epoch)
-        self._attempt(lambda: self._draw_all(of_what, drawn), drawn)
+    def _attempt(self, work: Callable[[], None], figures: FigureSet | None = None) -> None:
+        if self._is_on:
+            with optional("a picture is missing"):
+                work()
+            if figures is not None:
+                self._on_drawn(figures)
 
-    def _draw_all(self, of_what: str, drawn: FigureSet) -> None:
+    def _draw_all(self, checkpoint: str, figures: FigureSet) -> None:
         for name, compared in self._compared.items():
             section = f"val/{name}" if len(self._compared) > 1 else "val"
-            title = f"{name}, {of_what}"
-            self._draw_cmc(name, f"{section}/cmc", title, compared.scores, drawn)
+            title = f"{name}, {checkpoint}"
+            figures.tables.append(self._draw_cmc(name, f"{section}/cmc", title, compared.scores))
             kinds = {
                 "random_queries": ("random queries", compared.random),
                 "worst_queries": ("the queries with the lowest AP", compared.worst),
             }
-            for kind, (words, examples) in kinds.items():
+            for kind, (subtitle, examples) in kinds.items():
                 if examples:
                     file = self._folder / f"{kind}_{name}.png"
-                    _save(file, self._ranked(f"{title}: {words}", compared, examples))
+                    _save(file, self._ranked(f"{title}: {subtitle}", compared, examples))
                     captions = [self._caption(self._names[name], compared, example) for example in examples]
-                    drawn.images.append((f"{section}/{kind}", file, "\n".join(captions)))
-            table = query_table(compared.scores.per_query, compared.data.query, self._names[name])
-            drawn.tables.append((f"{section}/AP_per_query", *table))
+                    figures.images.append(Figure(f"{section}/{kind}", file, "\n".join(captions)))
+            columns, rows = query_table(compared.scores.per_query, compared.data.query, self._names[name])
+            figures.tables.append(Table(f"{section}/AP_per_query", columns, rows))
 
-    def _draw_cmc(self, name: str, key: str, title: str, scores: RetrievalScores, drawn: FigureSet) -> None:
+    def _draw_cmc(self, name: str, key: str, title: str, scores: RetrievalScores) -> Table:
         curve = scores.cmc.tolist()
         title = f"CMC curve of {title}"
-        chart = cmc_chart({_in_words(scores): curve}, title)
+        chart = cmc_chart({_summary(scores): curve}, title)
         if chart is not None:
             _save(self._folder / f"cmc_{name}.png", chart)
-        ranks = [float(k) for k in range(1, len(curve) + 1)]
-        drawn.curves.append((key, ranks, curve, title, "rank", "fraction of queries with a match"))
+        points = [[float(rank), value] for rank, value in enumerate(curve, 1)]
+        return Table(key, ["rank", "fraction of queries with a match"], points, title)
 
     def _ranked(self, title: str, compared: _Compared, examples: Sequence[Example]) -> Image.Image:
         rows = [self._row(compared, example) for example in examples]
-        return sheet(rows, title, f"{_in_words(compared.scores)}; {_LEGEND}")
+        return sheet(rows, title, f"{_summary(compared.scores)}; {_LEGEND}")
 
     def _row(self, compared: _Compared, example: Example) -> Image.Image:
         query, gallery = compared.data.query, compared.data.gallery
         num_queries = len(query.pids)
-        positions = np.array([example.query, *(num_queries + found for found in example.gallery)], dtype=np.int64)
+        positions = np.array([example.query, *(num_queries + index for index in example.gallery)], dtype=np.int64)
         first, *others = compared.data.images.images(positions)
         per_query = compared.scores.per_query
         labels = (
@@ -166,13 +172,13 @@ class Pictures:
             f"AP {100 * float(per_query.average_precision[example.query]):.1f} %",
             f"first at {int(per_query.first_match[example.query]) + 1}",
         )
-        found = [
+        matches = [
             GalleryCell(
                 image, (f"pid {int(gallery.pids[i])}", f"camid {int(gallery.camids[i])}", self._closeness(distance))
             )
             for image, i, distance in zip(others, example.gallery, example.distances, strict=True)
         ]
-        return ranked_gallery(GalleryCell(first, labels), found, example.is_match)
+        return ranked_gallery(GalleryCell(first, labels), matches, example.is_match)
 
     def _closeness(self, distance: float) -> str:
         if self._cfg.TEST.RE_RANKING:
@@ -186,8 +192,8 @@ class Pictures:
         marks = "".join("+" if match else "-" for match in example.is_match)
         return f"{names[example.query]}: AP {100 * precision:.1f} %, {marks}"
 
-    def _draw_batch(self, file: Path, train_data: TrainData, drawn: FigureSet) -> None:
-        """From the plan, not from what the ranks hold: the same for any number of them, and no rank must wait."""
+    def _draw_batch(self, file: Path, train_data: TrainData, figures: FigureSet) -> None:
+        """Draw the planned global batch: it is the same for any number of ranks, and no rank waits."""
         planned = train_data.batches.first_global_batch()
         each = 1 if self._cfg.DATALOADER.SAMPLER == "softmax" else self._cfg.DATALOADER.NUM_INSTANCE
         num = min(max(_MOST_IMAGES // each, 1) * each, len(planned.sample_ids))
@@ -198,21 +204,10 @@ class Pictures:
         of_all = f"{num} of {len(planned.sample_ids)} images" if num < len(planned.sample_ids) else f"{num} images"
         note = f"{of_all} as the model sees them: flipped, padded and cropped, partly erased; pids are labels"
         _save(file, batch_grid(images, batch.pids.tolist(), "the first training batch", note))
-        drawn.images.append(("train/batch", file, note))
-
-    def _attempt(self, work: Callable[[], None], drawn: FigureSet | None = None) -> None:
-        if not self._is_on:
-            return
-        try:
-            work()
-        except Exception as error:  # whatever it is, a picture is not worth a training
-            reason = str(error).partition("\n")[0]
-            logger.warning("warning: a picture is missing (%s: %s)", type(error).__name__, reason)
-        if drawn is not None:
-            self._on_drawn(drawn)
+        figures.images.append(Figure("train/batch", file, note))
 
 
-def _in_words(scores: RetrievalScores) -> str:
+def _summary(scores: RetrievalScores) -> str:
     summary = scores.summary()
     return ", ".join(f"{name} {100 * summary[name]:.1f} %" for name in ("mAP", "rank-1", "rank-5", "rank-10"))
 

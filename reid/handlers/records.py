@@ -1,21 +1,21 @@
-"""What there is to write down while training, and the events that say so."""
+"""Records of a training (steps, validations, checkpoints) and the events that announce them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ignite.engine import EventEnum
+from ignite.engine import Engine, EventEnum
 
 from reid.metrics import RetrievalScores
 
-_NO_NUMBERS = ("epoch", "iteration", "datasets")  # what else there is in a validation
+_NO_NUMBERS = ("epoch", "iteration", "datasets")  # other entries of a validation
 
 
 class Records(EventEnum):
-    """Fired on all ranks when there is something new to write down."""
+    """Events on all ranks for each new record."""
 
     TRAIN = "train_record"  # in trainer.state.metrics
     VALIDATION = "validation_record"  # in Progress.last
@@ -23,11 +23,11 @@ class Records(EventEnum):
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A checkpoint that is whole on the disk.
+    """A checkpoint that is completely on disk.
 
     Attributes:
         kind: last or best.
-        file: which holds it, until newer ones take its place.
+        file: the checkpoint, until newer ones replace it.
         facts: epoch, iteration, and the scores of the latest validation.
     """
 
@@ -38,7 +38,7 @@ class SavedCheckpoint:
 
 @dataclass
 class Progress:
-    """What is known of the run besides the weights; saved with them."""
+    """State of a run besides the weights; saved with them."""
 
     last: dict[str, Any] | None = None  # the latest validation, with its epoch and iteration
     best: dict[str, Any] | None = None  # the one with the highest mAP, the earliest of equals
@@ -54,19 +54,29 @@ class Progress:
         return self.last is self.best
 
 
-def summary_of_all(scores: Mapping[str, RetrievalScores]) -> dict[str, Any]:
-    """What is written down of one evaluation: the first test set's numbers, and all sets' by name if there are more.
+def attach_rows(
+    trainer: Engine, progress: Progress, log_row: Callable[[str, Mapping[str, Any], int, int], None]
+) -> None:
+    """Call `log_row(section, numbers, iteration, epoch)` for each record; attach it after the checkpoints."""
 
-    Args:
-        scores: test set -> its scores.
-    """
+    @trainer.on(Records.TRAIN)
+    def log_train(engine: Engine) -> None:
+        log_row("train", engine.state.metrics, engine.state.iteration, engine.state.epoch)
+
+    @trainer.on(Records.VALIDATION)
+    def log_validation(engine: Engine) -> None:
+        log_row("val", validation_numbers(progress), engine.state.iteration, engine.state.epoch)
+
+
+def summary_of_all(scores: Mapping[str, RetrievalScores]) -> dict[str, Any]:
+    """Return the record of one evaluation: the first test set's scores, and all sets' by name if there are several."""
     summaries = {name: of_one.summary() for name, of_one in scores.items()}
     first = next(iter(summaries.values()))
     return {**first, "datasets": summaries} if len(summaries) > 1 else dict(first)
 
 
 def validation_numbers(progress: Progress) -> dict[str, Any]:
-    """The last validation and the best, by the names under `val/` in W&B and TensorBoard."""
+    """Return the last validation and the best, by their names under `val/` in W&B and TensorBoard."""
     assert progress.last is not None
     assert progress.best is not None
     numbers = score_numbers(progress.last)
@@ -74,7 +84,7 @@ def validation_numbers(progress: Progress) -> dict[str, Any]:
 
 
 def score_numbers(scores: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of one evaluation: the first test set's by name, all sets' by NAME/name if there are more."""
+    """Return the numbers of a record: the first test set's by name, all sets' by NAME/name if there are several."""
     numbers = _renamed("", {key: value for key, value in scores.items() if key not in _NO_NUMBERS})
     for name, of_one in scores.get("datasets", {}).items():
         numbers |= _renamed(f"{name}/", of_one)

@@ -1,11 +1,14 @@
-"""What waits for W&B's server, done by a thread: tables and artifacts, for as long as they take to arrive."""
+"""Queue of upload tasks: tables and artifacts, whose calls in wandb block until the server has answered."""
 
 from __future__ import annotations
 
 import queue
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from reid.handlers.side_effects import error_summary
 
 if TYPE_CHECKING:
     import wandb
@@ -13,69 +16,60 @@ if TYPE_CHECKING:
 Action = Callable[["wandb.Run"], object]
 
 
-class Job(NamedTuple):
-    """Something to do with a run."""
+@dataclass(eq=False)
+class UploadTask:
+    """Something to do with a W&B run.
 
-    what: str  # it is, for the warning where it fails
+    Attributes:
+        what: description for the warning if the task fails.
+        action: function to call; it raises if the server has not taken everything.
+        error: why the task is not done yet.
+    """
+
+    what: str
     action: Action
+    error: str = "W&B did not answer in time"
 
 
-class NotDone(NamedTuple):
-    """A job that has failed, or that nobody came to."""
+class UploadQueue:
+    """A thread that works through upload tasks in the order of the calls.
 
-    job: Job
-    reason: str
-
-
-class Jobs:
-    """Done one after the other, in the order of the calls; each returns when W&B has it, or raises.
-
-    Where the server is gone the one that waits for it keeps the others waiting, up to the end.
+    Needed by every row of the outage table from "before the first artifact" on: run.log of a table and
+    run.log_artifact block for 19 s and raise without a server. A blocked task blocks the ones behind it.
 
     Args:
-        run: the run as it is when a job's turn has come; None where there is none any more.
+        run: function that returns the current run; None once there is none any more.
     """
 
     def __init__(self, run: Callable[[], wandb.Run | None]) -> None:
         self._run = run
-        self._waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self._doing: Job | None = None
-        self._failed: list[NotDone] = []
-        threading.Thread(target=self._work, name="wandb jobs", daemon=True).start()
+        self._queue: queue.SimpleQueue[UploadTask] = queue.SimpleQueue()
+        self._unfinished: list[UploadTask] = []
+        threading.Thread(target=self._work, name="wandb uploads", daemon=True).start()
 
-    def add(self, job: Job) -> None:
-        self._waiting.put(job)
+    def add(self, task: UploadTask) -> None:
+        self._unfinished.append(task)
+        self._queue.put(task)
 
     def _work(self) -> None:
         while True:
-            self._doing = None
-            self._doing = job = self._waiting.get()
+            task = self._queue.get()
             run = self._run()
-            if run is not None:
-                try:
-                    job.action(run)
-                except Exception as error:  # whatever wandb raises, the next job has its turn
-                    self._failed.append(NotDone(job, in_short(error)))
+            if run is None:
+                continue
+            try:
+                task.action(run)
+                self._unfinished.remove(task)
+            except Exception as error:  # any library below wandb; `finish` returns the task
+                task.error = error_summary(error)
 
-    def finish(self, seconds: float) -> list[NotDone]:
-        """Does all, once more what has failed; returns what could not be done within these seconds."""
-        failed, self._failed = self._failed, []
-        for job, _ in failed:
-            self.add(job)
-        are_done = threading.Event()
-        self.add(Job("", lambda run: are_done.set()))
-        if are_done.wait(seconds):
-            return self._failed
-        late = [self._doing] if self._doing is not None else []
-        while not self._waiting.empty():
-            late.append(self._waiting.get())
-        return [*self._failed, *(NotDone(job, "W&B did not answer in time") for job in late if job.what)]
-
-
-def in_short(error: BaseException) -> str:
-    """What it is, and the first line of what it says."""
-    return f"{type(error).__name__}: {first_line(error)}"
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0]
+    def finish(self, seconds: float) -> list[UploadTask]:
+        """Wait for all tasks, after one more try of those that failed; return those not done within `seconds`."""
+        is_empty = threading.Event()
+        for task in list(self._unfinished):
+            if task.error != UploadTask.error:
+                self._queue.put(task)
+        last = UploadTask("", lambda run: is_empty.set())
+        self.add(last)
+        is_empty.wait(seconds)
+        return [task for task in self._unfinished if task is not last]

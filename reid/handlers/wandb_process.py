@@ -1,12 +1,10 @@
-"""W&B's own process, which must not outlive the one that it works for."""
+"""The process of W&B (wandb-core) beside a training, which must not outlive it."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,34 +12,30 @@ import psutil
 
 from reid.errors import SettingsError
 
-# Seconds that it may go on sending when the process that it works for was killed. All is on the disk by then; without a
-# server it would try for hours.
-_GRACE = 10.0
-_LOOK = 0.25  # seconds between two looks of the watcher
+# Needed by test_wandb_process_ends_with_killed_rank_0_without_server: without a server, wandb-core retries for hours
+# after its parent was killed. `read` ends with this process, which holds the other end of the pipe; after 10 more
+# seconds, in which wandb-core sends the rest to a server that answers, it is killed. Nothing is lost: all is on disk.
+_WATCHER = 'read _; for _ in 1 2 3 4 5 6 7 8 9 10; do sleep 1; kill -0 "$0" || exit; done; kill -9 "$0"'
 
 
 class Service:
-    """W&B's own process (wandb-core) of this one: started when it is first needed, and ended.
-
-    Beside it runs a watcher, which does nothing but end it some seconds after this process where this one was killed.
-    """
+    """The wandb-core of this process, and a watcher that ends it if this process is killed."""
 
     def __init__(self) -> None:
-        self._process: psutil.Process | None = None
         self._watcher: subprocess.Popen[bytes] | None = None
 
     def start(self, folder: Path) -> None:
-        """Before anything else is asked of wandb; once more does no harm.
+        """Start wandb-core unless it runs; called before anything else of wandb.
 
         Args:
-            folder: of the run, for what wandb keeps in the home folder else.
+            folder: run directory; receives what wandb would write to the home directory.
 
         Raises:
-            SettingsError: wandb refuses what stands in the environment or its settings files.
+            SettingsError: wandb rejects its environment variables or settings files.
         """
         import wandb
 
-        # Payloads would be a second copy there, and lost where only the run's folder is kept.
+        # Artifact files would be copied to the home directory, and lost where only the run directory is kept.
         os.environ.setdefault("WANDB_DATA_DIR", str((folder / "wandb" / "data").absolute()))
         os.environ.setdefault("WANDB_CACHE_DIR", str((folder / "wandb" / "cache").absolute()))
         try:
@@ -49,48 +43,48 @@ class Service:
         except ValueError as error:
             reason = " ".join(str(error).split())
             raise SettingsError(
-                f"W&B refuses its settings in the environment or in its settings files: {reason}; correct them, or use "
+                f"W&B rejects its settings in the environment or in its settings files: {reason}; correct them, or use "
                 "WANDB.ENABLE no",
                 key="WANDB.ENABLE",
             ) from error
-        processes = services_of(os.getpid())
-        if processes and processes[-1] != self._process:
-            self._end_watcher()
-            self._process = processes[-1]
-            self._watcher = _start_watcher(self._process)
+        if self._watcher is None:
+            for service in services_of(os.getpid()):
+                self._watcher = start_watcher(service.pid)
 
     def end(self, seconds: float = 5.0) -> None:
-        """It is gone when this returns; what it has not sent is on the disk.
+        """Tear wandb down and return when wandb-core has ended; what it has not sent is on disk.
 
         Args:
-            seconds: that it may take to end by itself.
+            seconds: time limit for an orderly end, after which wandb-core is killed.
         """
-        # In a thread, as wandb waits for it without a limit.
+        # wandb.teardown waits without a limit where the server is gone: every row of the outage table from "before
+        # the first artifact" on.
         teardown = threading.Thread(target=_tear_down, name="wandb teardown", daemon=True)
         teardown.start()
         teardown.join(seconds)
-        if self._process is not None:
-            kill([self._process])
-            teardown.join(seconds)
-            self._process = None
-        self._end_watcher()
-
-    def _end_watcher(self) -> None:
+        kill_services(os.getpid())
+        teardown.join(seconds)
         if self._watcher is not None:
             self._watcher.kill()
-            self._watcher.wait()
+            self._watcher.communicate()
             self._watcher = None
 
 
 def _tear_down() -> None:
     import wandb
 
-    with suppress(Exception):  # of a process that is gone; wandb forgets it nevertheless
+    with suppress(Exception):  # wandb-core was killed; wandb then forgets it nevertheless
         wandb.teardown()
 
 
+def start_watcher(pid: int) -> subprocess.Popen[bytes]:
+    """Start a process that kills process `pid` after this process was killed; in a session of its own for Ctrl-C."""
+    command, null = ["sh", "-c", _WATCHER, str(pid)], subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=null, stderr=null, start_new_session=True)
+
+
 def services_of(pid: int) -> list[psutil.Process]:
-    """W&B's own processes that this one has started and that have not ended, the oldest first."""
+    """Return the running wandb-core processes that a process has started."""
     try:
         children = psutil.Process(pid).children()
         return [child for child in children if child.name() == "wandb-core" and child.status() != psutil.STATUS_ZOMBIE]
@@ -98,30 +92,8 @@ def services_of(pid: int) -> list[psutil.Process]:
         return []
 
 
-def kill(processes: list[psutil.Process]) -> None:
-    """These and no others: a process that has their number since is left alone."""
-    for process in processes:
+def kill_services(pid: int) -> None:
+    """Kill the wandb-core processes that a process has started; psutil guards against reused process ids."""
+    for service in services_of(pid):
         with suppress(psutil.NoSuchProcess):
-            process.kill()
-
-
-def _start_watcher(service: psutil.Process, grace: float = _GRACE) -> subprocess.Popen[bytes]:
-    words = [sys.executable, "-m", "reid.handlers.wandb_process", str(os.getpid()), str(service.pid), str(grace)]
-    nothing = subprocess.DEVNULL
-    # In a session of its own, so that Ctrl-C does not end it.
-    return subprocess.Popen(words, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
-
-
-def _watch(parent: int, service: psutil.Process, grace: float) -> None:
-    while os.getppid() == parent:  # of one that has ended it changes at once, also before anybody has taken note
-        if not service.is_running():
-            return
-        time.sleep(_LOOK)
-    with suppress(psutil.TimeoutExpired):
-        service.wait(grace)
-    kill([service])
-
-
-if __name__ == "__main__":
-    with suppress(psutil.NoSuchProcess):
-        _watch(int(sys.argv[1]), psutil.Process(int(sys.argv[2])), float(sys.argv[3]))
+            service.kill()

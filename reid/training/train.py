@@ -20,7 +20,7 @@ from reid.handlers import console, guards, interruption, schedule
 from reid.handlers.checkpoint import Checkpoints
 from reid.handlers.meters import TrainMeter
 from reid.handlers.pictures import Pictures
-from reid.handlers.records import Progress
+from reid.handlers.records import Progress, attach_rows
 from reid.handlers.tensorboard import TensorBoard
 from reid.handlers.tracking import Tracker
 from reid.handlers.watchdog import Watchdog
@@ -96,8 +96,8 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> dict[str,
     ownership.attach(trainer)
     checkpoints.attach(trainer)
     console.attach(trainer, folder, progress)
-    tracker.attach(trainer, progress)
-    tensorboard.attach(trainer, progress)
+    attach_rows(trainer, progress, tracker.log_row)
+    attach_rows(trainer, progress, tensorboard.log_row)
     pictures.attach(trainer, progress, train_data)
     interruption.save_and_stop_when_asked(trainer, checkpoints, signals)
 
