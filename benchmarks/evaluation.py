@@ -1,13 +1,13 @@
-"""What CMC and mAP cost beside the matrix product under them: CPU seconds, seconds and memory.
+"""Cost of CMC and mAP beside the matrix product under them: CPU seconds, seconds and memory.
 
     uv run python benchmarks/evaluation.py [--quick] [--threads 1] [--rounds 3] [--no-msmt17]
 
-"product" is the float32 product of queries and gallery, in the same blocks of queries, and nothing else: the limit. The
-others are `retrieval_scores`, of identities that lie apart, as a trained model puts them, and of such that do not: then
-the last match of a query is farther than most images, which all have to be sorted. "ties" has features rounded to whole
-numbers, so that each match is as near as many others. They are taken in turn, and medians shown. Memory is the peak
-above the features. Then the memory law: 256 queries against galleries of up to a million images. Where there is a GPU,
-all of it lies and runs there.
+"product" is the float32 product of queries and gallery in the same blocks of queries, and nothing else: the limit. The
+other rows are `retrieval_scores`, first of well separated identities, as of a trained model. With "untrained" they are
+not separated: the last match of a query is farther than most images, which must all be sorted. With "ties" features are
+rounded, so that each match ties with many images. The ways run in turn, and medians are reported. Memory is the peak
+above the features. The memory law has 256 queries against galleries of up to a million images. A GPU is used if there
+is one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from embeddings import Drawn, draw
+from embeddings import Embeddings, draw
 from measuring import Cost, cost_of, costs_in_turn, device
 from tables import machine, say, table
 from torch import Tensor
@@ -28,17 +28,17 @@ Size = tuple[int, int, int]  # Q, G, D
 MARKET, MSMT17, QUICK = (3_368, 15_913, 2048), (11_659, 82_161, 2048), (337, 1_591, 2048)
 LAW = (10_000, 100_000, 1_000_000)
 LAW_QUERIES, LAW_FEATURES = 256, 64
-UNTRAINED = 100.0  # spread of an identity's images: as of a model that knows nothing
-LEVELS = 20.0  # of rounded features: every distance is then that of many images
+UNTRAINED = 100.0  # spread of the images of an identity, as of an untrained model
+LEVELS = 20.0  # steps per unit of rounded features, so that distances tie
 
 
 def product(q: Tensor, g: Tensor) -> None:
-    """Every distance once, a block of queries at a time, none of which is kept."""
+    """Compute every distance once, one block of queries at a time, and keep none."""
     for block in query_blocks(len(q), len(g)):
         torch.mm(q[block], g.T)
 
 
-def evaluation(drawn: Drawn, num_queries: int, distance: str) -> None:
+def evaluation(drawn: Embeddings, num_queries: int, distance: str) -> None:
     parts = (slice(None, num_queries), slice(num_queries, None))
     q, g = ((drawn.embedding[part], drawn.pids[part], drawn.camids[part]) for part in parts)
     retrieval_scores(*q, *g, distance="cosine" if distance == "cosine" else "euclidean")
@@ -48,7 +48,7 @@ def ways(size: Size, *, with_worst: bool) -> dict[str, Callable[[], object]]:
     num_queries, num_gallery, num_features = size
     drawn = draw(num_queries + num_gallery, num_features, device())
     q, g = drawn.embedding[:num_queries], drawn.embedding[num_queries:]
-    found: dict[str, Callable[[], object]] = {
+    result: dict[str, Callable[[], object]] = {
         "product (limit)": partial(product, q, g),
         "cosine": partial(evaluation, drawn, num_queries, "cosine"),
         "Euclidean": partial(evaluation, drawn, num_queries, "euclidean"),
@@ -56,8 +56,8 @@ def ways(size: Size, *, with_worst: bool) -> dict[str, Callable[[], object]]:
     if with_worst:
         for name, levels in (("Euclidean, untrained", 0), ("Euclidean, untrained, ties", LEVELS)):
             worst = draw(num_queries + num_gallery, num_features, device(), spread=UNTRAINED, levels=levels)
-            found[name] = partial(evaluation, worst, num_queries, "euclidean")
-    return found
+            result[name] = partial(evaluation, worst, num_queries, "euclidean")
+    return result
 
 
 def speed(name: str, size: Size, rounds: int) -> None:
@@ -99,8 +99,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tenth of Market-1501, seconds")
     parser.add_argument("--threads", type=int, default=1, help="waiting threads count as CPU seconds on busy machines")
-    parser.add_argument("--rounds", type=int, default=3, help="that the medians are of")
-    parser.add_argument("--no-msmt17", action="store_true", help="which takes ten minutes on one core")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds in the medians")
+    parser.add_argument("--no-msmt17", action="store_true", help="leave out MSMT17 (ten minutes on one core)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     say(f"evaluation.py --threads {arguments.threads}: {machine()}")

@@ -1,12 +1,12 @@
-"""What k-reciprocal re-ranking costs beside the matrix product under it: CPU seconds, seconds and memory.
+"""Cost of k-reciprocal re-ranking beside the matrix product under it: CPU seconds, seconds and memory.
 
     uv run python benchmarks/reranking.py [--quick] [--threads 1]
 
-Every line is a process of its own. "product": the squared distances of all images in blocks of rows, and nothing else.
-"blocks": the re-ranked distances in blocks of 256 queries, as an evaluation uses them. "distmat": `k_reciprocal`, which
-returns all of them. "dense": the algorithm with every N x N matrix written out in numpy (tests/reference.py). Memory is
-the peak above the process with its embeddings. Embeddings are drawn: float32, of length 1, 25 images around a centre.
-Then the memory law: peak memory by the number of images at few features, and what follows for MSMT17's.
+Every row is measured in a process of its own. "product": the squared distances of all images in blocks of rows, and
+nothing else. "blocks": the re-ranked distances in blocks of 256 queries, as in evaluation. "distmat": `k_reciprocal`,
+which returns all of them. "dense": the algorithm with complete N x N matrices in numpy (tests/reference.py). Memory is
+the peak above the process with its embeddings, which are generated (benchmarks/embeddings.py). The memory law is the
+peak memory by the number of images at few features, extrapolated to the size of MSMT17.
 """
 
 from __future__ import annotations
@@ -22,31 +22,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from embeddings import draw
+from measuring import cpu_seconds
 from tables import machine, say, table
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from reid.neighbours import row_blocks
 from reid.reranking import KReciprocal, k_reciprocal
 
 QUERY_BLOCK = 256
-IMAGES_PER_PID = 25
 SIZES = {"N = 4,000": (700, 3_300, 2048), "Market-1501": (3_368, 15_913, 2048)}
 LAW = [(1_750, 8_250, 64), (3_500, 16_500, 64), (7_000, 33_000, 64), (11_659, 82_161, 64)]  # the last is MSMT17's
 NUM_FEATURES = 2048
-
-
-def embeddings(num_images: int, num_features: int) -> Tensor:
-    """[N, D] in one allocation, so that the peak before the measurement is what is held."""
-    generator = torch.Generator().manual_seed(0)
-    num_pids = max(1, num_images // IMAGES_PER_PID)
-    centres = torch.randn(num_pids, num_features, generator=generator)
-    embedding = torch.empty(num_images, num_features)
-    for block in row_blocks(num_images):
-        pids = torch.randint(num_pids, (block.stop - block.start,), generator=generator)
-        noise = torch.randn(len(pids), num_features, generator=generator)
-        embedding[block] = normalize(centres[pids] + 0.9 * noise)
-    return embedding
 
 
 def product(q: Tensor, g: Tensor) -> None:
@@ -80,18 +67,13 @@ WAYS: dict[str, Callable[[Tensor, Tensor], object]] = {
 }
 
 
-def cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
-
-
 def peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def measure(way: str, num_queries: int, num_gallery: int, num_features: int, threads: int) -> None:
     torch.set_num_threads(threads)
-    both = embeddings(num_queries + num_gallery, num_features)
+    both = draw(num_queries + num_gallery, num_features, torch.device("cpu")).embedding
     q, g = both[:num_queries], both[num_queries:]
     memory, cpu, clock = peak_gb(), cpu_seconds(), time.perf_counter()
     WAYS[way](q, g)
@@ -99,9 +81,9 @@ def measure(way: str, num_queries: int, num_gallery: int, num_features: int, thr
 
 
 def measured(way: str, size: tuple[int, int, int], threads: int) -> tuple[float, float, float]:
-    """CPU seconds, seconds and GB of a process of its own."""
-    words = [sys.executable, __file__, "--threads", str(threads), "--measure", way, *map(str, size)]
-    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    """Return CPU seconds, seconds and GB, measured in a process of its own."""
+    command = [sys.executable, __file__, "--threads", str(threads), "--measure", way, *map(str, size)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     cpu, clock, memory = json.loads(done.stdout)
     return cpu, clock, memory
 

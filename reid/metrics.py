@@ -8,7 +8,7 @@ Gallery images at equal distance are ranked in gallery order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -224,7 +224,9 @@ def score(
     share = share or Share(query_blocks(len(query.pids), len(gallery.pids)))
     first_counts = _no_pairs(1, distances)
     parts = []
-    for block, rows, same_pid, is_match in _pairs(distances, query, gallery, share.blocks):
+    for block in share.blocks:
+        rows = distances.of_block(block)
+        same_pid, is_match = _pairs(query, gallery, block)
         part = rank_matches(rows, same_pid, is_match)
         if protocol.single_gallery_shot:
             query_ids = np.arange(block.start, block.stop)
@@ -239,22 +241,21 @@ def score(
         return means
 
     def count(level: int, prefixes: list[int]) -> Tensor:
-        counts = first_counts if level == 0 else _no_pairs(len(prefixes), distances)
-        for block, rows, same_pid, is_match in _pairs(distances, query, gallery, share.blocks if level else ()):
-            counts += count_pairs(_keys(rows, distances, block), same_pid, is_match, level, prefixes)
+        if level == 0:
+            return share.add_up(first_counts)
+        counts = _no_pairs(len(prefixes), distances)
+        for block in share.blocks:
+            keys = _keys(distances.of_block(block), distances, block)
+            counts += count_pairs(keys, *_pairs(query, gallery, block), level, prefixes)
         return share.add_up(counts)
 
     return replace(means, tpr_at_fpr=tpr_at_fpr(count, protocol.fprs, num_levels(distances.offset.dtype)))
 
 
-def _pairs(
-    distances: Distances, query: Labels, gallery: Labels, blocks: Sequence[slice]
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Yield each block with its distances, which pairs have one pid, and which of them match: [b, G] each."""
-    for block in blocks:
-        same_pid = query.pids[block, None] == gallery.pids
-        is_match = same_pid & (query.camids[block, None] != gallery.camids)
-        yield block, distances.of_block(block), same_pid, is_match
+def _pairs(query: Labels, gallery: Labels, block: slice) -> tuple[Tensor, Tensor]:
+    """Return which pairs of a block have one pid, and which of them match: bool [b, G] each."""
+    same_pid = query.pids[block, None] == gallery.pids
+    return same_pid, same_pid & (query.camids[block, None] != gallery.camids)
 
 
 def _keys(rows: Tensor, distances: Distances, block: slice) -> Tensor:
