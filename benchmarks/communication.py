@@ -20,9 +20,9 @@ import torch
 from tables import MIB, machine, say, table
 from torch import nn
 
+from reid.commands.main import leave
 from reid.config.load import load_config
-from reid.launcher import leave
-from reid.model import build_model
+from reid.models.reid_model import build_model
 
 BATCHES = (64, 128, 256, 512, 1024, 2048, 4096)
 WORLDS = (8, 64)  # on paper, besides --ranks

@@ -20,14 +20,14 @@ from tables import MIB, say, seconds_of, table
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from reid import distributed
 from reid.config.load import load_config
-from reid.criterion import Criterion
-from reid.model import build_model
-from reid.optim import build_optimizer
-from reid.sync_batchnorm import synchronise_batchnorm
-from reid.world import read_world
-from reid.wrapping import wrap
+from reid.distributed import collectives
+from reid.distributed.accelerator import wrap
+from reid.distributed.launch_environment import read_world
+from reid.distributed.sync_batchnorm import synchronise_batchnorm
+from reid.models.reid_model import build_model
+from reid.training.criterion import Criterion
+from reid.training.optim import build_optimizer
 
 ELEMENT = {"float": 4, "double": 8, "long int": 8}  # bytes, by the profiler's names
 TINY = ["MODEL.NAME=resnet18", "MODEL.DEVICE=cpu", "INPUT.SIZE_TRAIN=(32,16)", "SOLVER.IMS_PER_BATCH=16"]
@@ -36,7 +36,7 @@ STEPS = 10  # in a block, so that what a step leaves to the next is counted wher
 
 def measure(*, quick: bool) -> None:
     torch.manual_seed(0)
-    with distributed.session(read_world(os.environ), load_config(None, TINY)) as accelerator:
+    with collectives.session(read_world(os.environ), load_config(None, TINY)) as accelerator:
         count(accelerator)
         time_global_batch(quick=quick)
         time_agreement("steps of a small network", small_step(accelerator), num_rounds=20 if quick else 100)
@@ -64,10 +64,10 @@ def collectives_of(work: Callable[[], object]) -> list[tuple[str, list[int], int
 
 def count(accelerator: Accelerator) -> None:
     """One call of each of ours, and one whole training step of a small model, beside the paper."""
-    ranks, num_features = distributed.num_ranks(), 2048
+    ranks, num_features = collectives.num_ranks(), 2048
     feat, pids = torch.randn(64 // ranks, num_features), torch.arange(64 // ranks)
-    consensus = distributed.Consensus()
-    gathered = collectives_of(lambda: distributed.global_batch(feat, pids))
+    consensus = collectives.Consensus()
+    gathered = collectives_of(lambda: collectives.global_batch(feat, pids))
 
     def exchange() -> None:
         for _ in range(10):
@@ -94,7 +94,7 @@ def count(accelerator: Accelerator) -> None:
         ["step: SyncBN backward", str(len(channels)), len(backward), 8 * sum(channels), total(backward)],
         ["step: anything else", "0", len(in_step) - sum(map(len, (packed, gradients, forward, backward))), 0, 0],
     ]
-    if distributed.is_main():
+    if collectives.is_main():
         header = ["what", "collectives on paper", "counted", "bytes of one rank's part on paper", "counted"]
         table(
             f"Counted with torch.profiler, {ranks} ranks, gloo; the step is resnet18's, 32x16, batch 16", header, rows
@@ -112,8 +112,8 @@ def real_step(accelerator: Accelerator, batch: int = 16) -> tuple[Callable[[], N
     model = build_model(cfg, NUM_PIDS)
     synchronise_batchnorm(model)
     criterion = Criterion(cfg)
-    own = cfg.SOLVER.IMS_PER_BATCH // distributed.num_ranks()
-    images, pids = torch.randn(own, 3, 32, 16), torch.arange(own) // 4 + own * distributed.rank()
+    own = cfg.SOLVER.IMS_PER_BATCH // collectives.num_ranks()
+    images, pids = torch.randn(own, 3, 32, 16), torch.arange(own) // 4 + own * collectives.rank()
     wrapped, optimizer = wrap(accelerator, model, build_optimizer(cfg.SOLVER, model))
 
     def step() -> None:
@@ -129,19 +129,19 @@ def real_step(accelerator: Accelerator, batch: int = 16) -> tuple[Callable[[], N
 
 
 def time_global_batch(*, quick: bool) -> None:
-    ranks, rows = distributed.num_ranks(), []
+    ranks, rows = collectives.num_ranks(), []
     for num_features in (512, 2048):
         for batch in BATCHES[:: 3 if quick else 1]:
             own = batch // ranks
             feat, pids = torch.randn(own, num_features), torch.arange(own)
             packed, gathered = torch.randn(own, num_features + 1), torch.empty(own * ranks, num_features + 1)
-            ours = timed_alone(partial(distributed.global_batch, feat, pids))
+            ours = timed_alone(partial(collectives.global_batch, feat, pids))
             bare = timed_alone(partial(dist.all_gather_into_tensor, gathered, packed))
             copied = timed_alone(partial(torch.empty_like(gathered).copy_, gathered))
             rows.append([num_features, batch, packed_bytes(batch, num_features) / MIB, ours, bare, ours / bare, copied])
     flat = torch.zeros(sizes("resnet50")[1])
     gradients = timed_alone(partial(dist.all_reduce, flat))
-    if distributed.is_main():
+    if collectives.is_main():
         header = ["D", "B", "payload MiB", "global_batch ms", "bare all-gather ms (limit)", "ratio", "memcpy of it ms"]
         table(f"Time of global_batch, {ranks} ranks, gloo on one machine, 1 thread each, median of 20", header, rows)
         say(f"\nall-reduce of ResNet-50's gradients ({flat.numel() * 4 / MIB:.1f} MiB), same run: {gradients:.0f} ms")
@@ -174,12 +174,12 @@ def small_step(accelerator: Accelerator) -> Callable[[], None]:
 
 def time_agreement(title: str, step: Callable[[], None], num_rounds: int) -> None:
     """Blocks of steps in turn, in the same processes: without agreement twice, to know the noise, and with it."""
-    consensus, inside = distributed.Consensus(), list[float]()
+    consensus, inside = collectives.Consensus(), list[float]()
     ways: dict[str, Callable[[], object]] = {
         "nothing": lambda: None,
         "nothing, again (the noise)": lambda: None,
         "Consensus.exchange": lambda: inside.append(seconds_of(lambda: consensus.exchange(0))),
-        "on_any_rank, which waits": lambda: distributed.on_any_rank(own=False),
+        "on_any_rank, which waits": lambda: collectives.on_any_rank(own=False),
     }
     names = list(ways)
     wall, cpu = ({name: list[float]() for name in names} for _ in range(2))  # seconds of a step, one of each round
@@ -192,7 +192,7 @@ def time_agreement(title: str, step: Callable[[], None], num_rounds: int) -> Non
                 ways[name]()
             wall[name].append((time.perf_counter() - start) / STEPS)
             cpu[name].append((time.process_time() - cpu_start) / STEPS)
-    if not distributed.is_main():
+    if not collectives.is_main():
         return
     rows: list[list[object]] = []
     for name in names:
@@ -203,7 +203,7 @@ def time_agreement(title: str, step: Callable[[], None], num_rounds: int) -> Non
         rows.append([name, *times, f"{middle:+.2f} ({low:+.2f} to {high:+.2f})", ratio])
     header = ["after every step", "wall ms a step", "CPU ms a step", "wall ms more, median (quartiles)", "CPU ratio"]
     table(
-        f"Agreement: {title}, {num_rounds} rounds of {STEPS} steps each, {distributed.num_ranks()} ranks; "
+        f"Agreement: {title}, {num_rounds} rounds of {STEPS} steps each, {collectives.num_ranks()} ranks; "
         "limit: 0 ms more, ratio 1",
         header,
         rows,

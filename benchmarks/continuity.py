@@ -26,13 +26,13 @@ from ignite.engine import Engine
 from tables import machine, median_seconds, say, seconds_of, table
 from torch import Tensor, nn
 
-from reid.checkpoint_files import BackgroundWriter, host_copy, save_atomically
+from reid.checkpoints.save import BackgroundWriter, host_copy, save_atomically
+from reid.checkpoints.weights import read_file
 from reid.config.load import load_config
-from reid.handlers.checkpoint import Checkpoints
-from reid.handlers.records import Progress
-from reid.model import ReIDModel, build_model
-from reid.optim import build_optimizer
-from reid.weights import read_file
+from reid.models.reid_model import ReIDModel, build_model
+from reid.runs.progress import Progress
+from reid.training.checkpointing import Checkpoints
+from reid.training.optim import build_optimizer
 
 NUM_PIDS = 751  # Market-1501's
 IMAGES = (8, 3, 64, 32)  # small, so that a write lasts for several steps

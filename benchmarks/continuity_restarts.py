@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from tables import say, seconds_of, table
 
-from reid.checkpoint_files import checkpoints_in
-from reid.weights import read_file
+from reid.checkpoints.save import checkpoints_in
+from reid.checkpoints.weights import read_file
 
 HERE = Path(__file__).parent
 TRAIN = (HERE.parent / "launch" / "train.py", "--config_file", HERE / "continuity.yml", "OUTPUT_DIR", "run")

@@ -22,7 +22,7 @@ from measuring import Cost, cost_of, costs_in_turn, device
 from tables import machine, say, table
 from torch import Tensor
 
-from reid.metrics import query_blocks, retrieval_scores
+from reid.retrieval.metrics import query_blocks, retrieval_scores
 
 Size = tuple[int, int, int]  # Q, G, D
 MARKET, MSMT17, QUICK = (3_368, 15_913, 2048), (11_659, 82_161, 2048), (337, 1_591, 2048)

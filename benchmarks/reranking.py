@@ -27,8 +27,8 @@ from measuring import cpu_seconds
 from tables import machine, say, table
 from torch import Tensor
 
-from reid.neighbours import row_blocks
-from reid.reranking import KReciprocal, k_reciprocal
+from reid.retrieval.neighbours import row_blocks
+from reid.retrieval.reranking import KReciprocal, k_reciprocal
 
 QUERY_BLOCK = 256
 SIZES = {"N = 4,000": (700, 3_300, 2048), "Market-1501": (3_368, 15_913, 2048)}

@@ -24,10 +24,10 @@ from communication import all_gather_bytes, fixed_rows, packed_bytes, sizes
 from tables import MIB, machine, say, table
 from torch.utils.flop_counter import FlopCounterMode
 
+from reid.commands.main import leave
 from reid.config.load import load_config
-from reid.launcher import leave
-from reid.metrics import QUERY_BLOCK
-from reid.model import build_model
+from reid.models.reid_model import build_model
+from reid.retrieval.metrics import QUERY_BLOCK
 
 RANKS, IMAGES = (1, 2, 4), 16
 STEPS, WARM_UP = 20, 3
@@ -61,20 +61,20 @@ def worker(images: int) -> None:
     """One of the processes that torchrun starts: rank 0 writes seconds and CPU seconds of a step."""
     from communication_measured import TINY, real_step
 
-    from reid import distributed
-    from reid.world import read_world
+    from reid.distributed import collectives
+    from reid.distributed.launch_environment import read_world
 
     torch.manual_seed(0)
-    with distributed.session(read_world(os.environ), load_config(None, TINY)) as accelerator:
-        step = real_step(accelerator, images * distributed.num_ranks())[0]
+    with collectives.session(read_world(os.environ), load_config(None, TINY)) as accelerator:
+        step = real_step(accelerator, images * collectives.num_ranks())[0]
         seconds, cpu = [], []
         for _ in range(WARM_UP + STEPS):
             begun, cpu_begun = time.perf_counter(), time.process_time()
             step()
             seconds.append(time.perf_counter() - begun)
             cpu.append(time.process_time() - cpu_begun)
-        used = distributed.sum_over_ranks(torch.tensor(statistics.median(cpu[WARM_UP:]), dtype=torch.float64))
-        if distributed.is_main():
+        used = collectives.sum_over_ranks(torch.tensor(statistics.median(cpu[WARM_UP:]), dtype=torch.float64))
+        if collectives.is_main():
             say(json.dumps([statistics.median(seconds[WARM_UP:]), float(used)]))
 
 

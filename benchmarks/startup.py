@@ -76,7 +76,7 @@ def imports(folder: Path, repeats: int) -> None:
     codes = [
         "pass",
         "import torch",
-        "import reid.evaluation",
+        "import reid.evaluation.evaluator",
         "import reid.training.train",
         "import torch._dynamo",
         "import torchvision",

@@ -30,19 +30,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from yacs.config import CfgNode
 
 from reid.config.load import load_config
-from reid.criterion import Criterion
 from reid.data import augment
 from reid.data.loaders import Batch, BatchLoader, StoredImages
 from reid.data.preprocessing import BatchPreprocessor
 from reid.data.samplers import IdentityPlan, TrainBatches
-from reid.handlers import console, schedule
-from reid.handlers.meters import TrainMeter
-from reid.handlers.records import Progress
+from reid.distributed.accelerator import build_accelerator, clip_gradients, place
 from reid.hardware import has_fast_bfloat16
-from reid.model import ReIDModel, build_model
-from reid.run_directory import RunDirectory
+from reid.models.reid_model import ReIDModel, build_model
+from reid.runs.directory import RunDirectory
+from reid.runs.progress import Progress
+from reid.training import console, schedule
 from reid.training.build import build_training
-from reid.wrapping import build_accelerator, clip_gradients, place
+from reid.training.criterion import Criterion
+from reid.training.meters import TrainMeter
 
 NUM_PIDS, IMAGES_PER_PID = 64, 8
 

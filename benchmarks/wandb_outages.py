@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 from tables import say
 
 from reid.config.load import load_config
-from reid.handlers.pictures import FigureSet, Table
-from reid.handlers.records import Progress, SavedCheckpoint
-from reid.handlers.tracking import Tracker
+from reid.evaluation.ranked_galleries import FigureSet, Table
+from reid.runs.progress import Progress, SavedCheckpoint
+from reid.tracking.tracker import Tracker
 
 REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY / "tests"))
@@ -36,7 +36,7 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 NUM_ROWS = 100
 
 _FORKS = get_context("forkserver")
-_FORKS.set_forkserver_preload(["reid.handlers.tracking", "wandb", "wandb_outages"])
+_FORKS.set_forkserver_preload(["reid.tracking.tracker", "wandb", "wandb_outages"])
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 import sys
 
-from reid.data_check import main
+from reid.commands.check_data import main
 
 if __name__ == "__main__":
     sys.exit(main())

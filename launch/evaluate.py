@@ -1,6 +1,6 @@
 """Evaluates: torchrun --nproc_per_node=N launch/evaluate.py --config_file FILE TEST.WEIGHT FILE [KEY VALUE ...]."""
 
-from reid.launcher import leave, main
+from reid.commands.main import leave, main
 
 if __name__ == "__main__":
     leave(main("evaluate", "Evaluate a checkpoint of a person re-identification model."))

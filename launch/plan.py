@@ -5,7 +5,7 @@ Prints on how many of the job's nodes it runs, as ranks must share every batch e
 
 import sys
 
-from reid.launcher import print_plan
+from reid.commands.main import print_plan
 
 if __name__ == "__main__":
     sys.exit(print_plan())

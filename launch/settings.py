@@ -2,7 +2,7 @@
 
 import sys
 
-from reid.settings_command import main
+from reid.commands.settings import main
 
 if __name__ == "__main__":
     sys.exit(main())

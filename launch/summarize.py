@@ -2,7 +2,7 @@
 
 import sys
 
-from reid.summarize import main
+from reid.commands.summarize import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,7 @@
 
 import sys
 
-from reid.sweeps import main
+from reid.commands.sweep import main
 
 if __name__ == "__main__":
     sys.exit(main())

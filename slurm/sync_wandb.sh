@@ -36,7 +36,7 @@ trap 'rm -rf "$logs"' EXIT
 WANDB_DIR=$logs "$VENV_BIN/wandb" sync --yes --include-online "${options[@]}" "${segments[@]}"
 code=$?
 
-# It marks a segment as sent, and ends with 0, even if W&B has not taken a checkpoint of it (see reid/handlers/wandb_pieces.py).
+# It marks a segment as sent, and ends with 0, even if W&B has not taken a checkpoint of it (see reid/tracking/offline.py).
 while IFS= read -r file; do
   rm -f "$file.synced"
   echo "W&B has not taken all of $(dirname "$file")" >&2

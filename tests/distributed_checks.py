@@ -17,24 +17,25 @@ from ignite.engine import Events
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from reid import distributed, metrics, neighbours
-from reid.backbones import BACKBONES, IBN
-from reid.checkpoint_files import host_copy
+from reid.checkpoints.save import host_copy
+from reid.checkpoints.weights import load_state
 from reid.config.load import load_config
 from reid.data import augment
 from reid.data.loaders import Batch, BatchLoader, StoredImages, TestData
 from reid.data.preprocessing import BatchPreprocessor
 from reid.data.samplers import EvaluationBatches, IdentityPlan, ShufflePlan, TrainBatches
+from reid.distributed import collectives
+from reid.distributed.accelerator import fsdp_plugin, load_optimizer, place, whole
+from reid.distributed.launch_environment import read_world
+from reid.distributed.sync_batchnorm import synchronise_batchnorm
 from reid.errors import DataError, WorldError
-from reid.evaluation import Evaluator
-from reid.handlers import guards, schedule
-from reid.metrics import Labels
-from reid.model import build_model
-from reid.sync_batchnorm import synchronise_batchnorm
+from reid.evaluation.evaluator import Evaluator
+from reid.models.backbones import BACKBONES, IBN
+from reid.models.reid_model import build_model
+from reid.retrieval import metrics, neighbours
+from reid.retrieval.metrics import Labels
+from reid.training import guards, schedule
 from reid.training.build import build_training
-from reid.weights import load_state
-from reid.world import read_world
-from reid.wrapping import fsdp_plugin, load_optimizer, place, whole
 
 GOLDEN = Path(__file__).parent / "golden"
 BASE = [
@@ -153,7 +154,7 @@ def trained(
 
     def log(engine: Any) -> None:
         for name, share in engine.state.output.items():
-            logged.setdefault(name, []).append(float(distributed.sum_over_ranks(share)))
+            logged.setdefault(name, []).append(float(collectives.sum_over_ranks(share)))
         logged["lr"].append(optimizer.param_groups[0]["lr"])
 
     gradients: dict[str, Tensor] = {}
@@ -172,7 +173,7 @@ def trajectory(accelerator: Any, name: str) -> dict[str, Any]:
     """The recorded ten steps of reid-strong-baseline, this rank taking its block of identities."""
     cfg = load_config(None, BASE + TRAJECTORIES[name])
     golden = np.load(GOLDEN / f"trajectory_{name}.npz")
-    part = slice(*(16 * (distributed.rank() + i) // distributed.num_ranks() for i in (0, 1)))
+    part = slice(*(16 * (collectives.rank() + i) // collectives.num_ranks() for i in (0, 1)))
 
     steps = iter(zip(golden["images"], golden["labels"], strict=True))
 
@@ -204,7 +205,7 @@ def variant(accelerator: Any, options: list[str], num_images_of_pid: list[int]) 
     else:
         plan = IdentityPlan(pids, num_pids=4, num_instances=4, seed=cfg.SEED)
     recipe = augment.Recipe((32, 16), cfg.INPUT.PROB, cfg.INPUT.PADDING, cfg.INPUT.RE_PROB, cfg.SEED)
-    batches = TrainBatches(plan, rank=distributed.rank(), num_ranks=distributed.num_ranks())
+    batches = TrainBatches(plan, rank=collectives.rank(), num_ranks=collectives.num_ranks())
     loader = BatchLoader(StoredImages([images], pids, recipe), batches, prefetch=True, pin_memory=False)
     seen: list[Any] = []
     preprocessor = BatchPreprocessor(cfg, accelerator.device)
@@ -223,7 +224,7 @@ def variant(accelerator: Any, options: list[str], num_images_of_pid: list[int]) 
     outcome["is_sharded"] = any(isinstance(p, DTensor) for p in outcome["model"].parameters())
     state = whole(outcome.pop("model").state_dict())
     outcome["state"] = {name: value.clone() for name, value in state.items()}
-    parts = distributed.gather_objects(seen)
+    parts = collectives.gather_objects(seen)
     outcome["batches"] = [[i for ids, _ in of_ranks for i in ids] for of_ranks in zip(*parts, strict=True)]
     outcome["pixels"] = [[total for _, sums in of_ranks for total in sums] for of_ranks in zip(*parts, strict=True)]
     return outcome
@@ -240,7 +241,7 @@ def evaluated(accelerator: Any, num_images: int) -> dict[str, Any]:
     num_pids = min(3, num_images - 1)
     pids, camids = np.arange(num_images) % num_pids, np.arange(num_images) // num_pids % 2
     num_queries = max(num_images // 4, 1)
-    batches = EvaluationBatches(num_images, batch_size=8, rank=distributed.rank(), num_ranks=distributed.num_ranks())
+    batches = EvaluationBatches(num_images, batch_size=8, rank=collectives.rank(), num_ranks=collectives.num_ranks())
     stores = [images[:num_queries], images[num_queries:]]
     stored = StoredImages(stores, pids, None)
     loader = BatchLoader(stored, batches, prefetch=True, pin_memory=False)
@@ -259,10 +260,10 @@ def evaluated(accelerator: Any, num_images: int) -> dict[str, Any]:
 
 def gathered_rows() -> dict[str, Any]:
     """Rows that the ranks hold in unequal numbers, the last rank none of them."""
-    rank, num_ranks = distributed.rank(), distributed.num_ranks()
+    rank, num_ranks = collectives.rank(), collectives.num_ranks()
     owners = np.random.default_rng(1).integers(0, max(num_ranks - 1, 1), 11)
     ids = torch.from_numpy(np.flatnonzero(owners == rank)).flip(0)
-    rows = distributed.gather_rows(torch.stack([ids * 10.0, ids * 100.0], 1), ids, 11)
+    rows = collectives.gather_rows(torch.stack([ids * 10.0, ids * 100.0], 1), ids, 11)
     return {"rows": rows}
 
 
@@ -270,11 +271,11 @@ def shared_errors() -> dict[str, str]:
     """What each rank hears of an error on one of them."""
 
     def fail_on_last() -> None:
-        if distributed.rank() == distributed.num_ranks() - 1:
+        if collectives.rank() == collectives.num_ranks() - 1:
             raise DataError("no such folder")
 
     try:
-        distributed.together(fail_on_last)
+        collectives.together(fail_on_last)
     except DataError as error:
         return {"together": str(error)}
     return {"together": "nothing"}
@@ -282,10 +283,10 @@ def shared_errors() -> dict[str, str]:
 
 def disagreement() -> str:
     """What a rank hears when the last one has other settings."""
-    rate = 0.1 if distributed.rank() == distributed.num_ranks() - 1 else 0.2
-    distributed.agree({"SEED": 0})
+    rate = 0.1 if collectives.rank() == collectives.num_ranks() - 1 else 0.2
+    collectives.agree({"SEED": 0})
     try:
-        distributed.agree({"SOLVER.BASE_LR": rate, "SEED": 0})
+        collectives.agree({"SOLVER.BASE_LR": rate, "SEED": 0})
     except WorldError as error:
         return str(error)
     return "nothing"
@@ -293,11 +294,11 @@ def disagreement() -> str:
 
 def without_gather(work: Callable[[], Any]) -> Any:
     """The work with every rank mining its own part only."""
-    original, distributed.global_batch = distributed.global_batch, lambda feat, pids: (feat, pids)
+    original, collectives.global_batch = collectives.global_batch, lambda feat, pids: (feat, pids)
     try:
         return work()
     finally:
-        distributed.global_batch = original
+        collectives.global_batch = original
 
 
 def sharded(accelerator: Any, work: Callable[[], Any]) -> Any:
@@ -315,10 +316,10 @@ def sharded(accelerator: Any, work: Callable[[], Any]) -> Any:
 def state_moved(accelerator: Any) -> dict[str, Any]:
     """A sharded model's state, what becomes of it in another sharded and in a plain one, and one more step of each."""
     cfg = load_config(None, [*BASE, "SOLVER.WARMUP_ITERS=0"])
-    generator = np.random.default_rng(distributed.rank())
+    generator = np.random.default_rng(collectives.rank())
     images = torch.from_numpy(generator.integers(0, 256, (8, 32, 16, 3), dtype=np.uint8))
     drawn = torch.zeros((8, 7), dtype=torch.int32)
-    batch = Batch(images, torch.arange(2).repeat_interleave(4) + 2 * distributed.rank(), torch.arange(8), drawn)
+    batch = Batch(images, torch.arange(2).repeat_interleave(4) + 2 * collectives.rank(), torch.arange(8), drawn)
 
     def new() -> Any:
         return build_training(cfg, accelerator, built(accelerator, cfg))
@@ -370,8 +371,8 @@ def compare_recorded(name: str, folder: Path) -> int:
 def compare_ranks(folder: Path) -> int:
     """Train and evaluate all that must not depend on the number of ranks."""
     with _session() as accelerator:
-        num_ranks = distributed.num_ranks()
-        outcome: dict[str, Any] = {"rows": gathered_rows(), "errors": distributed.gather_objects(shared_errors())}
+        num_ranks = collectives.num_ranks()
+        outcome: dict[str, Any] = {"rows": gathered_rows(), "errors": collectives.gather_objects(shared_errors())}
         outcome["disagreement"] = disagreement()
         BACKBONES["resnet18"], BACKBONES["resnet34"] = TinyTrunk, TrunkWithoutBatchNorm
         BACKBONES["resnet50_ibn_a"] = TrunkWithIBN
@@ -402,9 +403,9 @@ def compare_ranks(folder: Path) -> int:
 def _session() -> Iterator[Any]:
     # torchrun's default of one thread each; a single process uses the same, so that only the number of ranks differs.
     torch.set_num_threads(1)
-    with distributed.session(read_world(os.environ), load_config(None, BASE)) as accelerator:
+    with collectives.session(read_world(os.environ), load_config(None, BASE)) as accelerator:
         yield accelerator
 
 
 def _write(folder: Path, outcome: dict[str, Any]) -> None:
-    torch.save(outcome, folder / f"rank_{distributed.rank()}.pt")
+    torch.save(outcome, folder / f"rank_{collectives.rank()}.pt")

@@ -22,14 +22,14 @@ Action = Callable[[], object]
 
 def at_step(number: int, action: Action, ranks: Collection[int] | None = None) -> None:
     """Within the step of this number, counted from 1 in each start; on all ranks by default."""
-    from reid.criterion import Criterion
+    from reid.training.criterion import Criterion
 
     _at_call(Criterion, "__call__", number, action, ranks)
 
 
 def in_evaluation(action: Action, ranks: Collection[int] | None = None) -> None:
     """When the first batch of the first evaluation is embedded."""
-    from reid.evaluation import Evaluator
+    from reid.evaluation.evaluator import Evaluator
 
     _at_call(Evaluator, "_collect", 1, action, ranks)
 
@@ -43,7 +43,7 @@ def before_model(action: Action) -> None:
 
 def write_at_once() -> None:
     """Each checkpoint is on the disk before the next step, so that the clock finds no write under way."""
-    from reid.checkpoint_files import BackgroundWriter
+    from reid.checkpoints.save import BackgroundWriter
 
     original = BackgroundWriter.start
 

@@ -28,7 +28,7 @@ from unittest import mock
 import torch
 
 from reid.config.load import dump, load_config
-from reid.model import build_model
+from reid.models.reid_model import build_model
 
 REPOSITORY = Path(__file__).parent.parent
 TRAIN, EVALUATE = REPOSITORY / "launch" / "train.py", REPOSITORY / "launch" / "evaluate.py"
@@ -52,7 +52,11 @@ WANDB: {ENABLE: no, NUM_QUERIES: 1}
 
 _FORKS = get_context("forkserver")
 _FORKS.set_forkserver_preload(
-    ["reid.training.train", "reid.export", "reid.recorded", "reid.search", "timm", "wandb", "program"]
+    [
+        "reid.training.train",
+        *(f"reid.commands.{name}" for name in ("evaluate", "export", "search")),
+        *("reid.checkpoints.recorded_settings", "timm", "wandb", "program"),
+    ]
 )
 _NUMBERS = count()
 
@@ -267,7 +271,7 @@ def _rank_main(
 
 def _command(story: str, words: Sequence[str], before: Callable[[], object] | None) -> int:
     sys.argv = [f"{story}.py", *words]
-    from reid.launcher import main
+    from reid.commands.main import main
 
     if before is not None:
         before()

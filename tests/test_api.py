@@ -1,6 +1,6 @@
 """The public Python API: what `reid.NAME` gives, without torch until it is used.
 
-Also covers reid.model_file.
+Also covers reid.checkpoints.load_model.
 """
 
 from __future__ import annotations

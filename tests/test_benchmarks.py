@@ -1,6 +1,6 @@
 """Benchmarks by their names, in each of the folders in which they may lie.
 
-Also covers reid.config.benchmark_names, reid.data.sources.
+Also covers reid.config.benchmark_names, reid.data.benchmarks.sources.
 """
 
 import logging
@@ -13,10 +13,10 @@ from refusals import refused
 from reid.config.benchmark_names import DEFAULTS, NAMES, VEHICLEID_TESTS, BenchmarkOptions
 from reid.config.load import load_config
 from reid.config.rules import benchmark_options
-from reid.data.benchmarks import BENCHMARKS, differences, load_benchmark, prepare_benchmark
-from reid.data.folders import MARKET_FOLDERS, VERI_FOLDERS
-from reid.data.sources import SOURCES, Count, documented
-from reid.data.splits import Split, make_split
+from reid.data.benchmarks.catalogue import BENCHMARKS, differences, load_benchmark, prepare_benchmark
+from reid.data.benchmarks.market_layout import MARKET_FOLDERS, VERI_FOLDERS
+from reid.data.benchmarks.sources import SOURCES, Count, documented
+from reid.data.benchmarks.splits import Split, make_split
 from reid.errors import DataError, SettingsError
 
 IMAGES = {"train": ["1_c1.jpg", "2_c1.jpg"], "query": ["3_c1.jpg"], "gallery": ["3_c2.jpg", "0_c1.jpg"]}

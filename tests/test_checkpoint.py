@@ -1,6 +1,6 @@
 """Checkpoints: which are kept, which are refused, and that none is ever half written or broken.
 
-Also covers reid.checkpoint_files, reid.handlers.records.
+Also covers reid.checkpoints.save, reid.runs.progress.
 """
 
 import io
@@ -19,12 +19,12 @@ from program import same
 from refusals import refused
 from torch import nn
 
-from reid.checkpoint_files import checkpoints_in, host_copy, save_atomically
+from reid.checkpoints.save import checkpoints_in, host_copy, save_atomically
+from reid.checkpoints.weights import read_file
 from reid.config.load import load_config
 from reid.errors import NonFiniteError, UnsavedError, WorldError
-from reid.handlers.checkpoint import Checkpoints, _differences
-from reid.handlers.records import Progress, Records
-from reid.weights import read_file
+from reid.runs.progress import Progress, Records
+from reid.training.checkpointing import Checkpoints, _differences
 
 DATASET = "a fingerprint"
 

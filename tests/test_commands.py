@@ -2,7 +2,7 @@
 
 import pytest
 
-from reid.commands import ParsedArguments, parse_arguments
+from reid.commands.arguments import ParsedArguments, parse_arguments
 from reid.errors import SettingsError
 
 

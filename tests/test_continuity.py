@@ -1,6 +1,6 @@
 """Interrupted is the same as uninterrupted, whatever interrupts it, wherever, on however many ranks it goes on.
 
-Also covers reid.handlers.interruption, reid.handlers.watchdog, reid.start.
+Also covers reid.training.interruption, reid.distributed.watchdog, reid.runs.start_checks.
 """
 
 from __future__ import annotations
@@ -176,8 +176,8 @@ def test_torchrun_starts_a_killed_rank_again_by_itself(place, straight, victim):
 
 SUICIDAL = """
 import os, signal
-from reid.criterion import Criterion
-from reid.launcher import leave, main
+from reid.training.criterion import Criterion
+from reid.commands.main import leave, main
 
 original, calls = Criterion.__call__, []
 def fatal(*arguments):
@@ -515,15 +515,15 @@ def another_seed_on_rank_1() -> None:
 
 def other_code_on_rank_1() -> None:
     """To be done before the program starts."""
-    import reid.start
+    import reid.runs.start_checks
 
     if os.environ.get("RANK") == "1":
-        reid.start.source_fingerprint = lambda: "another"
+        reid.runs.start_checks.source_fingerprint = lambda: "another"
 
 
 def other_images_on_rank_1() -> None:
     """To be done before the program starts."""
-    from reid.data.sets import DataSets
+    from reid.data.datasets import DataSets
 
     if os.environ.get("RANK") == "1":
         DataSets.fingerprint_of_tests = lambda data: "another"  # type: ignore[method-assign]

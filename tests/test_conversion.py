@@ -12,12 +12,12 @@ from program import REPOSITORY, TRAIN
 from refusals import refused
 from torch import nn
 
+from reid.checkpoints.state_dicts import state_dict_of
+from reid.checkpoints.weights import read_file
+from reid.commands.convert import convert, extract_weights
 from reid.config.load import load_config
-from reid.conversion import convert, extract_weights
 from reid.errors import WorldError
-from reid.layouts import state_dict_of
-from reid.model import build_model
-from reid.weights import read_file
+from reid.models.reid_model import build_model
 
 CONVERT = REPOSITORY / "launch" / "convert.py"
 FORMATS = {"since PyTorch 1.6": True, "before PyTorch 1.6": False}
@@ -199,7 +199,7 @@ def test_error_names_convert_command_whose_output_can_be_loaded(place):
     assert "python launch/convert.py resnet18_model_120.pth OUT.pth" in said
     done = place.command(sys.executable, CONVERT, "resnet18_model_120.pth", "plain.pth")
     assert (done.code, done.err) == (0, "")
-    facts = ("plain.pth", "126 entries", "reid.model.ReIDModel", "MODEL.NAME resnet18", "8 identities")
+    facts = ("plain.pth", "126 entries", "reid.models.reid_model.ReIDModel", "MODEL.NAME resnet18", "8 identities")
     assert all(fact in done.out for fact in facts), done.out
     assert done.out.count("\n") == 1
     (evaluated,) = place.run("evaluate", "OUTPUT_DIR", "old", "TEST.WEIGHT", "plain.pth")

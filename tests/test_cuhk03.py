@@ -11,8 +11,8 @@ from refusals import refused
 from scipy.io import savemat
 
 from reid.config.benchmark_names import DEFAULTS, BenchmarkOptions
-from reid.data.cuhk03 import cuhk03, prepare_cuhk03
-from reid.data.splits import fingerprint
+from reid.data.benchmarks.cuhk03 import cuhk03, prepare_cuhk03
+from reid.data.benchmarks.splits import fingerprint
 from reid.errors import DataError, WorldError
 
 # (camera pair, person) -> places of its images, of ten; the first five are of view 1.

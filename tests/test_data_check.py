@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 from program import TIMEOUT
 
+from reid.commands.check_data import main
 from reid.config.benchmark_names import NAMES
-from reid.data.sources import DOCUMENTED, SOURCES, Count
-from reid.data_check import main
+from reid.data.benchmarks.sources import DOCUMENTED, SOURCES, Count
 
 LAUNCHER = Path(__file__).parents[1] / "launch" / "data.py"
 IMAGES = {

@@ -1,7 +1,7 @@
 """The training step: what it computes in, in how many parts, and what is refused.
 
-Also covers reid.training.step, reid.training.build, reid.data.preprocessing, reid.embedder, reid.handlers.meters and
-reid.wrapping.
+Also covers reid.training.step, reid.training.build, reid.training.meters, reid.data.preprocessing,
+reid.evaluation.embedder and reid.distributed.accelerator.
 """
 
 import copy
@@ -21,12 +21,12 @@ from reid.config.rules import validate_training
 from reid.data.augment import augment_at_once
 from reid.data.loaders import Batch
 from reid.data.preprocessing import BatchPreprocessor
-from reid.embedder import build_embedder
+from reid.distributed.accelerator import build_accelerator, clip_gradients
 from reid.errors import SettingsError, WorldError
-from reid.handlers.meters import TrainMeter
-from reid.model import ReIDModel
+from reid.evaluation.embedder import build_embedder
+from reid.models.reid_model import ReIDModel
 from reid.training.build import build_training
-from reid.wrapping import build_accelerator, clip_gradients
+from reid.training.meters import TrainMeter
 
 BASE = ["MODEL.DEVICE=cpu", "SOLVER.IMS_PER_BATCH=16", "INPUT.SIZE_TRAIN=(32,16)", "INPUT.PADDING=2"]
 

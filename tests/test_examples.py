@@ -6,15 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reid.distances import Distances, embedding_distances, prepare_embeddings
-from reid.examples import find_examples, query_table, seeded_queries, worst_queries
-from reid.metrics import (
-    QUERY_BLOCK,
-    Labels,
-    retrieval_scores,
-    scores_from_distmat,
-)
-from reid.ranking import QueryScores
+from reid.evaluation.examples import find_examples, query_table, seeded_queries, worst_queries
+from reid.retrieval.distances import Distances, embedding_distances, prepare_embeddings
+from reid.retrieval.metrics import QUERY_BLOCK, Labels, retrieval_scores, scores_from_distmat
+from reid.retrieval.ranking import QueryScores
 
 
 def labels(rng, num, num_pids, num_cameras):

@@ -1,6 +1,6 @@
 """Models that leave for other programs, from the command line to what those programs compute.
 
-Also covers reid.export_checks.
+Also covers reid.commands.export_parity.
 """
 
 import json
@@ -16,14 +16,14 @@ from program import REPOSITORY, TIMEOUT, untrained
 from refusals import refused
 from torch import nn
 
+from reid.checkpoints.state_dicts import state_dict_of
+from reid.checkpoints.weights import load_state, read_file
+from reid.commands.export import FromPixels
+from reid.commands.export_parity import Comparison, random_pass
 from reid.config.load import load_config
 from reid.data.augment import normalise
 from reid.errors import WorldError
-from reid.export import FromPixels
-from reid.export_checks import Comparison, random_pass
-from reid.layouts import state_dict_of
-from reid.model import build_model
-from reid.weights import load_state, read_file
+from reid.models.reid_model import build_model
 
 SIZE = (32, 16)
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -162,9 +162,9 @@ def test_the_weights_themselves_are_never_overwritten(said, place, folder):
 
 
 def onnx_is_missing():
-    import reid.export
+    import reid.commands.export
 
-    reid.export.find_spec = lambda name: None if name == "onnxscript" else True
+    reid.commands.export.find_spec = lambda name: None if name == "onnxscript" else True
 
 
 def test_a_missing_package_is_named_with_its_extra(place, folder):
@@ -191,13 +191,13 @@ def test_a_model_that_torch_cannot_export_is_named(place, folder):
 
 
 def exported_model_is_another():
-    import reid.export
+    import reid.commands.export
 
-    class Another(reid.export.FromPixels):
+    class Another(reid.commands.export.FromPixels):
         def forward(self, images):
             return super().forward(images) * 1.01
 
-    reid.export.FromPixels = Another
+    reid.commands.export.FromPixels = Another
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from refusals import refused
 
 from reid.config.benchmark_names import BenchmarkOptions
-from reid.data.folders import FOLDERS, dukemtmc, market1501, occluded_duke, parse_name, synthetic, veri
-from reid.data.splits import fingerprint
+from reid.data.benchmarks.market_layout import FOLDERS, dukemtmc, market1501, occluded_duke, parse_name, synthetic, veri
+from reid.data.benchmarks.splits import fingerprint
 from reid.errors import DataError
 
 TRAIN_NAMES = ("0007_c1s1_000001_00.jpg", "0007_c2s1_000001_00.jpg", "0002_c3s1_000001_00.jpg")
@@ -353,7 +353,7 @@ def test_unreadable_folder_is_reported_in_one_sentence(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("reid.data.splits.os.scandir", refuse)  # root may read everything
+    monkeypatch.setattr("reid.data.benchmarks.splits.os.scandir", refuse)  # root may read everything
     assert_refused(tmp_path, "Permission denied")
 
 

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from refusals import refused
 
-from reid.errors import DataError
-from reid.gallery import (
+from reid.commands.gallery import (
     GalleryImage,
     Metadata,
     read_gallery,
@@ -19,6 +18,7 @@ from reid.gallery import (
     write_unreadable,
     writing_embeddings,
 )
+from reid.errors import DataError
 
 METADATA = Metadata(
     folder="/images",

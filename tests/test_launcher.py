@@ -11,8 +11,8 @@ from importlib.metadata import version
 import pytest
 from program import EVALUATE, TRAIN, Ended, Place, first_rank_is_slow, free_port, torchvision_is_of_another_torch
 
+from reid.commands.main import PREEMPTED, explain_import_error
 from reid.errors import WorldError
-from reid.launcher import PREEMPTED, explain_import_error
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ if is_first:
 
 import torch
 import torch.distributed as dist
-from reid.launcher import leave
+from reid.commands.main import leave
 
 dist.init_process_group("gloo")
 time.sleep(0 if is_first else 1)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torchvision.models import resnext50_32x4d, wide_resnet50_2
 
-from reid.backbones import BACKBONES
-from reid.layouts import epoch_in_name, inner, likely_backbone
+from reid.checkpoints.state_dicts import epoch_in_name, inner, likely_backbone
+from reid.models.backbones import BACKBONES
 
 
 @pytest.mark.parametrize("name", BACKBONES)

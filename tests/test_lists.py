@@ -6,7 +6,7 @@ import pytest
 from refusals import refused
 
 from reid.config.benchmark_names import BenchmarkOptions
-from reid.data.lists import msmt17, vehicleid
+from reid.data.benchmarks.list_files import msmt17, vehicleid
 from reid.errors import DataError
 
 TRAIN = ["0000/0000_000_01_0303morning_0015_0.jpg 0", "0001/0001_000_12_0303noon_0001_0.jpg 1"]

@@ -17,11 +17,11 @@ from refusals import refused
 
 from reid.config.load import load_config
 from reid.data import augment
+from reid.data.benchmarks.splits import Benchmark, Split
+from reid.data.datasets import open_data_sets
 from reid.data.loaders import BatchLoader, StoredImages, build_test_data, build_train_data
 from reid.data.preprocessing import BatchPreprocessor
 from reid.data.samplers import EvaluationBatches, PlannedBatch, TrainBatches
-from reid.data.sets import open_data_sets
-from reid.data.splits import Benchmark, Split
 from reid.data.store import decode
 from reid.errors import DataError
 
@@ -212,7 +212,7 @@ def test_a_pass_keeps_the_position_that_it_began_at(folder, benchmark):
 KEEPS_AN_ITERATOR = """
 import sys
 from reid.data.loaders import BatchLoader
-from reid.launcher import leave
+from reid.commands.main import leave
 
 class Numbers:
     def batch(self, number, *, pin_memory):

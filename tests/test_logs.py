@@ -11,8 +11,8 @@ import threading
 import pytest
 from program import TRAIN
 
-from reid import logs
-from reid.logs import Console, LogFile
+from reid.process import logs
+from reid.process.logs import Console, LogFile
 
 ROOT = TRAIN.parent.parent
 

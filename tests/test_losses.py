@@ -10,13 +10,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reid.losses import (
-    batch_hard_distances,
-    batch_hard_triplet,
-    center_loss,
-    center_step,
-    label_smoothed_cross_entropy,
-)
+from reid.losses.center import center_loss, center_step
+from reid.losses.identity import label_smoothed_cross_entropy
+from reid.losses.triplet import batch_hard_distances, batch_hard_triplet
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 MARGINS = pytest.mark.parametrize("margin", [0.3, 0.0, None], ids=["margin 0.3", "margin 0", "soft margin"])

@@ -21,7 +21,7 @@ MAY_GROW = 8e6  # bytes between a fifth of the way and the end: allocators round
 
 def lose_memory() -> None:
     """To be done before the program starts: every record leaves 64 kB behind."""
-    from reid.handlers.meters import TrainMeter
+    from reid.training.meters import TrainMeter
 
     publish, lost = TrainMeter._publish, []
 

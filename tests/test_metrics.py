@@ -1,6 +1,6 @@
 """CMC, mAP and mINP against recorded figures and a loop over the ranking; what changes nothing; what is refused.
 
-Also covers reid.ranking and reid.distances.
+Also covers reid.retrieval.ranking and reid.retrieval.distances.
 """
 
 import doctest
@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rankings import TIED, retrievals, sides, without_ties
 
-from reid import metrics
-from reid.metrics import RetrievalScores, retrieval_scores, scores_from_distmat
+from reid.retrieval import metrics
+from reid.retrieval.metrics import RetrievalScores, retrieval_scores, scores_from_distmat
 
 
 def assert_agrees(scores: RetrievalScores, expected: reference.Retrieval):

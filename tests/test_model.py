@@ -1,6 +1,6 @@
 """The model against the published one: names, features, initialisation; and what its settings change.
 
-Also covers reid.backbones.
+Also covers reid.models.backbones.
 """
 
 import json
@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torchvision.models import resnet
 
-from reid.backbones import BACKBONES, IBN
 from reid.config.load import load_config
 from reid.errors import SettingsError
-from reid.model import ReIDOutput, build_model
+from reid.models.backbones import BACKBONES, IBN
+from reid.models.reid_model import ReIDOutput, build_model
 
 GOLDEN = Path(__file__).parent / "golden"
 SHAPES = json.loads((GOLDEN / "backbone_state_dict.json").read_text())

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reid import metrics, neighbours
-from reid.neighbours import nearest_in_gallery
+from reid.retrieval import metrics, neighbours
+from reid.retrieval.neighbours import nearest_in_gallery
 
 
 def all_sorted(q, g, top, distance):

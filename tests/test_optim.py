@@ -9,10 +9,10 @@ from refusals import refused
 from torch import nn
 
 from reid.config.load import load_config
+from reid.distributed.accelerator import load_optimizer
 from reid.errors import SettingsError
-from reid.model import build_model
-from reid.optim import build_optimizer, learning_rate, set_learning_rate
-from reid.wrapping import load_optimizer
+from reid.models.reid_model import build_model
+from reid.training.optim import build_optimizer, learning_rate, set_learning_rate
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "lr_schedule.json").read_text())
 

@@ -7,10 +7,10 @@ import pytest
 from ignite.engine import Engine
 from refusals import refused
 
+from reid.distributed.launch_environment import Start
 from reid.errors import TakenOverError, WorldError
-from reid.handlers.records import Records
-from reid.ownership import claim
-from reid.world import Start
+from reid.runs.ownership import claim
+from reid.runs.progress import Records
 
 
 class Folder:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from rankings import without_ties
 
-from reid.metrics import Labels, scores_from_distmat
-from reid.per_query import CameraScores, camera_table, per_query_rows, scores_by_camera
+from reid.evaluation.per_query import CameraScores, camera_table, per_query_rows, scores_by_camera
+from reid.retrieval.metrics import Labels, scores_from_distmat
 
 # Query 0 on camera 0 ranks wrong, right, wrong, right; query 1 has no match; query 2 finds two images of itself first.
 DISTMAT = [[0.2, 0.1, 0.4, 0.3, 0.9], [0.1, 0.2, 0.3, 0.4, 0.5], [0.1, 0.5, 0.2, 0.4, 0.3]]

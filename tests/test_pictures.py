@@ -9,9 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from reid import pictures
 from reid.data.augment import normalise
-from reid.pictures import (
+from reid.evaluation import drawing
+from reid.evaluation.drawing import (
     QUERY,
     RIGHT,
     SAME_CAMERA,
@@ -176,11 +176,11 @@ def test_any_curve_is_drawn_within_the_page(curve):
 
 def test_without_matplotlib_charts_are_skipped_with_one_line(monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("reid"), "propagate", True)
-    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
-    pictures._has_matplotlib.cache_clear()
+    monkeypatch.setattr(drawing, "find_spec", lambda name: None)
+    drawing._has_matplotlib.cache_clear()
     with caplog.at_level(logging.INFO, "reid.pictures"):
         assert [cmc_chart({"x": [1.0]}, "t") for _ in range(2)] == [None, None]
-    pictures._has_matplotlib.cache_clear()
+    drawing._has_matplotlib.cache_clear()
     (message,) = caplog.messages
     assert "matplotlib" in message
     assert "--extra plots" in message

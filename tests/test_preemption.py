@@ -7,13 +7,13 @@ import sys
 import pytest
 from program import TIMEOUT
 
-from reid.preemption import MARKER, write_marker
+from reid.process.signals import MARKER, write_marker
 
 PROGRAM = """
 import os, signal, sys, time
 from types import SimpleNamespace
 from reid import preemption
-from reid.preemption import Preempted, Signals
+from reid.process.signals import Preempted, Signals
 
 seconds = 0.0  # by this clock; a busy machine's may stand between two signals
 preemption.time = SimpleNamespace(monotonic=lambda: seconds)

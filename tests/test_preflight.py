@@ -1,6 +1,6 @@
 """The check story: what it reports of a healthy world, and what it calls a problem.
 
-Also covers reid.trial_steps.
+Also covers reid.commands.preflight.trial.
 """
 
 import os
@@ -9,9 +9,9 @@ import re
 import pytest
 from program import Place, names
 
+from reid.commands.preflight.link_speed import Link
+from reid.commands.preflight.report import Report, _duration, _links, _node, _size
 from reid.errors import WorldError, shared
-from reid.link_speed import Link
-from reid.preflight import Report, _duration, _links, _node, _size
 
 # Speeds are of this machine and hour.
 OF_THE_HOUR = re.compile(r"problem \d+: .*(DATALOADER\.NUM_WORKERS|GB/s)")
@@ -68,11 +68,11 @@ def test_nothing_is_left_where_the_run_will_be(healthy, place):
 
 def other_torchvision_on_rank_1():
     """To be done before the program starts."""
-    import reid.preflight
+    import reid.commands.preflight.report
 
     if os.environ.get("RANK") == "1":
-        original = reid.preflight.version
-        reid.preflight.version = lambda name: "0.1" if name == "torchvision" else original(name)
+        original = reid.commands.preflight.report.version
+        reid.commands.preflight.report.version = lambda name: "0.1" if name == "torchvision" else original(name)
 
 
 def another_seed_on_rank_1():
@@ -160,7 +160,7 @@ def test_a_link_slower_than_half_of_the_others_is_named():
 
 
 def test_errors_of_one_rank_alone_are_no_report(monkeypatch):
-    monkeypatch.setattr("reid.distributed.num_ranks", lambda: 2)
+    monkeypatch.setattr("reid.distributed.collectives.num_ranks", lambda: 2)
     with pytest.raises(WorldError, match="mine"):
         Report().attempt(lambda: raise_(WorldError("mine")))
     report = Report()

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reid.data import randomness
-from reid.data.randomness import random_bits, uniform
+from reid import randomness
+from reid.randomness import random_bits, uniform
 
 N = 2**16
 COUNTED = np.arange(N)

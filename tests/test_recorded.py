@@ -1,6 +1,6 @@
 """Settings out of checkpoints and galleries.
 
-Also covers reid.trained.
+Also covers reid.checkpoints.trained.
 """
 
 import logging
@@ -10,10 +10,10 @@ import torch
 from program import untrained
 from refusals import refused
 
+from reid.checkpoints.recorded_settings import of_checkpoint
+from reid.commands.search import recorded_settings
 from reid.config.load import load_config
 from reid.errors import DataError, SettingsError, UnknownKeyError, WorldError
-from reid.recorded import of_checkpoint
-from reid.search import recorded_settings
 
 
 def settings_of(weight, *overrides):

@@ -1,6 +1,6 @@
 """Re-ranking against recorded figures and the dense algorithm; any blocks and ranks alike; what is refused.
 
-Also covers reid.neighbours.
+Also covers reid.retrieval.neighbours.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from program import TIMEOUT
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reid import metrics, neighbours, reranking
-from reid.neighbours import row_blocks
-from reid.reranking import KReciprocal, k_reciprocal
+from reid.retrieval import metrics, neighbours, reranking
+from reid.retrieval.neighbours import row_blocks
+from reid.retrieval.reranking import KReciprocal, k_reciprocal
 
 GOLDEN = [(20, 6, 0.3), (10, 3, 0.5), (25, 1, 0.0)]
 

@@ -1,6 +1,6 @@
 """The program from its command line to the files that it leaves behind.
 
-Also covers reid.handlers.console, reid.evaluate_command, reid.training.train.
+Also covers reid.training.console, reid.commands.evaluate, reid.training.train.
 """
 
 import csv

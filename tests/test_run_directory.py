@@ -10,7 +10,7 @@ import torch
 from program import Place
 
 from reid.config.load import load_config
-from reid.run_directory import RunDirectory
+from reid.runs.directory import RunDirectory
 
 
 @pytest.fixture

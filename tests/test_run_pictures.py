@@ -1,6 +1,6 @@
 """The pictures that a run leaves behind: what is drawn, when, and that nothing else depends on it.
 
-Also covers reid.handlers.pictures, reid.handlers.side_effects.
+Also covers reid.evaluation.ranked_galleries, reid.process.side_effects.
 """
 
 import logging
@@ -18,10 +18,10 @@ from program import Ended, Place, names, records
 from reid.config.load import load_config
 from reid.data import loaders
 from reid.data.loaders import StoredImages
-from reid.distances import Distances
-from reid.handlers.pictures import FigureSet, Pictures
-from reid.handlers.records import Progress, Records
-from reid.metrics import Labels, RetrievalScores, scores_from_distmat
+from reid.evaluation.ranked_galleries import FigureSet, Pictures
+from reid.retrieval.distances import Distances
+from reid.retrieval.metrics import Labels, RetrievalScores, scores_from_distmat
+from reid.runs.progress import Progress, Records
 
 ALL = ["cmc_synthetic.png", "random_queries_synthetic.png", "train_batch.png", "worst_queries_synthetic.png"]
 
@@ -163,7 +163,7 @@ def test_what_cannot_be_compared_leaves_the_pictures_of_before(tmp_path, caplog,
     setting = Setting(tmp_path, ["a"])
     setting.evaluate(1, WORSE, ["a"])
     before = contents(tmp_path / "pictures")
-    monkeypatch.setattr("reid.handlers.pictures.find_examples", lambda *_: torch.zeros(1 << 60))
+    monkeypatch.setattr("reid.evaluation.ranked_galleries.find_examples", lambda *_: torch.zeros(1 << 60))
     setting.evaluate(2, GOOD, ["a"])
     assert contents(tmp_path / "pictures") == before
     (said,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)

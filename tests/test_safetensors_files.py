@@ -5,10 +5,10 @@ import safetensors.torch
 import torch
 from refusals import refused
 
+from reid.checkpoints.safetensors_files import read_safetensors, write_safetensors
+from reid.checkpoints.state_dicts import checksum_of, num_pids_of
+from reid.checkpoints.weights import read_file
 from reid.errors import WorldError
-from reid.layouts import checksum_of, num_pids_of
-from reid.safetensors_files import read_safetensors, write_safetensors
-from reid.weights import read_file
 
 STATE = {
     "base.weight": torch.arange(12.0).reshape(3, 4),

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from program import untrained
 
-from reid.gallery import read_gallery
+from reid.commands.gallery import read_gallery
 
 SOUGHT = "0002_c1_query.jpg"
 # As the gallery has them: the query itself under names that say different things, then images of noise.

@@ -12,8 +12,8 @@ from program import SMALL, TINY, Place, names, newest, records
 from refusals import refused
 
 from reid.config.load import load_config
-from reid.data.sets import DataSets, join_training, open_data_sets
-from reid.data.splits import Benchmark, Split
+from reid.data.benchmarks.splits import Benchmark, Split
+from reid.data.datasets import DataSets, join_training, open_data_sets
 from reid.errors import SettingsError
 
 NOTHING = Split((), np.zeros(0, np.int64), np.zeros(0, np.int64))
@@ -148,8 +148,8 @@ def test_resume_allows_other_test_sets_but_not_other_train_sets(place, trained):
 
 
 def test_two_tables_with_the_same_name_are_rejected(monkeypatch):
-    monkeypatch.setattr("reid.data.sets.load_benchmark", lambda *_, **__: benchmark_of("same", [0, 1], [0, 1]))
+    monkeypatch.setattr("reid.data.datasets.load_benchmark", lambda *_, **__: benchmark_of("same", [0, 1], [0, 1]))
     cfg = load_config(None, ["DATASETS.NAMES=market1501", "TEST.DATASETS=synthetic", "MODEL.PRETRAIN_CHOICE=none"])
-    monkeypatch.setattr("reid.data.sets.synthetic.generate", lambda *_, **__: None)
+    monkeypatch.setattr("reid.data.datasets.synthetic.generate", lambda *_, **__: None)
     with refused(SettingsError, "DATASETS.NAMES", "market1501 and synthetic", "same"):
         open_data_sets(cfg, train=True)

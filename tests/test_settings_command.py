@@ -6,8 +6,8 @@ import sys
 import pytest
 from program import REPOSITORY
 
+from reid.commands.settings import main, markdown, matching, plain
 from reid.config.schema import SECTION_TITLES, SETTINGS
-from reid.settings_command import main, markdown, matching, plain
 
 
 def test_the_page_of_settings_is_up_to_date():
@@ -58,7 +58,7 @@ def test_the_text_fits_into_the_console(width):
 
 
 def test_the_command_prints_a_setting_without_torch():
-    code = "import sys, reid.settings_command as c; c.main(['base_lr']); sys.exit('torch' in sys.modules)"
+    code = "import sys, reid.commands.settings as c; c.main(['base_lr']); sys.exit('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
     assert (run.returncode, run.stderr) == (0, "")
     assert run.stdout.splitlines()[:2] == ["SOLVER.BASE_LR", "    Default: 0.00035. Allowed: a number > 0."]

@@ -7,14 +7,14 @@ import torch
 from hypothesis import given
 from rankings import TIED, retrievals, without_ties
 
-from reid import metrics, single_shot
-from reid.data.randomness import uniform
-from reid.metrics import scores_from_distmat
-from reid.single_shot import NUM_REPEATS
+from reid.randomness import uniform
+from reid.retrieval import metrics, single_gallery_shot
+from reid.retrieval.metrics import scores_from_distmat
+from reid.retrieval.single_gallery_shot import NUM_REPEATS
 
 
 def draw(repeat, query, identity):
-    return float(uniform(single_shot._STREAM, repeat, query, identity)[0])
+    return float(uniform(single_gallery_shot._STREAM, repeat, query, identity)[0])
 
 
 @given(retrievals(TIED))

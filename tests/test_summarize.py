@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from program import REPOSITORY
 
-from reid.summarize import main, read_result, table
+from reid.commands.summarize import main, read_result, table
 
 SCORES = [{"epoch": 120, "mAP": 0.85, "rank-1": 0.94}, {"epoch": 120, "mAP": 0.86, "rank-1": 0.93}]
 

@@ -11,8 +11,8 @@ import yaml
 from program import REPOSITORY, TIMEOUT
 from refusals import refused
 
+from reid.commands.sweep import read_sweep
 from reid.errors import SettingsError
-from reid.sweeps import read_sweep
 
 SWEEPS = sorted((Path(__file__).parent.parent / "configs" / "sweeps").glob("*.yaml"))
 

@@ -1,6 +1,6 @@
 """The generated benchmark: Market-1501's layout and rules, the same bytes each time, never half of it, not too easy.
 
-Also covers reid.data.people, reid.data.photographs.
+Also covers reid.data.synthetic.people, reid.data.synthetic.cameras.
 """
 
 import errno
@@ -19,15 +19,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from refusals import refused
 
-from reid.data import synthetic
-from reid.data.synthetic import GALLERY, MANIFEST, QUERY, TRAIN, Parameters, generate, plan_shots
+from reid.data.synthetic import generate as module
+from reid.data.synthetic.generate import GALLERY, MANIFEST, QUERY, TRAIN, Parameters, generate, plan_shots
 from reid.errors import DataError, SettingsError, WorldError
 
 SMALL = {"num_train_pids": 4, "num_test_pids": 16, "images_per_pid": 8, "num_cameras": 4, "seed": 3}
 TINY = {"num_train_pids": 2, "num_test_pids": 2, "images_per_pid": 4, "num_cameras": 2, "seed": 0}
 NAME = re.compile(r"^(-1|\d{4,})_c(\d+)s(\d+)_(\d{6})_(\d{2})\.jpg$")
 SCRIPT = (
-    "import sys; from pathlib import Path; from reid.data.synthetic import generate; generate(Path(sys.argv[1]), {})"
+    "import sys; from pathlib import Path; from reid.data.synthetic import generate; "
+    "generate.generate(Path(sys.argv[1]), {})"
 )
 
 
@@ -123,7 +124,7 @@ def test_another_seed_gives_other_images(tmp_path):
 
 def test_a_complete_folder_is_left_alone(tmp_path, monkeypatch):
     generate(tmp_path / "people", **TINY)
-    monkeypatch.setattr(synthetic, "_write_all", pytest.fail)
+    monkeypatch.setattr(generate, "_write_all", pytest.fail)
     generate(tmp_path / "people", **TINY, num_workers=7)
 
 
@@ -138,7 +139,7 @@ def test_a_folder_with_other_parameters_is_rejected(tmp_path):
 
 def test_an_older_format_is_rejected(tmp_path, monkeypatch):
     generate(tmp_path, **TINY)  # an empty folder is as good as none
-    monkeypatch.setattr(synthetic, "FORMAT_VERSION", synthetic.FORMAT_VERSION + 1)
+    monkeypatch.setattr(module, "FORMAT_VERSION", module.FORMAT_VERSION + 1)
     with refused(DataError, "DATASETS.ROOT_DIR", str(tmp_path), "format_version"):
         generate(tmp_path, **TINY)
 
@@ -168,7 +169,7 @@ def test_an_interrupted_generation_leaves_nothing(tmp_path, monkeypatch, interru
             raise interruption
         (root / shot.file).touch()
 
-    monkeypatch.setattr(synthetic, "_write", fail_at_the_fifth)
+    monkeypatch.setattr(generate, "_write", fail_at_the_fifth)
     with pytest.raises(raised):
         generate(tmp_path / "people", **TINY)
     assert not list(tmp_path.iterdir())
@@ -193,14 +194,14 @@ def test_a_killed_generation_is_not_taken_for_a_complete_one(tmp_path):
 
 @pytest.mark.parametrize("theirs", [TINY, {**TINY, "seed": 5}])
 def test_the_faster_process_wins(tmp_path, monkeypatch, theirs):
-    root, write_all = tmp_path / "people", synthetic._write_all
+    root, write_all = tmp_path / "people", module._write_all
 
     def be_overtaken(*arguments):
         monkeypatch.undo()
         generate(root, **theirs)
         write_all(*arguments)
 
-    monkeypatch.setattr(synthetic, "_write_all", be_overtaken)
+    monkeypatch.setattr(generate, "_write_all", be_overtaken)
     with nullcontext() if theirs == TINY else refused(DataError, "DATASETS.ROOT_DIR", str(root), "'seed': 5"):
         generate(root, **TINY)
     assert json.loads((root / MANIFEST).read_text())["seed"] == theirs["seed"]
@@ -262,10 +263,10 @@ def test_identity_is_visible_across_cameras(benchmark_root):
 
 
 def test_contact_sheet_shows_identities_distractors_and_junk(benchmark_root, tmp_path):
-    synthetic.contact_sheet(benchmark_root, tmp_path / "sheet.png", num_rows=2, num_columns=3)
+    module.contact_sheet(benchmark_root, tmp_path / "sheet.png", num_rows=2, num_columns=3)
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.height == (2 + 2) * (150 + 14)
 
 
 def test_the_manifest_names_the_parameters(benchmark_root):
-    assert json.loads((benchmark_root / MANIFEST).read_text()) == {"format_version": synthetic.FORMAT_VERSION, **SMALL}
+    assert json.loads((benchmark_root / MANIFEST).read_text()) == {"format_version": generate.FORMAT_VERSION, **SMALL}

@@ -1,6 +1,6 @@
 """Tables of images: CSV and Parquet.
 
-Also covers reid.data.splits.
+Also covers reid.data.benchmarks.splits.
 """
 
 import csv
@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from refusals import refused
 
-from reid.data.splits import fingerprint
-from reid.data.tables import read_table
+from reid.data.benchmarks.splits import fingerprint
+from reid.data.benchmarks.tables import read_table
 from reid.errors import DataError, WorldError
 
 ROWS = [

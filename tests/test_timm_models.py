@@ -12,12 +12,12 @@ from refusals import refused
 from safetensors.torch import save_file
 from torch import nn
 
-from reid import backbones, timm_models
+from reid.checkpoints.weights import initialize
 from reid.config.load import dump, load_config
 from reid.data.preprocessing import BatchPreprocessor
 from reid.errors import SettingsError, WorldError
-from reid.model import build_model
-from reid.weights import initialize
+from reid.models import backbones, timm_backbones
+from reid.models.reid_model import build_model
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -51,7 +51,7 @@ def test_unknown_timm_name_is_rejected_with_suggestions(name, near):
 )
 def test_where_nothing_is_like_it_the_list_is_named(name, remedy):
     with refused(SettingsError, "MODEL.NAME", f"got timm/{name}", remedy):
-        timm_models.normalisation(f"timm/{name}")
+        timm_backbones.normalisation(f"timm/{name}")
 
 
 def test_unknown_name_is_reported_before_data_is_read(place):
@@ -75,11 +75,11 @@ def test_unknown_name_is_reported_before_data_is_read(place):
 )
 def test_a_model_is_asked_for_what_it_can(name, sizes, stride, options):
     sizes = [f"INPUT.{key}={size}" for key, size in zip(("SIZE_TRAIN", "SIZE_TEST"), sizes, strict=True)]
-    assert timm_models.plan_for(settings(name, *sizes, f"MODEL.LAST_STRIDE={stride}")).options == options
+    assert timm_backbones.plan_for(settings(name, *sizes, f"MODEL.LAST_STRIDE={stride}")).options == options
 
 
 def test_effect_of_last_stride_is_reported(caplog):
-    caplog.set_level(logging.INFO, "reid.timm_models")
+    caplog.set_level(logging.INFO, "reid.models.timm_backbones")
     backbones.check(settings("test_resnet", "INPUT.SIZE_TRAIN=(40,40)"))
     backbones.check(settings("test_vit", "INPUT.SIZE_TRAIN=(48,48)"))
     backbones.check(settings("test_vit", "INPUT.SIZE_TRAIN=(64,48)", "MODEL.LAST_STRIDE=2"))
@@ -109,7 +109,7 @@ def test_a_size_that_the_model_does_not_take_is_rejected():
 def test_features_are_those_that_the_models_own_classifier_sees(name):
     """Whatever pooling, head or norm the model has behind its blocks."""
     cfg = settings(name, "INPUT.SIZE_TRAIN=(64,32)", "INPUT.SIZE_TEST=(64,32)", "TEST.NECK_FEAT=before")
-    plan = timm_models.plan_for(cfg)
+    plan = timm_backbones.plan_for(cfg)
     whole = plan.create().eval()  # with a classifier
     model = build_model(cfg, num_pids=3).eval()
     assert model.num_features == plan.num_features == model.bottleneck.num_features
@@ -193,7 +193,7 @@ def saved(folder, state):
 
 
 def test_weights_of_timm_are_made_to_fit_the_size_of_the_images(vit, caplog):
-    caplog.set_level(logging.INFO, "reid.weights")
+    caplog.set_level(logging.INFO, "reid.checkpoints.weights")
     loaded = start("test_vit", vit[0]).base.state_dict()
     changed = {name for name, value in loaded.items() if not torch.equal(value, vit[1].get(name, torch.zeros(0)))}
     assert changed == {"pos_embed"}

@@ -1,6 +1,6 @@
 """Weights & Biases as a user meets it: whatever becomes of it, training goes on, and one line says what happened.
 
-Also covers reid.handlers.wandb_session.
+Also covers reid.tracking.wandb_run.
 """
 
 import os

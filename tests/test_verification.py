@@ -10,9 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from rankings import TIED, retrievals, sides, without_ties
 
-from reid import metrics
-from reid.metrics import retrieval_scores, scores_from_distmat
-from reid.verification import num_levels, ordered_keys, tpr_at_fpr
+from reid.retrieval import metrics
+from reid.retrieval.metrics import retrieval_scores, scores_from_distmat
+from reid.retrieval.roc import num_levels, ordered_keys, tpr_at_fpr
 
 RATES = (0.0, 0.001, 0.01, 0.1, 0.25, 0.5, 0.99)
 

@@ -1,6 +1,6 @@
 """Weights & Biases with a server: what arrives, who used what, and a server that goes away at the worst moments.
 
-Also covers reid.handlers.wandb_jobs, reid.weight_file.
+Also covers reid.tracking.upload_queue, reid.checkpoints.weight_file.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from PIL import Image
 from program import REPOSITORY, TIMEOUT, TRAIN, Ended, Place, Ranks, newest, records, same, wait_for_file
 from wandb_server import ENTITY, Run, WandbServer
 
-from reid import weights
-from reid.gallery import read_metadata
-from reid.layouts import checksum_of
+from reid.checkpoints import weights
+from reid.checkpoints.state_dicts import checksum_of
+from reid.commands.gallery import read_metadata
 
 pytestmark = pytest.mark.slow
 

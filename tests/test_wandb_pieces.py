@@ -1,6 +1,6 @@
 """Run segments on disk; test_wandb_online.py and test_sync_wandb.py check that W&B takes them.
 
-Also covers reid.handlers.artifacts.
+Also covers reid.tracking.artifacts.
 """
 
 import contextlib
@@ -13,9 +13,9 @@ import psutil
 import pytest
 from program import TIMEOUT
 
-from reid.handlers import artifacts
-from reid.handlers.records import SavedCheckpoint
-from reid.handlers.wandb_pieces import mark_sent, remove_kept_checkpoints, send, sync_command, unsent_segments
+from reid.runs.progress import SavedCheckpoint
+from reid.tracking import artifacts
+from reid.tracking.offline import mark_sent, remove_kept_checkpoints, send, sync_command, unsent_segments
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ import sys
 import psutil
 from program import TIMEOUT
 
-from reid.handlers import wandb_process
-from reid.handlers.wandb_process import Service, kill_services, services_of, start_watcher
+from reid.tracking import service
+from reid.tracking.service import Service, kill_services, services_of, start_watcher
 
 # Starts a process in the place of wandb-core, and its watcher; prints their ids and waits to be killed.
 WORKER = """
 import subprocess, time
-from reid.handlers.wandb_process import start_watcher
+from reid.tracking.service import start_watcher
 service = subprocess.Popen(["sleep", "1000"], start_new_session=True)
 print(service.pid, start_watcher(service.pid).pid, flush=True)
 time.sleep(1000)
@@ -41,8 +41,8 @@ def test_the_watcher_kills_nothing_that_has_ended():
 
 def test_a_service_that_does_not_end_by_itself_is_killed(monkeypatch):
     child = subprocess.Popen(["sleep", "1000"])
-    monkeypatch.setattr(wandb_process, "services_of", lambda pid: [psutil.Process(child.pid)])
-    monkeypatch.setattr(wandb_process, "_tear_down", child.wait)
+    monkeypatch.setattr(service, "services_of", lambda pid: [psutil.Process(child.pid)])
+    monkeypatch.setattr(service, "_tear_down", child.wait)
     Service().end(0.1)
     assert child.wait(TIMEOUT) == -signal.SIGKILL
 

@@ -1,6 +1,6 @@
 """Weights from files: what is taken, what is refused, and in which words.
 
-Also covers reid.imagenet.
+Also covers reid.checkpoints.pretrained.
 """
 
 import json
@@ -21,13 +21,13 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import resnet18, resnext50_32x4d
 
-from reid.backbones import BACKBONES
+from reid.checkpoints.pretrained import SOURCES
+from reid.checkpoints.state_dicts import checksum_of, num_pids_of, state_dict_of
+from reid.checkpoints.weights import check_settings, initialize, load_for_evaluation, load_state, read_file
 from reid.config.load import dump, load_config
 from reid.errors import WorldError
-from reid.imagenet import SOURCES
-from reid.layouts import checksum_of, num_pids_of, state_dict_of
-from reid.model import build_model
-from reid.weights import check_settings, initialize, load_for_evaluation, load_state, read_file
+from reid.models.backbones import BACKBONES
+from reid.models.reid_model import build_model
 
 SHAPES = json.loads((Path(__file__).parent / "golden" / "backbone_state_dict.json").read_text())
 
@@ -139,7 +139,7 @@ def test_files_from_before_batches_were_counted_still_load(caplog):
     source, target = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     nn.init.constant_(source.running_mean, 7)
     old = {name: value for name, value in source.state_dict().items() if name != "num_batches_tracked"}
-    caplog.set_level(logging.INFO, "reid.weights")
+    caplog.set_level(logging.INFO, "reid.checkpoints.weights")
     load_state(target, old, "FILE")
     assert torch.equal(target.running_mean, source.running_mean)
     (said,) = caplog.messages
@@ -228,7 +228,7 @@ def test_all_imagenet_weight_layouts_fill_the_complete_backbone(tmp_path, caplog
         content = {"epoch": 90, "arch": name, "best_prec1": 77.2, "state_dict": content}
     file = tmp_path / "w.pth"
     torch.save(content, file, _use_new_zipfile_serialization=False)  # as those files are
-    caplog.set_level(logging.INFO, "reid.weights")
+    caplog.set_level(logging.INFO, "reid.checkpoints.weights")
     model = start(f"MODEL.NAME={name}", "MODEL.PRETRAIN_CHOICE=imagenet", f"MODEL.PRETRAIN_PATH={file}")
     loaded = model.base.state_dict()
     assert all(torch.equal(loaded[key], own[key]) for key in own)
@@ -330,7 +330,7 @@ def test_finetuning_reinitializes_classifier_and_centers_only(tmp_path, caplog):
     source = model_of(*center, num_pids=6)
     golden_weights.fill(source)
     torch.save(source.state_dict(), tmp_path / "w.pt")
-    caplog.set_level(logging.INFO, "reid.weights")
+    caplog.set_level(logging.INFO, "reid.checkpoints.weights")
     for num_pids in (5, 6):  # the same number does not make them the same
         caplog.clear()
         torch.manual_seed(1)

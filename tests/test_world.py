@@ -3,8 +3,8 @@
 import pytest
 from refusals import refused
 
+from reid.distributed.launch_environment import Start, World, read_start, read_world, speaks_for_node
 from reid.errors import WorldError
-from reid.world import Start, World, read_start, read_world, speaks_for_node
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
 # One task of each node of a job of two nodes, as `srun torchrun` leaves it to torchrun's processes.

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from reid.data.randomness import uniform
+from reid.randomness import uniform
 
 # One number per purpose, so that no two purposes share random numbers (samplers.py uses the low ones).
 _FLIP, _CROP_TOP, _CROP_LEFT, _ERASE, _ERASE_BOX = range(16, 21)

@@ -22,14 +22,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from reid import distributed
 from reid.data import augment, store
+from reid.data.benchmarks.splits import Benchmark, Split
+from reid.data.datasets import DataSets, join_training
 from reid.data.samplers import EvaluationBatches, IdentityPlan, PlannedBatch, ShufflePlan, TrainBatches
-from reid.data.sets import DataSets, join_training
-from reid.data.splits import Benchmark, Split
+from reid.distributed import collectives
 from reid.errors import DataError
-from reid.metrics import Labels
 from reid.process.files import copy_path, temporary_copy
+from reid.retrieval.metrics import Labels
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
@@ -187,13 +187,13 @@ def build_stores(cfg: CfgNode, data: DataSets) -> None:
         for name, split, size in needed:
             file = _store_file(cfg, name, split, tuple(size))
             try:
-                store.build_store(file, split.paths, tuple(size), progress=distributed.is_main())
+                store.build_store(file, split.paths, tuple(size), progress=collectives.is_main())
             except DataError as error:
                 faults.append(error)
         if faults:
             raise DataError("; ".join(map(str, faults)), key=faults[0].key)
 
-    distributed.once_per_node(build)
+    collectives.once_per_node(build)
 
 
 def test_splits(benchmark: Benchmark) -> tuple[tuple[str, Split], ...]:
@@ -216,9 +216,9 @@ def build_train_data(cfg: CfgNode, benchmarks: Sequence[Benchmark], device: torc
     )
     joined = join_training(benchmarks)
     batches = TrainBatches(
-        distributed.together(lambda: _build_plan(cfg, joined)),
-        rank=distributed.rank(),
-        num_ranks=distributed.num_ranks(),
+        collectives.together(lambda: _build_plan(cfg, joined)),
+        rank=collectives.rank(),
+        num_ranks=collectives.num_ranks(),
     )
     stores = [_open_store(cfg, f"{b.name}-train", b.train, recipe.size) for b in benchmarks]
     device = device or torch.device("cpu")
@@ -257,8 +257,8 @@ def build_test_data(cfg: CfgNode, benchmark: Benchmark) -> TestData:
     batches = EvaluationBatches(
         len(pids),
         batch_size=cfg.TEST.IMS_PER_BATCH,
-        rank=distributed.rank(),
-        num_ranks=distributed.num_ranks(),
+        rank=collectives.rank(),
+        num_ranks=collectives.num_ranks(),
     )
     images = StoredImages(stores, pids, None)
     loader = _build_loader(cfg, images, batches)
@@ -289,9 +289,9 @@ def _build_plan(cfg: CfgNode, train: Split) -> IdentityPlan | ShufflePlan:
 
 def _open_store(cfg: CfgNode, name: str, split: Split, size: tuple[int, int]) -> NDArray[np.uint8]:
     file = _store_file(cfg, name, split, size)
-    distributed.once_per_node(lambda: store.build_store(file, split.paths, size, progress=distributed.is_main()))
+    collectives.once_per_node(lambda: store.build_store(file, split.paths, size, progress=collectives.is_main()))
     with _local_copy(cfg, file) as nearest:
-        return distributed.together(lambda: store.open_store(nearest(), len(split), size))
+        return collectives.together(lambda: store.open_store(nearest(), len(split), size))
 
 
 @contextmanager
@@ -302,7 +302,7 @@ def _local_copy(cfg: CfgNode, file: Path) -> Iterator[Callable[[], Path]]:
     them ends, in whatever way.
     """
     folder = os.path.expandvars(cfg.DATASETS.NODE_LOCAL_DIR)
-    token = distributed.on_main(lambda: secrets.token_hex(8))
+    token = collectives.on_main(lambda: secrets.token_hex(8))
     copy = copy_path(file, Path(folder), token)
     begun = ExitStack()
     faults: list[str] = []
@@ -317,8 +317,8 @@ def _local_copy(cfg: CfgNode, file: Path) -> Iterator[Callable[[], Path]]:
         except OSError as error:
             faults.append(f"{folder} on {platform.node()} has no room or cannot be written to: {error.strerror}")
 
-    distributed.once_per_node(begin)
-    for fault in dict.fromkeys(chain(*distributed.gather_objects(faults))):
+    collectives.once_per_node(begin)
+    for fault in dict.fromkeys(chain(*collectives.gather_objects(faults))):
         logger.warning("warning: DATASETS.NODE_LOCAL_DIR=%s; images are read from DATASETS.CACHE_DIR there", fault)
     with begun:
         yield lambda: copy if copy.exists() else file

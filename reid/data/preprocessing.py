@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from reid.backbones import normalisation
 from reid.data.augment import augment, normalise
+from reid.models.backbones import normalisation
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from reid.data.randomness import random_bits, uniform
+from reid.randomness import random_bits, uniform
 
 Int64 = NDArray[np.int64]
 

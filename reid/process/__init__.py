@@ -1,5 +1,4 @@
-"""What a process has to do with its operating system: signals, log lines, its exit, and files.
+"""What every process needs before torch is imported: signals, log lines, environment, atomic files, text tables.
 
-It knows nothing of ranks, settings, tensors or images: its modules import only `reid.errors`, and neither torch nor
-numpy, so that a command can fail before either is loaded.
+It may import only errors, and neither torch nor numpy.
 """

@@ -1,4 +1,4 @@
-"""Training: one assembly of model, data, losses and optimizer (`build`), and the run around it (`train`).
+"""Training: the assembly (`build`), the run (`train`), the step and its criterion, and what acts on each event.
 
-It may import tracking, checkpoints and all packages below them; only commands may import it.
+It may import tracking, checkpoints and every package below them. Only commands import it.
 """

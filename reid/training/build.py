@@ -9,14 +9,14 @@ import torch
 from ignite.engine import Engine
 from torch import nn
 
-from reid import weights
-from reid.criterion import Criterion
+from reid.checkpoints import weights
 from reid.data.preprocessing import BatchPreprocessor
-from reid.model import ReIDModel, build_model
-from reid.optim import build_optimizer
-from reid.sync_batchnorm import synchronise_batchnorm
+from reid.distributed.accelerator import place, settle_gradient_buckets, wrap
+from reid.distributed.sync_batchnorm import synchronise_batchnorm
+from reid.models.reid_model import ReIDModel, build_model
+from reid.training.criterion import Criterion
+from reid.training.optim import build_optimizer
 from reid.training.step import build_trainer
-from reid.wrapping import place, settle_gradient_buckets, wrap
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

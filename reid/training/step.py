@@ -11,10 +11,10 @@ import torch
 from ignite.engine import Engine
 from torch import Tensor, nn
 
-from reid.criterion import Criterion, Losses
 from reid.data.preprocessing import BatchPreprocessor
-from reid.model import ReIDOutput
-from reid.wrapping import clip_gradients, statistics_kept
+from reid.distributed.accelerator import clip_gradients, statistics_kept
+from reid.models.reid_model import ReIDOutput
+from reid.training.criterion import Criterion, Losses
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

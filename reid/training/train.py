@@ -10,28 +10,28 @@ from typing import TYPE_CHECKING, Any
 
 from ignite.engine import Engine
 
-from reid import distributed
-from reid.checkpoint_files import checkpoints_in
+from reid.checkpoints.save import checkpoints_in
+from reid.checkpoints.state_dicts import epoch_in_name
+from reid.data.datasets import DataSets, open_data_sets
 from reid.data.loaders import TrainData, build_stores, build_train_data
 from reid.data.preprocessing import BatchPreprocessor
-from reid.data.sets import DataSets, open_data_sets
-from reid.evaluation import Evaluators, report_queries
-from reid.handlers import console, guards, interruption, schedule
-from reid.handlers.checkpoint import Checkpoints
-from reid.handlers.meters import TrainMeter
-from reid.handlers.pictures import Pictures
-from reid.handlers.records import Progress, attach_rows
-from reid.handlers.tensorboard import TensorBoard
-from reid.handlers.tracking import Tracker
-from reid.handlers.watchdog import Watchdog
-from reid.layouts import epoch_in_name
-from reid.model import ReIDModel
-from reid.ownership import claim
-from reid.preemption import Preempted, Signals
-from reid.run_directory import RunDirectory, environment_facts
-from reid.start import check_start
+from reid.distributed import collectives
+from reid.distributed.launch_environment import read_start, slurm_job
+from reid.distributed.watchdog import Watchdog
+from reid.evaluation.evaluator import Evaluators, report_queries
+from reid.evaluation.ranked_galleries import Pictures
+from reid.models.reid_model import ReIDModel
+from reid.process.signals import Preempted, Signals
+from reid.runs.directory import RunDirectory, environment_facts
+from reid.runs.ownership import claim
+from reid.runs.progress import Progress, attach_rows
+from reid.runs.start_checks import check_start
+from reid.tracking.tensorboard import TensorBoard
+from reid.tracking.tracker import Tracker
+from reid.training import console, guards, interruption, schedule
 from reid.training.build import Training, build_initial_model, build_training
-from reid.world import read_start, slurm_job
+from reid.training.checkpointing import Checkpoints
+from reid.training.meters import TrainMeter
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -116,7 +116,7 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> dict[str,
 
 
 def _build(cfg: CfgNode, accelerator: Accelerator, folder: RunDirectory, data: DataSets) -> tuple[Training, TrainData]:
-    is_resumed = distributed.on_main(lambda: bool(checkpoints_in(folder.checkpoints, "last")))
+    is_resumed = collectives.on_main(lambda: bool(checkpoints_in(folder.checkpoints, "last")))
     # Before the images are decoded, as weights may be missing.
     model = build_initial_model(cfg, accelerator, data.num_train_pids, load_weights=not is_resumed)
     build_stores(cfg, data)
@@ -188,7 +188,7 @@ def _announce(
         "training %s (%.1f million parameters) on %d x %s: %d identities, %d steps of %d images an epoch, %d epochs",
         cfg.MODEL.NAME,
         sum(parameter.numel() for parameter in model.parameters()) / 1e6,
-        distributed.num_ranks(),
+        collectives.num_ranks(),
         accelerator.device.type,
         train_data.num_pids,
         len(train_data.loader),

@@ -19,10 +19,10 @@ from yacs.config import CfgNode
 
 from reid.config.load import load_config
 from reid.data.loaders import Batch
-from reid.model import ReIDModel
-from reid.sync_batchnorm import synchronise_batchnorm
+from reid.distributed.accelerator import build_accelerator, place
+from reid.distributed.sync_batchnorm import synchronise_batchnorm
+from reid.models.reid_model import ReIDModel
 from reid.training.build import build_training
-from reid.wrapping import build_accelerator, place
 
 NEEDS_CUDA = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device: torch.cuda.is_available() is False"

@@ -23,20 +23,20 @@ from device_checks import (
 )
 from torch import nn
 
-from reid import neighbours
-from reid.checkpoint_files import host_copy
+from reid.checkpoints.save import host_copy
 from reid.config.load import load_config
 from reid.data import augment, loaders
 from reid.data.loaders import Batch, StoredImages
 from reid.data.preprocessing import BatchPreprocessor
 from reid.data.samplers import EvaluationBatches, ShufflePlan, TrainBatches
-from reid.embedder import build_embedder
-from reid.handlers.checkpoint import Checkpoints
-from reid.handlers.records import Progress
-from reid.metrics import RetrievalScores, retrieval_scores, scores_from_distmat
-from reid.optim import build_optimizer
-from reid.reranking import k_reciprocal
-from reid.wrapping import place
+from reid.distributed.accelerator import place
+from reid.evaluation.embedder import build_embedder
+from reid.retrieval import neighbours
+from reid.retrieval.metrics import RetrievalScores, retrieval_scores, scores_from_distmat
+from reid.retrieval.reranking import k_reciprocal
+from reid.runs.progress import Progress
+from reid.training.checkpointing import Checkpoints
+from reid.training.optim import build_optimizer
 
 CPU = torch.device("cpu")
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -55,8 +55,8 @@ def two_machines(tmp_path: Path) -> Iterator[Machines]:
 # The program, with longer steps: a signal shall come in the middle of a training, on fast machines too.
 SLOW_TRAIN = """
 import time
-from reid.criterion import Criterion
-from reid.launcher import leave, main
+from reid.training.criterion import Criterion
+from reid.commands.main import leave, main
 
 original = Criterion.__call__
 def slow(*arguments):

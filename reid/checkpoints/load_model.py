@@ -1,0 +1,64 @@
+"""A trained model from a checkpoint, for programs that embed images in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from reid.checkpoints import weights
+from reid.checkpoints.recorded_settings import of_checkpoint
+from reid.checkpoints.state_dicts import num_pids_of
+from reid.checkpoints.weight_file import read_weight_here
+from reid.config.load import load_config
+from reid.distributed.accelerator import place
+from reid.errors import SettingsError
+from reid.evaluation.embedder import Embedder
+from reid.models.reid_model import build_model
+
+
+def load_model(
+    file_or_wandb_reference: str | Path, device: str | torch.device = "auto", *, overrides: Iterable[str] = ()
+) -> Embedder:
+    """Load a trained model with the settings recorded in its checkpoint.
+
+    Args:
+        file_or_wandb_reference: A checkpoint file, or wandb:ENTITY/PROJECT/ARTIFACT:ALIAS.
+        device: "auto" for a GPU where there is one, or any device of torch.
+        overrides: Settings over the recorded ones, KEY=VALUE each; for a checkpoint that records none, such as one of
+            reid-strong-baseline, those that differ from the defaults.
+
+    Raises:
+        SettingsError: The device or a setting is not valid.
+        WorldError: The file cannot be read, or its weights do not fit the settings.
+
+    Example:
+        >>> embedder = reid.load_model("runs/market1501/checkpoints/best_0120.pt", device="cuda:1")
+        >>> embedding = embedder.embed(["a.jpg", "b.jpg"])  # float32 [2, D]
+    """
+    on = _device(device)
+    settings = [*overrides, f"TEST.WEIGHT={file_or_wandb_reference}", f"MODEL.DEVICE={on.type}"]
+    cfg = load_config(None, settings)
+    cfg = load_config(None, settings, recorded=of_checkpoint(cfg, {}))
+    _, content = read_weight_here(cfg)
+    source = f"TEST.WEIGHT={cfg.TEST.WEIGHT}"
+    weights.check_settings(content, cfg, source, key="TEST.WEIGHT")
+    model = build_model(cfg, num_pids=num_pids_of(content))
+    weights.load_here(model, content, source)
+    place(model, cfg, on)
+    return Embedder(model.eval(), cfg)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise SettingsError(
+            f"device must be auto or a device of torch, got {device!r}; use cpu", key="device"
+        ) from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise SettingsError(f"device must exist, but torch finds no GPU for {device!r}; use auto or cpu", key="device")
+    return chosen

@@ -1,0 +1,66 @@
+"""The trained model of TEST.WEIGHT, ready to embed images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from reid.checkpoints import weights
+from reid.checkpoints.state_dicts import checksum_of, num_pids_of
+from reid.checkpoints.weight_file import read_weight
+from reid.distributed import collectives
+from reid.distributed.accelerator import place
+from reid.errors import SettingsError
+from reid.models.reid_model import ReIDModel, build_model
+from reid.runs.start_checks import check_start
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from yacs.config import CfgNode
+
+
+class Trained(NamedTuple):
+    """A model and the checkpoint that its weights come from."""
+
+    model: ReIDModel  # in evaluation mode
+    file: Path
+    content: dict[str, Any]
+    source: str  # setting and file, for messages
+    checksum: str  # of the weights
+
+
+def check_weight_is_named(cfg: CfgNode) -> None:
+    if not cfg.TEST.WEIGHT:
+        raise SettingsError(
+            "TEST.WEIGHT must name the checkpoint to use, got ''. Fix: add TEST.WEIGHT FILE to the command.",
+            key="TEST.WEIGHT",
+        )
+
+
+def load_trained(cfg: CfgNode, accelerator: Accelerator) -> Trained:
+    """Check the start of a run and load TEST.WEIGHT; called by all ranks.
+
+    Raises:
+        SettingsError: TEST.WEIGHT is empty, or the backbone is unknown.
+        WorldError: The ranks differ, or `read_trained` fails.
+    """
+    check_start(cfg)
+    collectives.together(lambda: check_weight_is_named(cfg))
+    return read_trained(cfg, accelerator)
+
+
+def read_trained(cfg: CfgNode, accelerator: Accelerator) -> Trained:
+    """Load TEST.WEIGHT; the caller has already validated the settings. Called by all ranks.
+
+    Raises:
+        WorldError: The file is unreadable, does not fit, was made with other settings, or differs between ranks.
+    """
+    source = f"TEST.WEIGHT={cfg.TEST.WEIGHT}"
+    file, content = read_weight(cfg)
+    collectives.together(lambda: weights.check_settings(content, cfg, source, key="TEST.WEIGHT"))
+    checksum = checksum_of(content)
+    collectives.agree({"the contents of TEST.WEIGHT": checksum}, key="TEST.WEIGHT")
+    model = build_model(cfg, num_pids=num_pids_of(content))
+    weights.load_for_evaluation(model, content, source)
+    place(model, cfg, accelerator.device)
+    return Trained(model.eval(), file, content, source, checksum)

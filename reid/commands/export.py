@@ -1,0 +1,273 @@
+"""The story of an export: a trained model for other programs, each file compared with the model before it appears."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from reid.checkpoints import weights
+from reid.checkpoints.safetensors_files import write_safetensors
+from reid.checkpoints.state_dicts import checksum_of, num_pids_of, state_dict_of
+from reid.checkpoints.trained import Trained, load_trained
+from reid.commands.export_parity import Comparison, Embed, evaluation_pass, random_pass
+from reid.config.load import dump
+from reid.data.augment import normalise_at_once
+from reid.errors import DataError, SettingsError, WorldError
+from reid.models.backbones import normalisation
+from reid.models.reid_model import ReIDModel
+from reid.process.files import atomic_write, disk_errors
+from reid.process.signals import Signals
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from yacs.config import CfgNode
+
+logger = logging.getLogger("reid.export")
+
+_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_BATCH = torch.export.Dim("batch", min=1)
+_INPUTS = {
+    False: "float32 [B, 3, H, W]: RGB in 0..1, minus pixel_mean, over pixel_std",
+    True: "uint8 [B, H, W, 3]: RGB",
+}
+
+
+def export(
+    cfg: CfgNode,
+    accelerator: Accelerator,
+    signals: Signals,
+    *,
+    to: tuple[str, ...],
+    output: str | None,
+    check: str,
+    uint8: bool,
+) -> None:
+    """Writes TEST.WEIGHT in other formats; one process, on the CPU, in float32.
+
+    Args:
+        cfg: the whole configuration.
+        accelerator: of the evaluation that the files are compared by.
+        signals: there is nothing to save: the first one ends it.
+        to: the formats, of `commands.FORMATS`.
+        output: the folder for the files; by default that of TEST.WEIGHT.
+        check: one of `commands.CHECKS`.
+        uint8: whether the model takes images as they are and normalises them itself.
+
+    Raises:
+        SettingsError: TEST.WEIGHT would be overwritten.
+        WorldError: a package is missing, the checkpoint does not fit, a file cannot be written, or a model came out as
+            another one.
+    """
+    del signals
+    if "onnx" in to:
+        _check_packages()
+    trained = load_trained(cfg, accelerator)
+    weight = trained.file
+    folder = Path(output) if output else weight.parent
+    with disk_errors(folder, key="--output"):
+        folder.mkdir(parents=True, exist_ok=True)
+    metadata = describe(cfg, trained)
+    if "safetensors" in to:
+        _write_weights(folder / f"{weight.stem}.safetensors", weight, trained, metadata)
+    writers = [writer for writer in _WRITERS if writer.name in to]
+    if not writers:
+        return
+    comparison = _build_comparison(cfg, accelerator, trained.model, check)
+    for name in ("classifier", "centers"):  # for training only, and large where there are many identities
+        if hasattr(trained.model, name):
+            delattr(trained.model, name)
+    with _quiet(f"MODEL.NAME {cfg.MODEL.NAME} cannot be exported by torch {torch.__version__}"):
+        program = trace(trained.model, cfg, uint8=uint8)
+    undo = _to_pixels(cfg) if uint8 else nn.Identity()
+    for writer in writers:
+        file = folder / f"{weight.stem}{writer.suffix}"
+        with atomic_write(file, key="--output") as temporary:
+            with _quiet(f"{file} cannot be made by torch {torch.__version__}"):
+                run = writer.write(temporary, program, metadata | {"input": _INPUTS[uint8]})
+            told = "not checked"
+            if comparison:
+                told = comparison.check(file.name, writer.library, lambda images, run=run: run(undo(images)))  # type: ignore[misc]
+            size = temporary.stat().st_size
+        logger.info("%s: %.1f MB, %s", file, size / 1e6, told)
+
+
+def describe(cfg: CfgNode, trained: Trained) -> dict[str, str]:
+    """What a user of the weights has to know; texts, and JSON for everything else."""
+    mean, std = normalisation(cfg)
+    known = {
+        "num_pids": num_pids_of(trained.content),
+        "num_features": trained.model.num_features,
+        "size": list(cfg.INPUT.SIZE_TEST),  # height, width
+        "pixel_mean": list(mean),
+        "pixel_std": list(std),
+        "last_stride": cfg.MODEL.LAST_STRIDE,
+        "stem_relu": cfg.MODEL.STEM_RELU,
+        "feat_norm": cfg.TEST.FEAT_NORM,  # compare by cosine
+        "flip": cfg.TEST.FLIP,  # what is compared is the mean of this embedding and that of the mirror image
+    }
+    epoch = trained.content.get("epoch")
+    return {
+        "model_name": cfg.MODEL.NAME,
+        "neck": cfg.MODEL.NECK,
+        "neck_feat": cfg.TEST.NECK_FEAT,
+        **{name: json.dumps(value) for name, value in known.items()},
+        **({"epoch": str(epoch)} if isinstance(epoch, int) else {}),
+        "source": Path(cfg.TEST.WEIGHT).name,
+        "checksum": trained.checksum,
+        "config": dump(cfg),
+    }
+
+
+class FromPixels(nn.Module):
+    """The model with the normalisation of its images: uint8 [B, H, W, 3] in RGB to an embedding [B, D].
+
+    Args:
+        model: of normalised images.
+        mean: [3] in 0..1.
+        std: [3] in 0..1.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        embedding: Tensor = self.model(normalise_at_once(images, self.mean, self.std).contiguous())
+        return embedding
+
+
+def trace(model: ReIDModel, cfg: CfgNode, *, uint8: bool) -> torch.export.ExportedProgram:
+    """The graph of the model in evaluation mode, for any number of images of INPUT.SIZE_TEST."""
+    height, width = cfg.INPUT.SIZE_TEST
+    example = torch.zeros((2, height, width, 3), dtype=torch.uint8) if uint8 else torch.zeros((2, 3, height, width))
+    whole: nn.Module = FromPixels(model, *_mean_and_std(cfg)).eval() if uint8 else model
+    return torch.export.export(whole, (example,), dynamic_shapes=({0: _BATCH},))
+
+
+def _mean_and_std(cfg: CfgNode) -> tuple[Tensor, Tensor]:
+    mean, std = normalisation(cfg)
+    return torch.tensor(mean), torch.tensor(std)
+
+
+def _to_pixels(cfg: CfgNode) -> Embed:
+    """Takes back the normalisation of an evaluation's images, exactly, as pixels are whole numbers."""
+    mean, std = (values[:, None, None] for values in _mean_and_std(cfg))
+    return lambda images: ((images * std + mean) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def _build_comparison(cfg: CfgNode, accelerator: Accelerator, model: ReIDModel, check: str) -> Comparison | None:
+    if check == "none":
+        return None
+    images = random_pass(cfg)
+    if check == "evaluation":
+        try:
+            images = evaluation_pass(cfg, accelerator, model)
+        except DataError as error:
+            logger.warning("warning: no evaluation is possible here (%s); comparing on random images instead", error)
+    return Comparison(model, images)
+
+
+def _write_weights(file: Path, weight: Path, trained: Trained, metadata: dict[str, str]) -> None:
+    if file.resolve() == weight.resolve():
+        raise SettingsError(
+            f"{file} must be another file than TEST.WEIGHT, which would be overwritten; add --output FOLDER",
+            key="--output",
+        )
+    with atomic_write(file, key="--output") as temporary:
+        write_safetensors(temporary, state_dict_of(trained.content), metadata)
+        checksum = checksum_of(weights.read_file(temporary, "the file", key="--output"))
+        if checksum != trained.checksum:
+            raise WorldError(
+                f"{file} must hold what was written, checksum {trained.checksum}, but came back with {checksum}; "
+                "choose another disk by --output",
+                key="--output",
+            )
+        size = temporary.stat().st_size
+    logger.info("%s: %.1f MB, checksum %s as in the source", file, size / 1e6, checksum)
+
+
+def _write_program(file: Path, program: torch.export.ExportedProgram, metadata: dict[str, str]) -> Embed:
+    torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata, indent=2)})
+    module: Embed = torch.export.load(file).module()
+    return module
+
+
+def _write_onnx(file: Path, program: torch.export.ExportedProgram, metadata: dict[str, str]) -> Embed:
+    import onnxruntime
+
+    made = torch.onnx.export(
+        program,
+        dynamo=True,
+        input_names=["images"],
+        output_names=["embedding"],
+        dynamic_shapes=({0: _BATCH},),
+        verbose=False,
+    )
+    assert made is not None
+    made.model.metadata_props.update(metadata)
+    made.save(file, external_data=False)
+    onnxruntime.disable_telemetry_events()
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def _check_packages() -> None:
+    missing = [name for name in _ONNX_PACKAGES if find_spec(name) is None]
+    if missing:
+        raise WorldError(
+            f"--to onnx needs {', '.join(_ONNX_PACKAGES)}, but {', '.join(missing)} is missing; install them with: "
+            "uv sync --extra export",
+            key="--to",
+        )
+
+
+@contextlib.contextmanager
+def _quiet(failure: str) -> Iterator[None]:
+    """Keeps the exporter's words from the console, and says in a sentence when it fails."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    except OSError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise WorldError(f"{failure}: {reason}; choose other formats by --to", key="--to") from error
+    finally:
+        logging.disable(disabled)
+
+
+class _Writer(NamedTuple):
+    """A format of models, not of weights alone."""
+
+    name: str
+    suffix: str
+    library: str  # that runs it
+    write: Callable[[Path, torch.export.ExportedProgram, dict[str, str]], Embed]  # gives what runs the file
+
+
+_WRITERS = (
+    _Writer("torch", ".pt2", "torch.export", _write_program),
+    _Writer("onnx", ".onnx", "onnxruntime", _write_onnx),
+)

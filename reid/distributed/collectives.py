@@ -1,0 +1,340 @@
+"""Everything that knows there is more than one process: group, device, collectives, agreement."""
+
+from __future__ import annotations
+
+import os
+import platform
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import ignite.distributed as idist
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from reid.config.schema import SETTINGS
+from reid.distributed.accelerator import build_accelerator, forget_accelerator
+from reid.distributed.launch_environment import World
+from reid.errors import ReidError, WorldError, shared
+from reid.process.signals import Preempted
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from yacs.config import CfgNode
+
+T = TypeVar("T")
+
+
+@contextmanager
+def session(world: World, cfg: CfgNode) -> Iterator[Accelerator]:
+    """The process group from start to end (none where a single process was started), and accelerate joined to it.
+
+    accelerate owns precision, wrapping and the backward pass; ranks, collectives and devices are Ignite's.
+
+    Args:
+        world: what the launcher told this process.
+        cfg: the whole configuration; MODEL.DEVICE, SOLVER.PRECISION and SOLVER.TIMEOUT_MINUTES are read.
+
+    Raises:
+        WorldError: no GPU where one is asked for, fewer GPUs than processes on this node, or a library that does not
+            see the world that the launcher made.
+    """
+    on_gpu = _on_gpu(world, cfg.MODEL.DEVICE)
+    if world.has_group:
+        # A minute more than the watchdog waits, which can say who is missing and where.
+        timeout = timedelta(minutes=cfg.SOLVER.TIMEOUT_MINUTES + 1)
+        with _slurm_as_ignite_reads_it(by_srun=world.by_srun):
+            idist.initialize("nccl" if on_gpu else "gloo", timeout=timeout)
+    try:
+        _check_same_world("Ignite", idist.get_world_size(), idist.get_rank(), world)
+        accelerator = together(lambda: build_accelerator(cfg, on_gpu=on_gpu, num_ranks=world.num_ranks))
+        _check_same_world("accelerate", accelerator.num_processes, accelerator.process_index, world)
+        yield accelerator
+    except (ReidError, Preempted) as error:
+        if world.num_ranks > 1 and error.is_shared:
+            # torchrun ends all processes with the first that ends, and rank 0 may still be closing its W&B run.
+            idist.barrier()
+        raise
+    finally:
+        if world.has_group:
+            idist.finalize()
+        forget_accelerator()
+
+
+def _on_gpu(world: World, device: str) -> bool:
+    if device == "cpu":
+        return False
+    if not torch.cuda.is_available():
+        if device == "cuda":
+            error = WorldError(
+                "MODEL.DEVICE is cuda, but torch finds no GPU on this machine; use MODEL.DEVICE auto or cpu",
+                key="MODEL.DEVICE",
+            )
+            raise error if world.local_rank == 0 else shared(error)
+        return False
+    num_gpus = torch.cuda.device_count()
+    if world.local_rank >= num_gpus:
+        error = WorldError(
+            f"every process needs a GPU of its own, but {num_gpus + 1} or more processes were started on a node with "
+            f"{num_gpus}; lower --nproc_per_node, or set MODEL.DEVICE cpu",
+            key="--nproc_per_node",
+        )
+        raise error if world.local_rank == num_gpus else shared(error)
+    return True
+
+
+@contextmanager
+def _slurm_as_ignite_reads_it(*, by_srun: bool) -> Iterator[None]:
+    """Ignite takes every process in a Slurm job for one of the job's tasks.
+
+    Where torchrun made the ranks, it would overwrite LOCAL_RANK by the task's; and the tasks of a step may be fewer
+    than those that the job asked for, for which it would wait.
+    """
+    if by_srun:
+        step = {"NTASKS": "NUM_TASKS", "JOB_NUM_NODES": "NUM_NODES", "JOB_NODELIST": "NODELIST"}
+        seen = {f"SLURM_{job}": os.environ[f"SLURM_STEP_{own}"] for job, own in step.items()}
+    else:
+        seen = {}
+    ours = {name: os.environ[name] for name in ("SLURM_JOB_ID", *seen) if name in os.environ}
+    if not by_srun:
+        os.environ.pop("SLURM_JOB_ID", None)
+    os.environ.update(seen)
+    try:
+        yield
+    finally:
+        os.environ.update(ours)
+
+
+def _check_same_world(library: str, num_ranks: int, own_rank: int, world: World) -> None:
+    if (num_ranks, own_rank) != (world.num_ranks, world.rank):
+        raise WorldError(
+            f"{library} must see rank {world.rank} of {world.num_ranks} as the launcher made it, but it sees rank "
+            f"{own_rank} of {num_ranks}, and the processes would train side by side; start them with torchrun, and "
+            "unset other variables that speak of ranks",
+            key="WORLD_SIZE",
+        )
+
+
+def rank() -> int:
+    return int(idist.get_rank())
+
+
+def num_ranks() -> int:
+    return int(idist.get_world_size())
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def together(work: Callable[[], T]) -> T:
+    """Runs the work on every rank; where some raise one of our errors, all do, so that none waits for the others.
+
+    Raises:
+        the error of the lowest rank that has one, marked `is_shared`: rank 0 tells it for all.
+    """
+    if num_ranks() == 1:
+        return work()
+    result, own_error = None, None
+    try:
+        result = work()
+    except ReidError as raised:
+        own_error = raised
+    for failed_rank, error in enumerate(gather_objects(own_error)):
+        if error is not None:
+            words = str(error) if failed_rank == 0 else f"{error} (on rank {failed_rank})"
+            raise shared(type(error)(words, key=error.key)) from own_error
+    return cast("T", result)
+
+
+def agree(facts: Mapping[str, object], *, key: str | None = None) -> None:
+    """Refuses to go on where the ranks do not know the same facts.
+
+    Args:
+        facts: name -> value, with the same meaning on every rank.
+        key: Key of the error where the facts are no settings; a setting that differs goes by its own.
+
+    Raises:
+        WorldError: on every rank; names the first rank that differs from rank 0, its host, and the differences.
+    """
+    first, *others = gather_objects((platform.node(), dict(facts)))
+    for other, (host, theirs) in enumerate(others, start=1):
+        names = sorted(name for name in first[1].keys() | theirs.keys() if first[1].get(name) != theirs.get(name))
+        if names:
+            differences = "; ".join(f"{name} is {theirs.get(name)!r}, not {first[1].get(name)!r}" for name in names)
+            error = WorldError(
+                f"rank {other} on {host} does not agree with rank 0 on {first[0]}: {differences}; start all ranks "
+                "with the same command, code, packages and data",
+                key=next((name for name in names if name in SETTINGS), key),
+            )
+            raise shared(error)
+
+
+def once_per_node(work: Callable[[], object]) -> None:
+    """Runs the work on one process of every node while the others wait; errors as in `together`."""
+    together(work if idist.get_local_rank() == 0 else lambda: None)
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """What the work gives on rank 0, on every rank; errors as in `together`."""
+    box = [together(lambda: work() if is_main() else None)]
+    if num_ranks() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return cast("T", box[0])
+
+
+def gather_objects(own: T) -> list[T]:
+    """One object of every rank, in rank order."""
+    if num_ranks() == 1:
+        return [own]
+    gathered: list[Any] = [None] * num_ranks()
+    dist.all_gather_object(gathered, own)
+    return gathered
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The element-wise sum of every rank's tensor."""
+    return cast("Tensor", idist.all_reduce(values.clone()))
+
+
+def on_any_rank(*, own: bool) -> bool:
+    """Whether it is so on at least one rank; called by all."""
+    return any(gather_objects(own))
+
+
+class Consensus:
+    """The largest number that any rank named at the step before: the same on all ranks, and waited for by none.
+
+    Every call begins a small all-reduce, in a group of its own on the CPU, and ends the one that the call before began,
+    which has run beside the step.
+    """
+
+    def __init__(self) -> None:
+        self._group: Any = dist.new_group(backend="gloo") if num_ranks() > 1 else None
+        self._begun: tuple[dist.Work, Tensor] | None = None
+
+    def exchange(self, own: int) -> int:
+        """Called by all ranks at every step; 0 at the first, without others the number itself."""
+        if self._group is None:
+            return own
+        agreed = 0
+        if self._begun is not None:
+            work, value = self._begun
+            work.wait()
+            agreed = int(value)
+        value = torch.tensor(own)
+        begun = dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._begun = (begun, value)
+        return agreed
+
+
+class Noticeboard:
+    """Short texts of all ranks, which can be put up and read while a collective hangs.
+
+    Args:
+        topic: keeps the texts of different uses apart.
+        patience: seconds to wait for the process that keeps them.
+    """
+
+    def __init__(self, topic: str, patience: float) -> None:
+        # torchrun may keep the store for the next group; its own count of them differs between nodes.
+        attempt = on_main(lambda: secrets.token_hex(4))
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=patience))  # type: ignore[attr-defined]
+        self._store = dist.PrefixStore(f"reid/{topic}/{attempt}", store)  # type: ignore[attr-defined]
+
+    def put_up(self, text: str) -> None:
+        self._store.set(str(rank()), text)
+
+    def read(self) -> dict[int, str]:
+        """The texts by rank, of those that have put one up."""
+        present = [other for other in range(num_ranks()) if self._store.check([str(other)])]
+        return {other: self._store.get(str(other)).decode() for other in present}
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a collective has failed because another rank is gone or silent."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def global_batch(feat: Tensor, pids: Tensor) -> tuple[Tensor, Tensor]:
+    """Features and identities of the global batch, in rank order, with one collective.
+
+    Only this rank's own rows carry a gradient. A loss over *all* rows therefore has, with respect to them, the gradient
+    of the single process; as gradients are averaged over the ranks, it must be multiplied by their number.
+
+    Args:
+        feat: [B_rank, D], as many rows on every rank.
+        pids: [B_rank], below 2**24, so that float32 holds them exactly.
+
+    Returns:
+        feat [B, D] and pids [B].
+    """
+    if num_ranks() == 1:
+        return feat, pids
+    return cast("tuple[Tensor, Tensor]", _GlobalBatch.apply(feat, pids))
+
+
+class _GlobalBatch(torch.autograd.Function):
+    """Packed, gathered and taken apart without another copy; the gradient of this rank's rows is theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, feat: Tensor, pids: Tensor) -> tuple[Tensor, Tensor]:
+        gathered = all_gather(torch.cat([feat, pids[:, None].to(feat.dtype)], dim=1))  # [B, D + 1]
+        all_pids = gathered[:, -1].to(pids.dtype)
+        ctx.own = slice(rank() * len(feat), (rank() + 1) * len(feat))
+        ctx.mark_non_differentiable(all_pids)
+        return gathered[:, :-1], all_pids
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0][ctx.own], None
+
+
+def all_gather(own: Tensor) -> Tensor:
+    """The tensors [n, ...] of all ranks, of which there are several, one behind the other, without gradient."""
+    gathered = own.new_empty((num_ranks() * len(own), *own.shape[1:]))
+    dist.all_gather_into_tensor(gathered, own.contiguous())
+    return gathered
+
+
+def gather_rows(rows: Tensor, ids: Tensor, num_rows: int) -> Tensor:
+    """The rows of all ranks, each at the place that its id names; ranks may hold different numbers of rows, or none.
+
+    Args:
+        rows: [n_rank, ...].
+        ids: [n_rank], every one of 0..num_rows-1 on exactly one rank.
+        num_rows: over all ranks.
+
+    Returns:
+        [num_rows, ...] on every rank, on the CPU or device of `rows`.
+
+    Raises:
+        WorldError: an id is missing or comes twice.
+    """
+    if num_ranks() > 1:
+        counts = gather_objects(len(ids))
+        longest = max(counts)
+        rows, ids = (_gather_uneven(part, counts, longest) for part in (rows, ids))
+    if not torch.equal(ids.sort().values.cpu(), torch.arange(num_rows)):
+        raise shared(WorldError(f"every one of {num_rows} rows must come from exactly one rank, but {len(ids)} came"))
+    ordered = torch.empty_like(rows)
+    ordered[ids] = rows
+    return ordered
+
+
+def _gather_uneven(part: Tensor, counts: list[int], longest: int) -> Tensor:
+    padded = part.new_zeros((longest, *part.shape[1:]))
+    padded[: len(part)] = part
+    gathered = all_gather(padded)
+    return torch.cat([gathered[i * longest : i * longest + n] for i, n in enumerate(counts)])
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Gives every rank rank 0's buffers: without SyncBN each has BatchNorm statistics of its own."""
+    if num_ranks() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
