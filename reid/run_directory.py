@@ -85,8 +85,8 @@ class RunDirectory:
 
     def describe(self, cfg: CfgNode, device: torch.device) -> None:
         """Write config.yaml and environment.json; called by all ranks."""
-        own = {"rank": distributed.rank(), "host": platform.node(), "device": _device_name(device)}
-        ranks = distributed.gather_objects(own)
+        local = {"rank": distributed.rank(), "host": platform.node(), "device": _device_name(device)}
+        ranks = distributed.gather_objects(local)
         if distributed.is_main():
             environment = environment_facts() | {"ranks": ranks}
             self._write_text("config.yaml", dump(cfg))
