@@ -84,6 +84,7 @@ class Place:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
             "WANDB_MODE": "offline",
+            "MPLCONFIGDIR": str(folder / "matplotlib"),
             **{f"WANDB_{name}_DIR": str(folder / "wandb" / name.lower()) for name in ("DATA", "CACHE", "CONFIG")},
             "https_proxy": "http://127.0.0.1:9",  # no network
         }

@@ -78,7 +78,7 @@ def test_there_is_nothing_to_prepare_but_for_cuhk03(tmp_path):
 
 def test_incomplete_benchmark_is_reported_in_one_warning(tmp_path, caplog):
     root = write(tmp_path / "market1501")
-    with caplog.at_level(logging.WARNING, logger="reid.data"):
+    with caplog.at_level(logging.WARNING, logger="reid"):
         load_benchmark("market1501", tmp_path)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     (message,) = caplog.messages

@@ -187,7 +187,7 @@ def test_prints_nothing(capfd, write):
 
 
 def test_the_published_file_runs_unchanged(write, caplog):
-    with caplog.at_level(logging.WARNING, "reid.config"):
+    with caplog.at_level(logging.WARNING, "reid"):
         cfg = load_config(
             write(PUBLISHED), ["MODEL.DEVICE_ID", "('your device id')", "DATASETS.NAMES", "('market1501')"]
         )

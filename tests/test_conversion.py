@@ -207,5 +207,5 @@ def test_error_names_convert_command_whose_output_can_be_loaded(place):
     no_model = place.command(sys.executable, CONVERT, TRAIN, "other.pth")
     assert no_model.code == 1
     assert no_model.err.startswith("error: ")
-    assert f"IN={TRAIN}" in no_model.err
+    assert f"got {TRAIN}" in no_model.err
     assert no_model.err.count("\n") == 1

@@ -87,7 +87,7 @@ def test_bf16_trains_nearly_as_float32():
 def test_missing_cpu_support_for_bf16_is_reported(monkeypatch, caplog, has_bf16, is_said):
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: has_bf16)
-    with caplog.at_level("INFO", logger="reid.wrapping"):
+    with caplog.at_level("INFO", logger="reid"):
         build_accelerator(load_config(None, ["SOLVER.PRECISION=bf16"]), on_gpu=False, num_ranks=1)
     assert len(caplog.messages) == is_said
     assert all("SOLVER.PRECISION bf16" in message and "fp32" in message for message in caplog.messages)

@@ -113,7 +113,7 @@ def test_a_broken_link_is_not_passed_over(tmp_path):
 
 def test_distractors_are_not_trained_on(tmp_path, caplog):
     root = write(tmp_path, train=[*TRAIN_NAMES, "0000_c1.jpg", "0000_c2.jpg", "-1_c1.jpg"])
-    with caplog.at_level(logging.WARNING, logger="reid.data"):
+    with caplog.at_level(logging.WARNING, logger="reid"):
         train = market1501(tmp_path).train
     assert names_of(train) == sorted(TRAIN_NAMES)
     assert train.pids.tolist() == [0, 1, 1]

@@ -53,7 +53,7 @@ def test_restarted_job_takes_folder_from_running_predecessor(folder, start, capl
     monkeypatch.setattr(logging.getLogger("reid"), "propagate", True)
     zombie = claim(folder, Start("7", 0, "7-0"))
     folder.is_free = False
-    with caplog.at_level(logging.WARNING, "reid.run"):
+    with caplog.at_level(logging.WARNING, "reid"):
         owner = claim(folder, start)
     assert f"OUTPUT_DIR={folder.path} is taken over" in caplog.text
     owner.check()

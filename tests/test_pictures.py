@@ -178,7 +178,7 @@ def test_without_matplotlib_charts_are_skipped_with_one_line(monkeypatch, caplog
     monkeypatch.setattr(logging.getLogger("reid"), "propagate", True)
     monkeypatch.setattr(drawing, "find_spec", lambda name: None)
     drawing._has_matplotlib.cache_clear()
-    with caplog.at_level(logging.INFO, "reid.pictures"):
+    with caplog.at_level(logging.INFO, "reid"):
         assert [cmc_chart({"x": [1.0]}, "t") for _ in range(2)] == [None, None]
     drawing._has_matplotlib.cache_clear()
     (message,) = caplog.messages

@@ -46,7 +46,7 @@ def test_how_another_machine_did_it_is_not_taken_over(tmp_path):
 
 def test_file_without_settings_uses_defaults_and_reports_it(tmp_path, caplog):
     torch.save({"base.conv1.weight": torch.zeros(1)}, tmp_path / "w.pth")
-    with caplog.at_level(logging.INFO, "reid.recorded"):
+    with caplog.at_level(logging.INFO, "reid"):
         assert settings_of(tmp_path / "w.pth").MODEL.NAME == "resnet50"
     (said,) = caplog.messages
     assert f"TEST.WEIGHT={tmp_path}/w.pth" in said

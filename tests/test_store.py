@@ -497,7 +497,7 @@ def test_progress(tmp_path, monkeypatch, caplog, stream, progress, bar):
     paths = write_images(tmp_path / "images", 3)
     file = tmp_path / "store.npy"
     monkeypatch.setattr(sys, "stderr", stream)
-    with caplog.at_level(logging.INFO, logger="reid.data"):
+    with caplog.at_level(logging.INFO, logger="reid"):
         build_store(file, paths, SIZE, num_threads=2, progress=progress)
     assert ("3/3" in stream.getvalue()) == bar
     first, last = (record.getMessage() for record in caplog.records)

@@ -79,7 +79,7 @@ def test_a_model_is_asked_for_what_it_can(name, sizes, stride, options):
 
 
 def test_effect_of_last_stride_is_reported(caplog):
-    caplog.set_level(logging.INFO, "reid.models.timm_backbones")
+    caplog.set_level(logging.INFO, "reid")
     backbones.check(settings("test_resnet", "INPUT.SIZE_TRAIN=(40,40)"))
     backbones.check(settings("test_vit", "INPUT.SIZE_TRAIN=(48,48)"))
     backbones.check(settings("test_vit", "INPUT.SIZE_TRAIN=(64,48)", "MODEL.LAST_STRIDE=2"))
@@ -193,7 +193,7 @@ def saved(folder, state):
 
 
 def test_weights_of_timm_are_made_to_fit_the_size_of_the_images(vit, caplog):
-    caplog.set_level(logging.INFO, "reid.checkpoints.weights")
+    caplog.set_level(logging.INFO, "reid")
     loaded = start("test_vit", vit[0]).base.state_dict()
     changed = {name for name, value in loaded.items() if not torch.equal(value, vit[1].get(name, torch.zeros(0)))}
     assert changed == {"pos_embed"}

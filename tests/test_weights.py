@@ -110,7 +110,7 @@ def test_what_was_loaded_and_what_was_not_is_reported(caplog):
     module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
     kept = module[1].weight.clone()
     ones = {"0.weight": (3, 2), "0.bias": (3,), "1.weight": (9, 9), "2.weight": (1,)}
-    with caplog.at_level(logging.INFO, "reid.weights"):
+    with caplog.at_level(logging.INFO, "reid"):
         load_state(module, {name: torch.ones(shape) for name, shape in ones.items()}, "FILE", optional=("1.", "2."))
     (said,) = caplog.messages
     facts = ("FILE", "2 of 4", "1 (1.bias) missing", "1 (1.weight) of another shape", "1 (2.weight) unused")
@@ -139,7 +139,7 @@ def test_files_from_before_batches_were_counted_still_load(caplog):
     source, target = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     nn.init.constant_(source.running_mean, 7)
     old = {name: value for name, value in source.state_dict().items() if name != "num_batches_tracked"}
-    caplog.set_level(logging.INFO, "reid.checkpoints.weights")
+    caplog.set_level(logging.INFO, "reid")
     load_state(target, old, "FILE")
     assert torch.equal(target.running_mean, source.running_mean)
     (said,) = caplog.messages
@@ -228,7 +228,7 @@ def test_all_imagenet_weight_layouts_fill_the_complete_backbone(tmp_path, caplog
         content = {"epoch": 90, "arch": name, "best_prec1": 77.2, "state_dict": content}
     file = tmp_path / "w.pth"
     torch.save(content, file, _use_new_zipfile_serialization=False)  # as those files are
-    caplog.set_level(logging.INFO, "reid.checkpoints.weights")
+    caplog.set_level(logging.INFO, "reid")
     model = start(f"MODEL.NAME={name}", "MODEL.PRETRAIN_CHOICE=imagenet", f"MODEL.PRETRAIN_PATH={file}")
     loaded = model.base.state_dict()
     assert all(torch.equal(loaded[key], own[key]) for key in own)
@@ -330,7 +330,7 @@ def test_finetuning_reinitializes_classifier_and_centers_only(tmp_path, caplog):
     source = model_of(*center, num_pids=6)
     golden_weights.fill(source)
     torch.save(source.state_dict(), tmp_path / "w.pt")
-    caplog.set_level(logging.INFO, "reid.checkpoints.weights")
+    caplog.set_level(logging.INFO, "reid")
     for num_pids in (5, 6):  # the same number does not make them the same
         caplog.clear()
         torch.manual_seed(1)
@@ -496,7 +496,7 @@ def test_default_normalization_is_compared_by_its_actual_values():
 )
 def test_foreign_state_dict_warns_only_about_stem_relu(name, relu, num_warnings, caplog):
     cfg = settings(f"MODEL.NAME={name}", f"MODEL.STEM_RELU={relu}")
-    with caplog.at_level(logging.WARNING, "reid.weights"):
+    with caplog.at_level(logging.WARNING, "reid"):
         check_settings(model_of().state_dict(), cfg, "TEST.WEIGHT=x.pt", key="TEST.WEIGHT")
     assert len(caplog.messages) == num_warnings
     assert all("TEST.WEIGHT=x.pt" in message and "MODEL.STEM_RELU no" in message for message in caplog.messages)

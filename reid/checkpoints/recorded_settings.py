@@ -17,7 +17,7 @@ from reid.errors import WorldError
 if TYPE_CHECKING:
     from yacs.config import CfgNode
 
-logger = logging.getLogger("reid.recorded")
+logger = logging.getLogger(__name__)
 
 # Settings of the machine that made the file; this one may differ.
 _OF_THE_MACHINE = ("MODEL.DEVICE", "SOLVER.PRECISION", "SOLVER.SHARDING")

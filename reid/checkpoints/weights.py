@@ -36,7 +36,7 @@ from reid.models.reid_model import ReIDModel
 if TYPE_CHECKING:
     from yacs.config import CfgNode
 
-logger = logging.getLogger("reid.weights")
+logger = logging.getLogger(__name__)
 
 _OF_IDENTITIES = ("classifier.", "centers")  # entries that only the same identities can use
 _UNUSED = tuple(f"base.{name}" for name in CLASSIFIERS)
@@ -66,7 +66,7 @@ def read_file(path: Path, setting: str, *, key: str | None = None) -> dict[str, 
             key=key,
         ) from error
     except Exception as error:  # a damaged file makes the unpickler raise nearly anything
-        reason = "; ".join(str(error).splitlines()[:1]) or type(error).__name__
+        reason = "; ".join(str(error).splitlines()[:1]).rstrip(".") or type(error).__name__
         raise WorldError(
             f"{setting}={path} cannot be read as a file of weights, it is damaged or none: {reason}. Fix: give another "
             "file.",

@@ -28,7 +28,7 @@ from reid.checkpoints.state_dicts import is_optimizer, likely_backbone
 from reid.errors import WorldError
 from reid.process.logs import Console
 
-logger = logging.getLogger("reid.conversion")
+logger = logging.getLogger(__name__)
 
 
 class _Inert:
@@ -110,7 +110,7 @@ def extract_weights(path: Path) -> tuple[str, dict[str, Tensor]]:
     except WorldError:
         raise
     except Exception as error:  # a damaged file makes the unpickler raise nearly anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise WorldError(
             f"IN must be a file that torch.save wrote, got {path}, which is damaged or another: {reason}. Fix: give "
             "another file.",

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from yacs.config import CfgNode
 
-logger = logging.getLogger("reid.embedding")
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 

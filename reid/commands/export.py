@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from yacs.config import CfgNode
 
-logger = logging.getLogger("reid.export")
+logger = logging.getLogger(__name__)
 
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _BATCH = torch.export.Dim("batch", min=1)

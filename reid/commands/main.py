@@ -34,7 +34,7 @@ FAILED, BAD_INPUT, UNSAVED, PREEMPTED = 1, 2, 74, 85
 # Seconds that a process with nothing to say waits for the one that says it: torchrun ends all with the first that ends.
 _PATIENCE = 10.0
 
-logger = logging.getLogger("reid.launcher")
+logger = logging.getLogger(__name__)
 
 
 def _nothing_recorded(cfg: CfgNode, own: dict[str, Any]) -> list[RawSetting]:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from yacs.config import CfgNode
 
-logger = logging.getLogger("reid.search")
+logger = logging.getLogger(__name__)
 
 _LEGEND = "green: the same person, red: another one, no frame: unknown; yellow ring: the query's camera"
 _MOST_ROWS, _MOST_COLUMNS = 100, 50  # limits of the picture, as a JPEG has at most 65,535 pixels each way

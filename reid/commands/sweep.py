@@ -19,7 +19,7 @@ from reid.errors import ReidError, SettingsError, UnknownKeyError, WorldError
 from reid.process.environment import load_environment_file
 from reid.process.logs import Console
 
-logger = logging.getLogger("reid.sweeps")
+logger = logging.getLogger(__name__)
 
 _NEEDED = ("program", "method", "parameters", "command")
 _ARGUMENTS = "${args_no_hyphens}"  # the trial's KEY=VALUE, as launch/train.py takes them

@@ -20,7 +20,7 @@ from reid.config.schema_model import RESNETS
 from reid.config.validators import InvalidValue
 from reid.errors import SettingsError, UnknownKeyError
 
-logger = logging.getLogger("reid.config")
+logger = logging.getLogger(__name__)
 
 
 def load_config(

@@ -22,7 +22,7 @@ from reid.errors import SettingsError, shared
 if TYPE_CHECKING:
     from yacs.config import CfgNode
 
-logger = logging.getLogger("reid.data")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,7 +34,7 @@ from reid.retrieval.metrics import Labels
 if TYPE_CHECKING:
     from yacs.config import CfgNode
 
-logger = logging.getLogger("reid.data")
+logger = logging.getLogger(__name__)
 
 _DEVICE_CACHE_SHARE = 0.2  # of a GPU's memory that DATASETS.DEVICE_CACHE auto takes at most
 _CHUNK = 1024  # images copied to the device at once

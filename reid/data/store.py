@@ -32,7 +32,7 @@ _CHUNK = 64  # images per task of a thread; one image takes about 0.6 ms
 _NUM_SHOWN = 20  # bad files in a message
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
-logger = logging.getLogger("reid.data")
+logger = logging.getLogger(__name__)
 
 
 def store_file(cache_dir: Path, name: str, paths: Sequence[Path], size: tuple[int, int]) -> Path:

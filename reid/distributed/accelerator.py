@@ -29,7 +29,7 @@ from reid.hardware import has_fast_bfloat16
 if TYPE_CHECKING:
     from yacs.config import CfgNode
 
-logger = logging.getLogger("reid.wrapping")
+logger = logging.getLogger(__name__)
 
 
 def build_accelerator(cfg: CfgNode, *, on_gpu: bool, num_ranks: int) -> Accelerator:

@@ -19,7 +19,7 @@ from ignite.engine import Engine, Events
 
 from reid.distributed import collectives
 
-logger = logging.getLogger("reid.watchdog")
+logger = logging.getLogger(__name__)
 
 _EXIT_CODE = 1
 _GRACE = 3.0  # seconds between the timeouts of the first and the last rank that can still answer
@@ -68,26 +68,26 @@ class Watchdog:
                 self._end_process()
 
     def _end_process(self) -> None:
-        own = _State(collectives.rank(), platform.node(), self._num_beats, *_position(self._main))
+        local = _State(collectives.rank(), platform.node(), self._num_beats, *_position(self._main))
         try:
             # In a thread, because it waits forever if rank 0's process, which keeps the board, is stopped.
-            states = ThreadPoolExecutor(1).submit(self._exchange, own).result(timeout=3 * _GRACE)
+            states = ThreadPoolExecutor(1).submit(self._exchange, local).result(timeout=3 * _GRACE)
         except Exception:  # whatever happened to that process, this one must end
-            states, silent = [own], [0]
+            states, silent = [local], [0]
         else:
             silent = sorted(set(range(collectives.num_ranks())) - {state.rank for state in states})
-        if states[0] == own:
+        if states[0] == local:
             _report(states, silent, f"SOLVER.TIMEOUT_MINUTES={self._limit / 60:g} minutes")
         else:
             # The rank that reports may be up to _GRACE behind; if this one had ended, it would report a lost rank.
             time.sleep(2 * _GRACE)
         os._exit(_EXIT_CODE)  # sys.exit would need the main thread
 
-    def _exchange(self, own: _State) -> list[_State]:
+    def _exchange(self, local: _State) -> list[_State]:
         """Return the states of all ranks that can answer, in rank order."""
         if self._board is None:
-            return [own]
-        self._board.put_up(json.dumps(own))
+            return [local]
+        self._board.put_up(json.dumps(local))
         time.sleep(_GRACE)
         return [_State(*json.loads(text)) for _, text in sorted(self._board.read().items())]
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-logger = logging.getLogger("reid.pictures")
+logger = logging.getLogger(__name__)
 
 Color = tuple[int, int, int]
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Scores = Mapping[str, RetrievalScores]  # by the name of the test set
 
-logger = logging.getLogger("reid.evaluation")
+logger = logging.getLogger(__name__)
 
 
 class Evaluator:

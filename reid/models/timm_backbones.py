@@ -20,7 +20,7 @@ from reid.errors import SettingsError, WorldError
 if TYPE_CHECKING:
     from yacs.config import CfgNode
 
-logger = logging.getLogger("reid.timm_models")
+logger = logging.getLogger(__name__)
 
 PREFIX = "timm/"
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-logger = logging.getLogger("reid.side_effects")
+logger = logging.getLogger(__name__)
 
 
 @contextmanager

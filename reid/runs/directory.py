@@ -30,7 +30,7 @@ from reid.process.signals import MARKER, write_marker
 if TYPE_CHECKING:
     from yacs.config import CfgNode
 
-logger = logging.getLogger("reid.run")
+logger = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "torchvision", "pytorch-ignite", "accelerate", "wandb", "numpy", "pillow")
 
@@ -85,8 +85,8 @@ class RunDirectory:
 
     def describe(self, cfg: CfgNode, device: torch.device) -> None:
         """Write config.yaml and environment.json; called by all ranks."""
-        own = {"rank": collectives.rank(), "host": platform.node(), "device": _device_name(device)}
-        ranks = collectives.gather_objects(own)
+        local = {"rank": collectives.rank(), "host": platform.node(), "device": _device_name(device)}
+        ranks = collectives.gather_objects(local)
         if collectives.is_main():
             environment = environment_facts() | {"ranks": ranks}
             self._write_text("config.yaml", dump(cfg))

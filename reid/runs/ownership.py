@@ -18,7 +18,7 @@ from reid.process.files import write_text
 from reid.runs.directory import RunDirectory
 from reid.runs.progress import Records
 
-logger = logging.getLogger("reid.run")
+logger = logging.getLogger(__name__)
 
 _FILE = "owner.json"
 

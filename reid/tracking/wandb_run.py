@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import wandb
     from yacs.config import CfgNode
 
-logger = logging.getLogger("reid.tracking")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from reid.training.meters import TrainMeter
 if TYPE_CHECKING:
     from yacs.config import CfgNode
 
-logger = logging.getLogger("reid.checkpoint")
+logger = logging.getLogger(__name__)
 
 _FORMAT = 3
 _NUM_LAST = 2  # a file is deleted only when this many newer ones are complete

@@ -14,8 +14,8 @@ from reid.distributed import collectives
 from reid.runs.directory import RunDirectory
 from reid.runs.progress import Progress, Records
 
-logger = logging.getLogger("reid.train")
-step_logger = logging.getLogger("reid.train.steps")  # replaced by the progress bar on a terminal
+logger = logging.getLogger(__name__)
+step_logger = logging.getLogger(f"{__name__}.steps")  # replaced by the progress bar on a terminal
 
 _TERMS = ("id", "triplet", "center")
 _PERCENTAGES = ("mAP", "mINP", "rank-1", "rank-5", "rank-10")

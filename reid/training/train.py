@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from yacs.config import CfgNode
 
-logger = logging.getLogger("reid.run")
+logger = logging.getLogger(__name__)
 
 
 def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> dict[str, Any]:

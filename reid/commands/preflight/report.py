@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-logger = logging.getLogger("reid.check")
+logger = logging.getLogger(__name__)
 
 _WRITTEN = 1 << 24  # bytes of the write test
 _SLOW_LINK = 0.5  # of the median of its kind

@@ -30,7 +30,7 @@ BENCHMARKS: dict[str, Reader] = {
     "synthetic": synthetic,
 }
 
-logger = logging.getLogger("reid.data")
+logger = logging.getLogger(__name__)
 
 
 def load_benchmark(

@@ -37,7 +37,7 @@ _MAT = "cuhk03_release/cuhk-03.mat"
 _NAME = re.compile(r"(\d+)_(\d+)_([12])_(\d+)\.png", re.ASCII)  # camera pair, person within it, view, image
 _IMAGES_OF_VIEW_1 = 5  # of the ten places for images of a person
 
-logger = logging.getLogger("reid.data")
+logger = logging.getLogger(__name__)
 
 
 def cuhk03(root_dir: Path, options: BenchmarkOptions = DEFAULTS, parts: Sequence[Part] = PARTS) -> Benchmark:

@@ -39,7 +39,7 @@ DISTRACTOR_FOLDERS = ("images", "distractors_500k", "distractors")
 
 _NAME = re.compile(r"(-1|\d+)_c(\d+)", re.ASCII)
 
-logger = logging.getLogger("reid.data")
+logger = logging.getLogger(__name__)
 
 
 def market1501(root_dir: Path, options: BenchmarkOptions = DEFAULTS, parts: Sequence[Part] = PARTS) -> Benchmark:
