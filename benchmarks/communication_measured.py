@@ -24,6 +24,7 @@ from reid.config.load import load_config
 from reid.distributed import collectives
 from reid.distributed.accelerator import wrap
 from reid.distributed.launch_environment import read_world
+from reid.distributed.session import session
 from reid.distributed.sync_batchnorm import synchronise_batchnorm
 from reid.models.reid_model import build_model
 from reid.training.criterion import Criterion
@@ -36,7 +37,7 @@ STEPS = 10  # in a block, so that what a step leaves to the next is counted wher
 
 def measure(*, quick: bool) -> None:
     torch.manual_seed(0)
-    with collectives.session(read_world(os.environ), load_config(None, TINY)) as accelerator:
+    with session(read_world(os.environ), load_config(None, TINY)) as accelerator:
         count(accelerator)
         time_global_batch(quick=quick)
         time_agreement("steps of a small network", small_step(accelerator), num_rounds=20 if quick else 100)

@@ -63,9 +63,10 @@ def worker(images: int) -> None:
 
     from reid.distributed import collectives
     from reid.distributed.launch_environment import read_world
+    from reid.distributed.session import session
 
     torch.manual_seed(0)
-    with collectives.session(read_world(os.environ), load_config(None, TINY)) as accelerator:
+    with session(read_world(os.environ), load_config(None, TINY)) as accelerator:
         step = real_step(accelerator, images * collectives.num_ranks())[0]
         seconds, cpu = [], []
         for _ in range(WARM_UP + STEPS):

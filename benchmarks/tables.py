@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import date
 
-from reid.process.tables import format_table
+from reid.process.text_tables import format_table
 
 MIB = 2**20
 

@@ -25,7 +25,7 @@ settings.register_profile("thorough", deadline=None, derandomize=True, max_examp
 settings.load_profile("default")
 
 # Workers take file after file, so the long ones come first.
-LONG = ("test_train_sbatch", "test_continuity", "test_wandb_online", "test_distributed", "test_torchrun", "test_run")
+LONG = ("test_train_sbatch", "test_continuity", "test_wandb_online", "test_collectives", "test_torchrun", "test_train")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -27,6 +27,7 @@ from reid.data.samplers import EvaluationBatches, IdentityPlan, ShufflePlan, Tra
 from reid.distributed import collectives
 from reid.distributed.accelerator import fsdp_plugin, load_optimizer, place, whole
 from reid.distributed.launch_environment import read_world
+from reid.distributed.session import session
 from reid.distributed.sync_batchnorm import synchronise_batchnorm
 from reid.errors import DataError, WorldError
 from reid.evaluation.evaluator import Evaluator
@@ -403,7 +404,7 @@ def compare_ranks(folder: Path) -> int:
 def _session() -> Iterator[Any]:
     # torchrun's default of one thread each; a single process uses the same, so that only the number of ranks differs.
     torch.set_num_threads(1)
-    with collectives.session(read_world(os.environ), load_config(None, BASE)) as accelerator:
+    with session(read_world(os.environ), load_config(None, BASE)) as accelerator:
         yield accelerator
 
 

@@ -242,7 +242,7 @@ def test_a_damaged_checkpoint_costs_steps_and_nothing_else(place, straight, dama
 def test_a_file_that_would_run_code_is_rejected(place, story, settings):
     torch.save({"model": Evil()}, place.folder / "evil.pt")
     said = place.refusal(story, "OUTPUT_DIR", "evil", *settings, num_ranks=2, code=1)
-    assert f"{settings[-2]}=evil.pt is refused: it is damaged, or holds Python objects" in said
+    assert f"{settings[-2]}=evil.pt must hold a state dict only, got a damaged file or Python objects" in said
     assert not (place.folder / "executed").exists()
 
 
@@ -466,8 +466,8 @@ def test_other_settings_are_rejected_naming_old_and_new_value(place, straight):
     settings = ("SOLVER.MAX_EPOCHS", 3, *ADAM)
     folder = straight(*settings).name
     said = place.refusal("train", "OUTPUT_DIR", folder, *settings, "SOLVER.MARGIN", 0.5, num_ranks=2, code=1)
-    assert said.startswith(f"{folder}/checkpoints/last_0003_00000006.pt is of another run: ")
-    assert "SOLVER.MARGIN was 0.3 and is now 0.5; give the same settings" in said
+    assert said.startswith(f"{folder}/checkpoints/last_0003_00000006.pt must be from this run, but SOLVER.MARGIN")
+    assert "SOLVER.MARGIN was 0.3 and is now 0.5. Fix: use the same settings" in said
 
 
 @pytest.mark.slow

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from reid.commands.evaluate import evaluate as evaluate_on_all_ranks
 from reid.config.rules import validate_training
-from reid.distributed import collectives
 from reid.distributed.launch_environment import read_world
+from reid.distributed.session import session
 from reid.process.signals import SIGNALS, Signals
 from reid.training.train import train as train_on_all_ranks
 
@@ -62,7 +62,7 @@ def evaluate(cfg: CfgNode) -> dict[str, Any]:
 def _run(work: Callable[..., dict[str, Any]], cfg: CfgNode) -> dict[str, Any]:
     world = read_world(os.environ)
     signals = Signals(under_launcher="TORCHELASTIC_RUN_ID" in os.environ)
-    with collectives.session(world, cfg) as accelerator, _installed(signals):
+    with session(world, cfg, keep_group=True) as accelerator, _installed(signals):
         return work(cfg, accelerator, signals)
 
 

@@ -26,7 +26,7 @@ from reid.data.store import fault_of_image
 from reid.errors import ReidError, SettingsError
 from reid.process.files import printable
 from reid.process.logs import answer
-from reid.process.tables import format_table
+from reid.process.text_tables import format_table
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode

@@ -165,6 +165,7 @@ def _prepare(
         from reid.commands import embed, evaluate, export, search
         from reid.commands.preflight import report
         from reid.distributed import collectives
+        from reid.distributed.session import session
         from reid.training.train import train
     except (ImportError, RuntimeError) as error:
         raise explain_import_error(error) from error
@@ -188,7 +189,7 @@ def _prepare(
 
     def run_story(cfg: CfgNode, world: World, signals: Signals) -> None:
         try:
-            with collectives.session(world, cfg) as accelerator:
+            with session(world, cfg) as accelerator:
                 # Not before: while ranks look for each other no handler of Python's would run.
                 signals.install()
                 found = collectives.on_main(lambda: recorded_by(cfg, arguments.command_args)) if at_wandb else []

@@ -26,7 +26,7 @@ from reid.evaluation.drawing import GalleryCell, pixels_of, ranked_gallery, shee
 from reid.evaluation.embedder import ImageEmbedder
 from reid.process.files import atomic_write, printable, write_text
 from reid.process.signals import Signals
-from reid.process.tables import format_table
+from reid.process.text_tables import format_table
 from reid.retrieval.neighbours import nearest_in_gallery
 
 if TYPE_CHECKING:

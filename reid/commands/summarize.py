@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from reid.process.logs import answer
-from reid.process.tables import format_table
+from reid.process.text_tables import format_table
 
 _METRICS = ("mAP", "mINP", "rank-1", "rank-5", "rank-10")
 INCOMPLETE = 1  # exit code: a run has no result

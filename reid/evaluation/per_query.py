@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from reid.process.files import printable
-from reid.process.tables import format_table
+from reid.process.text_tables import format_table
 from reid.retrieval.metrics import Labels
 from reid.retrieval.ranking import QueryScores
 

@@ -61,7 +61,7 @@ class RunDirectory:
             (self.path / "log.txt").touch()
         except OSError as error:
             raise WorldError(
-                f"OUTPUT_DIR must be writable, got {self.path}: {error}. Fix: choose another OUTPUT_DIR.",
+                f"OUTPUT_DIR must be writable, got {self.path}: {error.strerror}. Fix: choose another OUTPUT_DIR.",
                 key="OUTPUT_DIR",
             ) from error
         self._log = LogFile(self.path / "log.txt")

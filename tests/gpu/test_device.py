@@ -258,7 +258,7 @@ def test_embeddings_equal_those_of_a_cpu(device, flip):
         embedder = build_embedder(model, accelerator, BatchPreprocessor(cfg, accelerator.device), flip=flip)
         data = stored()
         data._recipe = None
-        loader = loaders._build_loader(cfg, data, EvaluationBatches(40, batch_size=16, rank=0, num_ranks=1), 0)
+        loader = loaders._build_loader(cfg, data, EvaluationBatches(40, batch_size=16, rank=0, num_ranks=1))
         rows = []
         for batch in loader:
             rows.append(embedder.run([batch]).output.embedding)

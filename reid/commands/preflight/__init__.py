@@ -1,4 +1,4 @@
 """The command `check`: what a training would find on these machines, measured before it starts.
 
-`report` collects problems and figures, `link_speed` measures collectives, `trial` times the first steps.
+`report` collects problems and figures, `trial` times the first steps.
 """

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from reid.checkpoints.save import checkpoints_in
-from reid.commands.preflight.link_speed import Link, measure
 from reid.commands.preflight.trial import Trial, try_steps
 from reid.config.rules import validate_training
 from reid.data.datasets import DataSets, open_data_sets
 from reid.distributed import collectives
+from reid.distributed.link_speed import Link, measure
 from reid.errors import ReidError, WorldError, shared
 from reid.process.signals import Signals
 from reid.runs.start_checks import check_start

@@ -27,7 +27,7 @@ from reid.data.augment import (
     normalise,
 )
 
-GOLDEN = Path(__file__).parent / "golden" / "val_transform.npz"
+GOLDEN = Path(__file__).parents[1] / "golden" / "val_transform.npz"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 N = 20_000
 

@@ -14,7 +14,7 @@ from reid.errors import SettingsError
 from reid.models.reid_model import build_model
 from reid.training.optim import build_optimizer, learning_rate, set_learning_rate
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "lr_schedule.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "lr_schedule.json").read_text())
 
 
 def solver(**settings):

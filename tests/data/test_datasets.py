@@ -150,6 +150,6 @@ def test_resume_allows_other_test_sets_but_not_other_train_sets(place, trained):
 def test_two_tables_with_the_same_name_are_rejected(monkeypatch):
     monkeypatch.setattr("reid.data.datasets.load_benchmark", lambda *_, **__: benchmark_of("same", [0, 1], [0, 1]))
     cfg = load_config(None, ["DATASETS.NAMES=market1501", "TEST.DATASETS=synthetic", "MODEL.PRETRAIN_CHOICE=none"])
-    monkeypatch.setattr("reid.data.datasets.synthetic.generate", lambda *_, **__: None)
+    monkeypatch.setattr("reid.data.datasets.generate.generate", lambda *_, **__: None)
     with refused(SettingsError, "DATASETS.NAMES", "market1501 and synthetic", "same"):
         open_data_sets(cfg, train=True)

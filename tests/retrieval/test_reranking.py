@@ -28,7 +28,7 @@ GOLDEN = [(20, 6, 0.3), (10, 3, 0.5), (25, 1, 0.0)]
 
 @pytest.fixture(scope="module")
 def golden():
-    return np.load(Path(__file__).parent / "golden" / "reranking.npz")
+    return np.load(Path(__file__).parents[1] / "golden" / "reranking.npz")
 
 
 def people(num_images: int, num_features: int = 16, seed: int = 0, spread: float = 0.5) -> np.ndarray:

@@ -12,11 +12,11 @@ from reid.process.signals import MARKER, write_marker
 PROGRAM = """
 import os, signal, sys, time
 from types import SimpleNamespace
-from reid import preemption
+from reid.process import signals as module
 from reid.process.signals import Preempted, Signals
 
 seconds = 0.0  # by this clock; a busy machine's may stand between two signals
-preemption.time = SimpleNamespace(monotonic=lambda: seconds)
+module.time = SimpleNamespace(monotonic=lambda: seconds)
 
 signals = Signals(under_launcher="launcher" in sys.argv)
 signals.install()

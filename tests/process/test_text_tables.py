@@ -4,8 +4,8 @@ import doctest
 
 import pytest
 
-from reid.process import tables
-from reid.process.tables import format_table
+from reid.process import text_tables
+from reid.process.text_tables import format_table
 
 
 def test_columns_are_aligned_to_their_widest_cell():
@@ -34,4 +34,4 @@ def test_rows_of_unequal_length_are_rejected():
 
 
 def test_the_example_is_right():
-    assert doctest.testmod(tables).failed == 0
+    assert doctest.testmod(text_tables).failed == 0

@@ -10,7 +10,7 @@ from reid.commands.check_data import main
 from reid.config.benchmark_names import NAMES
 from reid.data.benchmarks.sources import DOCUMENTED, SOURCES, Count
 
-LAUNCHER = Path(__file__).parents[1] / "launch" / "data.py"
+LAUNCHER = Path(__file__).parents[2] / "launch" / "data.py"
 IMAGES = {
     "bounding_box_train": ["0001_c1.jpg", "0002_c2.jpg"],
     "query": ["0003_c1.jpg"],

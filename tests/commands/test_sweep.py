@@ -14,7 +14,7 @@ from refusals import refused
 from reid.commands.sweep import read_sweep
 from reid.errors import SettingsError
 
-SWEEPS = sorted((Path(__file__).parent.parent / "configs" / "sweeps").glob("*.yaml"))
+SWEEPS = sorted((Path(__file__).parents[2] / "configs" / "sweeps").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.name)

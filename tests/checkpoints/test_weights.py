@@ -29,7 +29,7 @@ from reid.errors import WorldError
 from reid.models.backbones import BACKBONES
 from reid.models.reid_model import build_model
 
-SHAPES = json.loads((Path(__file__).parent / "golden" / "backbone_state_dict.json").read_text())
+SHAPES = json.loads((Path(__file__).parents[1] / "golden" / "backbone_state_dict.json").read_text())
 
 
 def settings(*overrides):

@@ -19,7 +19,7 @@ from reid.errors import SettingsError
 from reid.models.backbones import BACKBONES, IBN
 from reid.models.reid_model import ReIDOutput, build_model
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 SHAPES = json.loads((GOLDEN / "backbone_state_dict.json").read_text())
 
 

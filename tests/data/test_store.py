@@ -22,7 +22,7 @@ from refusals import refused
 from reid.data.store import build_store, decode, fault_of_image, open_store, store_file
 from reid.errors import DataError, WorldError
 
-GOLDEN = Path(__file__).parent / "golden" / "val_transform.npz"
+GOLDEN = Path(__file__).parents[1] / "golden" / "val_transform.npz"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZE = (32, 16)
 

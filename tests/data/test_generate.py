@@ -124,7 +124,7 @@ def test_another_seed_gives_other_images(tmp_path):
 
 def test_a_complete_folder_is_left_alone(tmp_path, monkeypatch):
     generate(tmp_path / "people", **TINY)
-    monkeypatch.setattr(generate, "_write_all", pytest.fail)
+    monkeypatch.setattr(module, "_write_all", pytest.fail)
     generate(tmp_path / "people", **TINY, num_workers=7)
 
 
@@ -169,7 +169,7 @@ def test_an_interrupted_generation_leaves_nothing(tmp_path, monkeypatch, interru
             raise interruption
         (root / shot.file).touch()
 
-    monkeypatch.setattr(generate, "_write", fail_at_the_fifth)
+    monkeypatch.setattr(module, "_write", fail_at_the_fifth)
     with pytest.raises(raised):
         generate(tmp_path / "people", **TINY)
     assert not list(tmp_path.iterdir())
@@ -201,7 +201,7 @@ def test_the_faster_process_wins(tmp_path, monkeypatch, theirs):
         generate(root, **theirs)
         write_all(*arguments)
 
-    monkeypatch.setattr(generate, "_write_all", be_overtaken)
+    monkeypatch.setattr(module, "_write_all", be_overtaken)
     with nullcontext() if theirs == TINY else refused(DataError, "DATASETS.ROOT_DIR", str(root), "'seed': 5"):
         generate(root, **TINY)
     assert json.loads((root / MANIFEST).read_text())["seed"] == theirs["seed"]
@@ -269,4 +269,4 @@ def test_contact_sheet_shows_identities_distractors_and_junk(benchmark_root, tmp
 
 
 def test_the_manifest_names_the_parameters(benchmark_root):
-    assert json.loads((benchmark_root / MANIFEST).read_text()) == {"format_version": generate.FORMAT_VERSION, **SMALL}
+    assert json.loads((benchmark_root / MANIFEST).read_text()) == {"format_version": module.FORMAT_VERSION, **SMALL}

@@ -32,7 +32,7 @@ from reid.config.rules import (
 from reid.config.schema import SETTINGS
 from reid.errors import SettingsError, UnknownKeyError
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 # reid-strong-baseline's configs/softmax_triplet.yml, key for key and quote for quote.
 PUBLISHED = """

@@ -1,6 +1,6 @@
 """The check story: what it reports of a healthy world, and what it calls a problem.
 
-Also covers reid.commands.preflight.trial.
+Also covers reid.commands.preflight.report and reid.commands.preflight.trial.
 """
 
 import os
@@ -9,8 +9,8 @@ import re
 import pytest
 from program import Place, names
 
-from reid.commands.preflight.link_speed import Link
 from reid.commands.preflight.report import Report, _duration, _links, _node, _size
+from reid.distributed.link_speed import Link
 from reid.errors import WorldError, shared
 
 # Speeds are of this machine and hour.

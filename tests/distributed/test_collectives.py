@@ -1,7 +1,7 @@
 """N processes = 1 process, in float64; one launch a number of ranks, see distributed_checks.py.
 
-Also covers reid.training.criterion, reid.training.guards, reid.training.schedule, reid.evaluation.evaluator and
-reid.distributed.sync_batchnorm.
+Also covers reid.training.criterion, reid.training.guards, reid.training.schedule, reid.evaluation.evaluator,
+reid.distributed.sync_batchnorm, reid.distributed.session.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from distributed_checks import (
 )
 from program import same
 
-from reid.distributed import collectives
+from reid.distributed import session
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 CASES = [*(("unequal", name) for name in VARIANTS), *(("equal", name) for name in EQUAL_COUNTS)]
 
 
@@ -216,7 +216,7 @@ STEP_IN_A_JOB = {
 def test_only_ignite_sees_adjusted_slurm_environment(monkeypatch, by_srun, seen):
     for name, value in STEP_IN_A_JOB.items():
         monkeypatch.setenv(name, value)
-    with collectives._slurm_as_ignite_reads_it(by_srun=by_srun):
+    with session._slurm_as_ignite_reads_it(by_srun=by_srun):
         assert {name: os.environ.get(name) for name in seen} == seen
         os.environ["RANK"] = "1"  # which Ignite sets, and must stay
     assert {name: os.environ.get(name) for name in STEP_IN_A_JOB} == STEP_IN_A_JOB

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from reid.commands.preflight.link_speed import Link, _between, _within, measure
+from reid.distributed.link_speed import Link, _between, _within, measure
 
 
 @pytest.mark.parametrize(
