@@ -20,7 +20,7 @@ import torch
 from tables import MIB, machine, say, table
 from torch import nn
 
-from reid.commands.main import leave
+from reid.commands.main import exit_process
 from reid.config.load import load_config
 from reid.models.reid_model import build_model
 
@@ -106,7 +106,7 @@ def main() -> None:
         from communication_measured import measure
 
         measure(quick=arguments.quick)
-        leave(0)
+        exit_process(0)
     say(f"communication.py --ranks {arguments.ranks}: {machine()}")
     worlds = sorted({arguments.ranks, *WORLDS})
     for name in ("resnet50", "resnet18"):  # D = 2048 and 512

@@ -25,7 +25,7 @@ from reid.distributed import collectives
 from reid.distributed.accelerator import wrap
 from reid.distributed.launch_environment import read_world
 from reid.distributed.session import session
-from reid.distributed.sync_batchnorm import synchronise_batchnorm
+from reid.distributed.sync_batchnorm import synchronize_batchnorm
 from reid.models.reid_model import build_model
 from reid.training.criterion import Criterion
 from reid.training.optim import build_optimizer
@@ -111,7 +111,7 @@ def real_step(accelerator: Accelerator, batch: int = 16) -> tuple[Callable[[], N
     cfg = load_config(None, [*TINY, f"SOLVER.IMS_PER_BATCH={batch}"])
     _, num_parameters, channels = sizes("resnet18")
     model = build_model(cfg, NUM_PIDS)
-    synchronise_batchnorm(model)
+    synchronize_batchnorm(model)
     criterion = Criterion(cfg)
     own = cfg.SOLVER.IMS_PER_BATCH // collectives.num_ranks()
     images, pids = torch.randn(own, 3, 32, 16), torch.arange(own) // 4 + own * collectives.rank()
@@ -120,7 +120,7 @@ def real_step(accelerator: Accelerator, batch: int = 16) -> tuple[Callable[[], N
     def step() -> None:
         losses = criterion(wrapped(images), pids, None)
         optimizer.zero_grad()
-        accelerator.backward(losses.to_minimise)
+        accelerator.backward(losses.to_minimize)
         optimizer.step()
 
     return step, num_parameters, channels

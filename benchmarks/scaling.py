@@ -24,7 +24,7 @@ from communication import all_gather_bytes, fixed_rows, packed_bytes, sizes
 from tables import MIB, machine, say, table
 from torch.utils.flop_counter import FlopCounterMode
 
-from reid.commands.main import leave
+from reid.commands.main import exit_process
 from reid.config.load import load_config
 from reid.models.reid_model import build_model
 from reid.retrieval.metrics import QUERY_BLOCK
@@ -235,7 +235,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         worker(arguments.worker)
-        leave(0)
+        exit_process(0)
     say(f"scaling.py{' --quick' if arguments.quick else ''}: {machine()}")
     if not arguments.quick:
         scaling("Weak", dict.fromkeys(arguments.ranks, IMAGES))

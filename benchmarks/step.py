@@ -34,7 +34,7 @@ from reid.data import augment
 from reid.data.loaders import Batch, BatchLoader, StoredImages
 from reid.data.preprocessing import BatchPreprocessor
 from reid.data.samplers import IdentityPlan, TrainBatches
-from reid.distributed.accelerator import build_accelerator, clip_gradients, place
+from reid.distributed.accelerator import build_accelerator, clip_gradients, move_model
 from reid.hardware import has_fast_bfloat16
 from reid.models.reid_model import ReIDModel, build_model
 from reid.runs.directory import RunDirectory
@@ -69,7 +69,7 @@ def build(folder: Path, settings: Sequence[str]) -> Training:
     accelerator = build_accelerator(cfg, on_gpu=torch.cuda.is_available(), num_ranks=1)
     torch.manual_seed(0)
     model = build_model(cfg, NUM_PIDS)
-    place(model, cfg, accelerator.device)
+    move_model(model, cfg, accelerator.device)
     dataset, batches = images_of(cfg)
     on_device = (
         torch.from_numpy(dataset.images(np.arange(len(dataset)))).to(device())
@@ -81,7 +81,7 @@ def build(folder: Path, settings: Sequence[str]) -> Training:
     trainer, wrapped, optimizer = training.trainer, training.wrapped, training.optimizer
     meter = TrainMeter(log_period=cfg.SOLVER.LOG_PERIOD, batch_size=cfg.SOLVER.IMS_PER_BATCH, optimizer=optimizer)
     schedule.set_learning_rate_by_epoch(trainer, optimizer, cfg.SOLVER)
-    schedule.place_sampler(trainer, batches)
+    schedule.set_sampler_position(trainer, batches)
     schedule.train_mode_by_epoch(trainer, wrapped)
     meter.attach(trainer)
     console.attach(trainer, RunDirectory(folder), Progress())
@@ -217,7 +217,7 @@ def part_by_part(folder: Path, settings: list[str], repeats: int) -> None:
             5 * pixels * size,
         ),
         "losses, forward and backward": (
-            lambda: torch.autograd.backward(criterion(given, pids, None).to_minimise),
+            lambda: torch.autograd.backward(criterion(given, pids, None).to_minimize),
             2 * size * size * num_features + 10 * size * (classes + num_features),
             4 * size * (6 * num_features + 4 * classes) + 4 * 4 * size * size,
         ),

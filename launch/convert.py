@@ -1,7 +1,7 @@
 """Takes the weights out of a whole pickled model: python launch/convert.py IN.pth OUT.pth."""
 
 from reid.commands.convert import main
-from reid.commands.main import leave
+from reid.commands.main import exit_process
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -25,10 +25,10 @@ from reid.data.loaders import Batch, BatchLoader, StoredImages, TestData
 from reid.data.preprocessing import BatchPreprocessor
 from reid.data.samplers import EvaluationBatches, IdentityPlan, ShufflePlan, TrainBatches
 from reid.distributed import collectives
-from reid.distributed.accelerator import fsdp_plugin, load_optimizer, place, whole
+from reid.distributed.accelerator import fsdp_plugin, full_tensors, load_optimizer, move_model
 from reid.distributed.launch_environment import read_world
 from reid.distributed.session import session
-from reid.distributed.sync_batchnorm import synchronise_batchnorm
+from reid.distributed.sync_batchnorm import synchronize_batchnorm
 from reid.errors import DataError, WorldError
 from reid.evaluation.evaluator import Evaluator
 from reid.models.backbones import BACKBONES, IBN
@@ -130,9 +130,9 @@ def built(accelerator: Any, cfg: Any) -> Any:
     torch.manual_seed(0)
     model = build_model(cfg, num_pids=20)
     fill(model.double())
-    place(model, cfg, accelerator.device)
+    move_model(model, cfg, accelerator.device)
     if cfg.SOLVER.SYNC_BN:
-        synchronise_batchnorm(model)
+        synchronize_batchnorm(model)
     return model
 
 
@@ -162,7 +162,7 @@ def trained(
 
     def keep_gradients() -> None:
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        gradients.update((name, gradient.clone()) for name, gradient in whole(found).items())
+        gradients.update((name, gradient.clone()) for name, gradient in full_tensors(found).items())
 
     trainer.add_event_handler(Events.ITERATION_COMPLETED, log)
     trainer.add_event_handler(Events.ITERATION_COMPLETED(once=1), keep_gradients)
@@ -212,7 +212,7 @@ def variant(accelerator: Any, options: list[str], num_images_of_pid: list[int]) 
     preprocessor = BatchPreprocessor(cfg, accelerator.device)
 
     def wire(trainer: Any) -> None:
-        schedule.place_sampler(trainer, batches)
+        schedule.set_sampler_position(trainer, batches)
         guards.check_first_batch(trainer, cfg)
 
         def note(engine: Any) -> None:
@@ -223,7 +223,7 @@ def variant(accelerator: Any, options: list[str], num_images_of_pid: list[int]) 
 
     outcome = trained(accelerator, cfg, loader, BatchPreprocessor, wire, num_epochs=2)
     outcome["is_sharded"] = any(isinstance(p, DTensor) for p in outcome["model"].parameters())
-    state = whole(outcome.pop("model").state_dict())
+    state = full_tensors(outcome.pop("model").state_dict())
     outcome["state"] = {name: value.clone() for name, value in state.items()}
     parts = collectives.gather_objects(seen)
     outcome["batches"] = [[i for ids, _ in of_ranks for i in ids] for of_ranks in zip(*parts, strict=True)]
@@ -276,7 +276,8 @@ def shared_errors() -> dict[str, str]:
             raise DataError("no such folder")
 
     try:
-        collectives.together(fail_on_last)
+        with collectives.errors_shared():
+            fail_on_last()
     except DataError as error:
         return {"together": str(error)}
     return {"together": "nothing"}
@@ -285,9 +286,9 @@ def shared_errors() -> dict[str, str]:
 def disagreement() -> str:
     """What a rank hears when the last one has other settings."""
     rate = 0.1 if collectives.rank() == collectives.num_ranks() - 1 else 0.2
-    collectives.agree({"SEED": 0})
+    collectives.require_same_on_all_ranks({"SEED": 0})
     try:
-        collectives.agree({"SOLVER.BASE_LR": rate, "SEED": 0})
+        collectives.require_same_on_all_ranks({"SOLVER.BASE_LR": rate, "SEED": 0})
     except WorldError as error:
         return str(error)
     return "nothing"
@@ -332,8 +333,8 @@ def state_moved(accelerator: Any) -> dict[str, Any]:
     def content(training: Any) -> Any:
         return host_copy(
             {
-                "model": whole(training.model.state_dict()),
-                "optimizer": whole(training.optimizer.state_dict()),
+                "model": full_tensors(training.model.state_dict()),
+                "optimizer": full_tensors(training.optimizer.state_dict()),
             }
         )
 

@@ -177,7 +177,7 @@ def test_torchrun_starts_a_killed_rank_again_by_itself(place, straight, victim):
 SUICIDAL = """
 import os, signal
 from reid.training.criterion import Criterion
-from reid.commands.main import leave, main
+from reid.commands.main import exit_process, main
 
 original, calls = Criterion.__call__, []
 def fatal(*arguments):
@@ -187,7 +187,7 @@ def fatal(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*arguments)
 Criterion.__call__ = fatal
-leave(main("train", "A test."))
+exit_process(main("train", "A test."))
 """
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from reid.checkpoints import weights
-from reid.checkpoints.recorded_settings import of_checkpoint
+from reid.checkpoints.recorded_settings import settings_of_checkpoint
 from reid.checkpoints.state_dicts import num_pids_of
 from reid.checkpoints.weight_file import read_weight_here
 from reid.config.load import load_config
-from reid.distributed.accelerator import place
+from reid.distributed.accelerator import move_model
 from reid.errors import SettingsError
 from reid.evaluation.embedder import Embedder
 from reid.models.reid_model import build_model
@@ -40,13 +40,13 @@ def load_model(
     on = _device(device)
     settings = [*overrides, f"TEST.WEIGHT={file_or_wandb_reference}", f"MODEL.DEVICE={on.type}"]
     cfg = load_config(None, settings)
-    cfg = load_config(None, settings, recorded=of_checkpoint(cfg, {}))
+    cfg = load_config(None, settings, recorded=settings_of_checkpoint(cfg, {}))
     _, content = read_weight_here(cfg)
     source = f"TEST.WEIGHT={cfg.TEST.WEIGHT}"
-    weights.check_settings(content, cfg, source, key="TEST.WEIGHT")
+    weights.verify_settings(content, cfg, source, key="TEST.WEIGHT")
     model = build_model(cfg, num_pids=num_pids_of(content))
-    weights.load_here(model, content, source)
-    place(model, cfg, on)
+    weights.load_locally(model, content, source)
+    move_model(model, cfg, on)
     return Embedder(model.eval(), cfg)
 
 

@@ -13,7 +13,7 @@ import torch
 from reid.errors import WorldError
 
 
-class Source(NamedTuple):
+class WeightSource(NamedTuple):
     """Source of the weights of one backbone."""
 
     url: str
@@ -31,23 +31,23 @@ _IBN_NET = "https://github.com/XingangPan/IBN-Net/releases/download/v1.0"
 # ResNets: torchvision's V1 weights, which the published figures rest on, under their new name and the one of 2019.
 # SE networks: Cadene's weights, of which timm keeps copies.
 SOURCES = {
-    "resnet18": Source(f"{_TORCHVISION}/resnet18-f37072fd.pth", ("resnet18-5c106cde.pth",)),
-    "resnet34": Source(f"{_TORCHVISION}/resnet34-b627a593.pth", ("resnet34-333f7ec4.pth",)),
-    "resnet50": Source(f"{_TORCHVISION}/resnet50-0676ba61.pth", ("resnet50-19c8e357.pth",)),
-    "resnet101": Source(f"{_TORCHVISION}/resnet101-63fe2227.pth", ("resnet101-5d3b4d8f.pth",)),
-    "resnet152": Source(f"{_TORCHVISION}/resnet152-394f9c45.pth", ("resnet152-b121ed2d.pth",)),
-    "se_resnet50": Source(f"{_TIMM}/v0.1-cadene/se_resnet50-ce0d4300.pth"),
-    "se_resnet101": Source(f"{_TIMM}/v0.1-cadene/se_resnet101-7e38fcc6.pth"),
-    "se_resnet152": Source(f"{_TIMM}/v0.1-cadene/se_resnet152-d17c99b7.pth"),
-    "se_resnext50": Source(
+    "resnet18": WeightSource(f"{_TORCHVISION}/resnet18-f37072fd.pth", ("resnet18-5c106cde.pth",)),
+    "resnet34": WeightSource(f"{_TORCHVISION}/resnet34-b627a593.pth", ("resnet34-333f7ec4.pth",)),
+    "resnet50": WeightSource(f"{_TORCHVISION}/resnet50-0676ba61.pth", ("resnet50-19c8e357.pth",)),
+    "resnet101": WeightSource(f"{_TORCHVISION}/resnet101-63fe2227.pth", ("resnet101-5d3b4d8f.pth",)),
+    "resnet152": WeightSource(f"{_TORCHVISION}/resnet152-394f9c45.pth", ("resnet152-b121ed2d.pth",)),
+    "se_resnet50": WeightSource(f"{_TIMM}/v0.1-cadene/se_resnet50-ce0d4300.pth"),
+    "se_resnet101": WeightSource(f"{_TIMM}/v0.1-cadene/se_resnet101-7e38fcc6.pth"),
+    "se_resnet152": WeightSource(f"{_TIMM}/v0.1-cadene/se_resnet152-d17c99b7.pth"),
+    "se_resnext50": WeightSource(
         f"{_TIMM}/v0.1-weights/legacy_se_resnext50_32x4d-f3651bad.pth", ("se_resnext50_32x4d-a260b3a4.pth",)
     ),
-    "se_resnext101": Source(
+    "se_resnext101": WeightSource(
         f"{_TIMM}/v0.1-weights/legacy_se_resnext101_32x4d-37725eac.pth", ("se_resnext101_32x4d-3b2fe3d8.pth",)
     ),
-    "senet154": Source(f"{_TIMM}/v0.1-weights/legacy_senet154-e9eb9fe6.pth", ("senet154-c7b49a05.pth",)),
-    "resnet50_ibn_a": Source(f"{_IBN_NET}/resnet50_ibn_a-d9d0bb7b.pth"),
-    "resnet101_ibn_a": Source(f"{_IBN_NET}/resnet101_ibn_a-59ea0ac6.pth"),
+    "senet154": WeightSource(f"{_TIMM}/v0.1-weights/legacy_senet154-e9eb9fe6.pth", ("senet154-c7b49a05.pth",)),
+    "resnet50_ibn_a": WeightSource(f"{_IBN_NET}/resnet50_ibn_a-d9d0bb7b.pth"),
+    "resnet101_ibn_a": WeightSource(f"{_IBN_NET}/resnet101_ibn_a-59ea0ac6.pth"),
 }
 
 

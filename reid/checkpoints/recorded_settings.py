@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from reid.checkpoints.trained import check_weight_is_named
+from reid.checkpoints.trained import validate_weight_is_given
 from reid.checkpoints.weight_file import read_weight_here
 from reid.config.parsing import RawSetting
 from reid.config.schema import SETTINGS
@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 _OF_THE_MACHINE = ("MODEL.DEVICE", "SOLVER.PRECISION", "SOLVER.SHARDING")
 
 
-def of_checkpoint(cfg: CfgNode, command_args: dict[str, Any]) -> list[RawSetting]:
+def settings_of_checkpoint(cfg: CfgNode, command_args: dict[str, Any]) -> list[RawSetting]:
     """Return the settings in TEST.WEIGHT; none for a file without settings, as those of reid-strong-baseline."""
     del command_args
-    check_weight_is_named(cfg)
+    validate_weight_is_given(cfg)
     _, content = read_weight_here(cfg)
     if not isinstance(content.get("config"), str):
         logger.info(

@@ -9,7 +9,7 @@ from reid.checkpoints import weights
 from reid.checkpoints.state_dicts import checksum_of, num_pids_of
 from reid.checkpoints.weight_file import read_weight
 from reid.distributed import collectives
-from reid.distributed.accelerator import place
+from reid.distributed.accelerator import move_model
 from reid.errors import SettingsError
 from reid.models.reid_model import ReIDModel, build_model
 from reid.runs.start_checks import check_start
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from yacs.config import CfgNode
 
 
-class Trained(NamedTuple):
+class TrainedModel(NamedTuple):
     """A model and the checkpoint that its weights come from."""
 
     model: ReIDModel  # in evaluation mode
@@ -29,7 +29,7 @@ class Trained(NamedTuple):
     checksum: str  # of the weights
 
 
-def check_weight_is_named(cfg: CfgNode) -> None:
+def validate_weight_is_given(cfg: CfgNode) -> None:
     if not cfg.TEST.WEIGHT:
         raise SettingsError(
             "TEST.WEIGHT must name the checkpoint to use, got ''. Fix: add TEST.WEIGHT FILE to the command.",
@@ -37,7 +37,7 @@ def check_weight_is_named(cfg: CfgNode) -> None:
         )
 
 
-def load_trained(cfg: CfgNode, accelerator: Accelerator) -> Trained:
+def load_trained(cfg: CfgNode, accelerator: Accelerator) -> TrainedModel:
     """Check the start of a run and load TEST.WEIGHT; called by all ranks.
 
     Raises:
@@ -45,11 +45,12 @@ def load_trained(cfg: CfgNode, accelerator: Accelerator) -> Trained:
         WorldError: The ranks differ, or `read_trained` fails.
     """
     check_start(cfg)
-    collectives.together(lambda: check_weight_is_named(cfg))
+    with collectives.errors_shared():
+        validate_weight_is_given(cfg)
     return read_trained(cfg, accelerator)
 
 
-def read_trained(cfg: CfgNode, accelerator: Accelerator) -> Trained:
+def read_trained(cfg: CfgNode, accelerator: Accelerator) -> TrainedModel:
     """Load TEST.WEIGHT; the caller has already validated the settings. Called by all ranks.
 
     Raises:
@@ -57,10 +58,11 @@ def read_trained(cfg: CfgNode, accelerator: Accelerator) -> Trained:
     """
     source = f"TEST.WEIGHT={cfg.TEST.WEIGHT}"
     file, content = read_weight(cfg)
-    collectives.together(lambda: weights.check_settings(content, cfg, source, key="TEST.WEIGHT"))
+    with collectives.errors_shared():
+        weights.verify_settings(content, cfg, source, key="TEST.WEIGHT")
     checksum = checksum_of(content)
-    collectives.agree({"the contents of TEST.WEIGHT": checksum}, key="TEST.WEIGHT")
+    collectives.require_same_on_all_ranks({"the contents of TEST.WEIGHT": checksum}, key="TEST.WEIGHT")
     model = build_model(cfg, num_pids=num_pids_of(content))
     weights.load_for_evaluation(model, content, source)
-    place(model, cfg, accelerator.device)
-    return Trained(model.eval(), file, content, source, checksum)
+    move_model(model, cfg, accelerator.device)
+    return TrainedModel(model.eval(), file, content, source, checksum)

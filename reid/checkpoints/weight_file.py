@@ -26,8 +26,10 @@ def read_weight(cfg: CfgNode) -> tuple[Path, dict[str, Any]]:
         SettingsError: TEST.WEIGHT is not the name of a checkpoint at W&B.
         WorldError: The file is missing or not a checkpoint, or W&B does not provide it.
     """
-    choose = collectives.on_main if is_at_wandb(cfg) else collectives.together
-    return choose(lambda: read_weight_here(cfg))
+    if is_at_wandb(cfg):
+        return collectives.from_rank_zero(lambda: read_weight_here(cfg))
+    with collectives.errors_shared():
+        return read_weight_here(cfg)
 
 
 def read_weight_here(cfg: CfgNode) -> tuple[Path, dict[str, Any]]:

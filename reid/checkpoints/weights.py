@@ -27,10 +27,10 @@ from reid.checkpoints.state_dicts import (
 )
 from reid.config.load import as_plain_dict
 from reid.distributed import collectives
-from reid.distributed.accelerator import shared_out
+from reid.distributed.accelerator import shard_like
 from reid.errors import WorldError
 from reid.models import timm_backbones
-from reid.models.backbones import own_normalisation
+from reid.models.backbones import default_normalization
 from reid.models.reid_model import ReIDModel
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def load_state(
             key=key,
         )
     fitting = {
-        name: shared_out(value, like=wanted[name])
+        name: shard_like(value, like=wanted[name])
         for name, value in state.items()
         if name in wanted and name not in mismatched
     }
@@ -188,13 +188,14 @@ def initialize(model: ReIDModel, cfg: CfgNode) -> None:
     if choice == "imagenet":
         _initialize_backbone(model, cfg)
     elif choice != "none":
-        collectives.together(lambda: _initialize_full_model(model, cfg))
+        with collectives.errors_shared():
+            _initialize_full_model(model, cfg)
 
 
 def _initialize_full_model(model: ReIDModel, cfg: CfgNode) -> None:
     path, source = Path(cfg.MODEL.PRETRAIN_PATH), f"MODEL.PRETRAIN_PATH={cfg.MODEL.PRETRAIN_PATH}"
     content = read_file(path, "MODEL.PRETRAIN_PATH")
-    check_settings(content, cfg, source, key="MODEL.PRETRAIN_PATH")
+    verify_settings(content, cfg, source, key="MODEL.PRETRAIN_PATH")
     state = state_dict_of(content)
     if cfg.MODEL.PRETRAIN_CHOICE == "self":
         load_state(model, state, source, optional=("centers", *_UNUSED), key="MODEL.PRETRAIN_PATH")
@@ -220,16 +221,21 @@ def _initialize_backbone(model: ReIDModel, cfg: CfgNode) -> None:
         if not path:
             key = "MODEL.PRETRAIN_CHOICE"
             collectives.once_per_node(read)
-        state = collectives.together(read)
+        with collectives.errors_shared():
+            state = read()
         optional = tuple(set(state) - set(model.base.state_dict()))  # its classifier
-        collectives.together(lambda: load_state(model.base, state, source, optional=optional, key=key))
+        with collectives.errors_shared():
+            load_state(model.base, state, source, optional=optional, key=key)
         return
-    if collectives.on_main(lambda: _uses_cache(name, path)):  # the files may differ between nodes
+    if collectives.from_rank_zero(lambda: _uses_cache(name, path)):  # the files may differ between nodes
         collectives.once_per_node(lambda: pretrained.fetch(name))
-        path = str(collectives.together(lambda: pretrained.fetch(name)))
+        with collectives.errors_shared():
+            path = str(pretrained.fetch(name))
         key, setting = "MODEL.PRETRAIN_CHOICE", "MODEL.PRETRAIN_CHOICE imagenet: the file"
-    state = collectives.together(lambda: state_dict_of(read_file(Path(path), setting, key=key)))
-    collectives.together(lambda: load_state(model.base, state, f"{setting}={path}", optional=CLASSIFIERS, key=key))
+    with collectives.errors_shared():
+        state = state_dict_of(read_file(Path(path), setting, key=key))
+    with collectives.errors_shared():
+        load_state(model.base, state, f"{setting}={path}", optional=CLASSIFIERS, key=key)
 
 
 def _uses_cache(name: str, path: str) -> bool:
@@ -260,7 +266,7 @@ def _uses_cache(name: str, path: str) -> bool:
 _DECISIVE = ("MODEL.NAME", "MODEL.LAST_STRIDE", "MODEL.STEM_RELU", "MODEL.NECK", "INPUT.PIXEL_MEAN", "INPUT.PIXEL_STD")
 
 
-def check_settings(content: dict[str, Any], cfg: CfgNode, source: str, *, key: str) -> None:
+def verify_settings(content: dict[str, Any], cfg: CfgNode, source: str, *, key: str) -> None:
     """Compare the settings recorded in a checkpoint with those that it is used with.
 
     Args:
@@ -298,15 +304,16 @@ def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
     values = {key: settings.get(section, {}).get(name) for key, (section, name) in split.items()}
     for key, index in (("INPUT.PIXEL_MEAN", 0), ("INPUT.PIXEL_STD", 1)):
         if values[key] is None:
-            values[key] = list(own_normalisation(values["MODEL.NAME"])[index])
+            values[key] = list(default_normalization(values["MODEL.NAME"])[index])
     return values
 
 
 def load_for_evaluation(model: ReIDModel, content: dict[str, Any], source: str) -> None:
     """Load backbone and neck of a checkpoint; the classifier plays no part in retrieval. Called by all ranks."""
-    collectives.together(lambda: load_here(model, content, source))
+    with collectives.errors_shared():
+        load_locally(model, content, source)
 
 
-def load_here(model: ReIDModel, content: dict[str, Any], source: str) -> None:
+def load_locally(model: ReIDModel, content: dict[str, Any], source: str) -> None:
     """Load backbone and neck of a checkpoint on this process alone."""
     load_state(model, state_dict_of(content), source, optional=(*_OF_IDENTITIES, *_UNUSED), key="TEST.WEIGHT")

@@ -25,7 +25,7 @@ from reid.data.benchmarks.tables import COLUMNS, SPLITS
 from reid.data.store import fault_of_image
 from reid.errors import ReidError, SettingsError
 from reid.process.files import printable
-from reid.process.logs import answer
+from reid.process.logs import write_output
 from reid.process.text_tables import format_table
 
 if TYPE_CHECKING:
@@ -142,4 +142,4 @@ def _unreadable_images(benchmark: Benchmark) -> list[str]:
 
 def _say(*lines: str) -> None:
     for line in lines:
-        answer(printable(line) + "\n")
+        write_output(printable(line) + "\n")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from tqdm import tqdm
 
-from reid.checkpoints.trained import Trained, load_trained
+from reid.checkpoints.trained import TrainedModel, load_trained
 from reid.commands.gallery import EmbeddingFile, Metadata, write_gallery, write_unreadable, writing_embeddings
 from reid.config.load import dump
 from reid.data.benchmarks.splits import IMAGE_SUFFIXES
@@ -60,8 +60,9 @@ def embed(
     """
     del signals
     root = Path(folder)
-    names = collectives.together(lambda: list_images(root))
-    collectives.agree(
+    with collectives.errors_shared():
+        names = list_images(root)
+    collectives.require_same_on_all_ranks(
         {f"the images in {folder}": hashlib.sha256(os.fsencode("\0".join(names))).hexdigest()}, key="FOLDER"
     )
     trained = load_trained(cfg, accelerator)
@@ -70,13 +71,13 @@ def embed(
     embedder = ImageEmbedder(trained.model, accelerator, cfg, beat=watchdog.beat)
     start = time.monotonic()
     with ExitStack() as files, watchdog.watching():
-        file = _on_main(lambda: files.enter_context(writing_embeddings(out, trained.model.num_features)))
+        file = _on_rank_zero(lambda: files.enter_context(writing_embeddings(out, trained.model.num_features)))
         unreadable = _embed_all(embedder, root, names, file)
-        _on_main(lambda: _tell_unreadable(out, folder, names, unreadable, strict=strict))
-        _on_main(files.close)
+        _on_rank_zero(lambda: _report_unreadable(out, folder, names, unreadable, strict=strict))
+        _on_rank_zero(files.close)
     readable = [name for place, name in enumerate(names) if place not in unreadable]
     metadata = _metadata(cfg, trained, root, len(readable), len(unreadable))
-    _on_main(lambda: write_gallery(out, readable, metadata))
+    _on_rank_zero(lambda: write_gallery(out, readable, metadata))
     seconds = time.monotonic() - start
     logger.info("%s: %d images in %.1f s (%.0f images/s)", out, len(readable), seconds, len(names) / seconds)
 
@@ -112,9 +113,10 @@ def list_images(root: Path) -> list[str]:
     return sorted(found)
 
 
-def _on_main(work: Callable[[], T]) -> T | None:
+def _on_rank_zero(work: Callable[[], T]) -> T | None:
     """Runs the work on rank 0; its errors reach all ranks."""
-    return collectives.together(lambda: work() if collectives.is_main() else None)
+    with collectives.errors_shared():
+        return work() if collectives.is_main() else None
 
 
 def _embed_all(embedder: ImageEmbedder, root: Path, names: Sequence[str], file: EmbeddingFile | None) -> dict[int, str]:
@@ -128,12 +130,16 @@ def _embed_all(embedder: ImageEmbedder, root: Path, names: Sequence[str], file: 
             rows = embedder.embed([root / name for name in part])
             unreadable |= {start + place: reason for place, reason in rows.unreadable.items()}
             readable = rows.readable().float().cpu().numpy()
-            collectives.together(lambda readable=readable: file.append(readable) if file else None)  # type: ignore[misc]
+            with collectives.errors_shared():
+                if file:
+                    file.append(readable)
             bar.update(len(part))
     return unreadable
 
 
-def _tell_unreadable(out: Path, folder: str, names: Sequence[str], unreadable: dict[int, str], *, strict: bool) -> None:
+def _report_unreadable(
+    out: Path, folder: str, names: Sequence[str], unreadable: dict[int, str], *, strict: bool
+) -> None:
     lines = [f"{names[place]} ({unreadable[place]})" for place in sorted(unreadable)]
     file = write_unreadable(out, lines)
     if not lines:
@@ -148,7 +154,7 @@ def _tell_unreadable(out: Path, folder: str, names: Sequence[str], unreadable: d
     logger.warning("warning: %s; they are left out", words)
 
 
-def _metadata(cfg: CfgNode, trained: Trained, root: Path, num_images: int, num_unreadable: int) -> Metadata:
+def _metadata(cfg: CfgNode, trained: TrainedModel, root: Path, num_images: int, num_unreadable: int) -> Metadata:
     weight = str(trained.file.resolve())
     settings = cfg.clone()
     settings.defrost()

@@ -14,7 +14,7 @@ from reid.data.loaders import build_stores
 from reid.distributed import collectives
 from reid.distributed.watchdog import Watchdog
 from reid.errors import SettingsError, shared
-from reid.evaluation.evaluator import Evaluators, report_queries
+from reid.evaluation.evaluator import EvaluatorGroup, report_queries
 from reid.evaluation.ranked_galleries import Pictures
 from reid.process.signals import Signals
 from reid.runs.directory import RunDirectory
@@ -57,7 +57,7 @@ def evaluate(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> dict[s
     watchdog = Watchdog(cfg.SOLVER.TIMEOUT_MINUTES)
     tracker = build_tracker(cfg, folder, [benchmark.name for benchmark in data.test], data.fingerprint_of_tests())
     pictures = Pictures(cfg, folder.pictures, data, tracker.show)
-    evaluator = Evaluators(data, trained.model, accelerator, cfg, on_scored=pictures.compare, beat=watchdog.beat)
+    evaluator = EvaluatorGroup(data, trained.model, accelerator, cfg, on_scored=pictures.compare, beat=watchdog.beat)
     epoch = trained.content.get("epoch")
     epoch = epoch if isinstance(epoch, int) else None  # other programs' files may hold anything there
     with tracker.evaluation(), watchdog.watching():

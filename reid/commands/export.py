@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from reid.checkpoints import weights
 from reid.checkpoints.safetensors_files import write_safetensors
 from reid.checkpoints.state_dicts import checksum_of, num_pids_of, state_dict_of
-from reid.checkpoints.trained import Trained, load_trained
+from reid.checkpoints.trained import TrainedModel, load_trained
 from reid.commands.export_parity import Comparison, Embed, evaluation_pass, random_pass
 from reid.config.load import dump
-from reid.data.augment import normalise_at_once
+from reid.data.augment import normalize_at_once
 from reid.errors import DataError, SettingsError, WorldError
-from reid.models.backbones import normalisation
+from reid.models.backbones import normalization
 from reid.models.reid_model import ReIDModel
 from reid.process.files import atomic_write, disk_errors
 from reid.process.signals import Signals
@@ -101,9 +101,9 @@ def export(
         logger.info("%s: %.1f MB, %s", file, size / 1e6, told)
 
 
-def describe(cfg: CfgNode, trained: Trained) -> dict[str, str]:
+def describe(cfg: CfgNode, trained: TrainedModel) -> dict[str, str]:
     """What a user of the weights has to know; texts, and JSON for everything else."""
-    mean, std = normalisation(cfg)
+    mean, std = normalization(cfg)
     known = {
         "num_pids": num_pids_of(trained.content),
         "num_features": trained.model.num_features,
@@ -147,7 +147,7 @@ class FromPixels(nn.Module):
         self.register_buffer("std", std)
 
     def forward(self, images: Tensor) -> Tensor:
-        embedding: Tensor = self.model(normalise_at_once(images, self.mean, self.std).contiguous())
+        embedding: Tensor = self.model(normalize_at_once(images, self.mean, self.std).contiguous())
         return embedding
 
 
@@ -160,7 +160,7 @@ def trace(model: ReIDModel, cfg: CfgNode, *, uint8: bool) -> torch.export.Export
 
 
 def _mean_and_std(cfg: CfgNode) -> tuple[Tensor, Tensor]:
-    mean, std = normalisation(cfg)
+    mean, std = normalization(cfg)
     return torch.tensor(mean), torch.tensor(std)
 
 
@@ -182,7 +182,7 @@ def _build_comparison(cfg: CfgNode, accelerator: Accelerator, model: ReIDModel, 
     return Comparison(model, images)
 
 
-def _write_weights(file: Path, weight: Path, trained: Trained, metadata: dict[str, str]) -> None:
+def _write_weights(file: Path, weight: Path, trained: TrainedModel, metadata: dict[str, str]) -> None:
     if file.resolve() == weight.resolve():
         raise SettingsError(
             f"{file} must be another file than TEST.WEIGHT, which would be overwritten; add --output FOLDER",

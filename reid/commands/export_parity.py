@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from reid.data.augment import normalise
+from reid.data.augment import normalize
 from reid.data.datasets import open_data_sets
 from reid.data.loaders import build_stores
 from reid.errors import WorldError
-from reid.evaluation.evaluator import Evaluators
-from reid.models.backbones import normalisation
+from reid.evaluation.evaluator import EvaluatorGroup
+from reid.models.backbones import normalization
 from reid.models.reid_model import ReIDModel
 
 if TYPE_CHECKING:
@@ -59,18 +59,18 @@ def evaluation_pass(cfg: CfgNode, accelerator: Accelerator, model: ReIDModel) ->
 
     def embed_all(embed: Embed) -> dict[str, float]:
         stand_in = cast("ReIDModel", StandIn(model, embed))
-        return {name: scores.mAP for name, scores in Evaluators(data, stand_in, accelerator, cfg).run().items()}
+        return {name: scores.mAP for name, scores in EvaluatorGroup(data, stand_in, accelerator, cfg).run().items()}
 
     return embed_all
 
 
 def random_pass(cfg: CfgNode) -> Pass:
     """A few images of random pixels."""
-    mean, std = (torch.tensor(values) for values in normalisation(cfg))
+    mean, std = (torch.tensor(values) for values in normalization(cfg))
     generator = torch.Generator().manual_seed(0)
     shape = (*cfg.INPUT.SIZE_TEST, 3)
     batches = [
-        normalise(torch.randint(256, (num, *shape), dtype=torch.uint8, generator=generator), mean, std).contiguous()
+        normalize(torch.randint(256, (num, *shape), dtype=torch.uint8, generator=generator), mean, std).contiguous()
         for num in _RANDOM_BATCHES
     ]
 

@@ -37,17 +37,17 @@ _PATIENCE = 10.0
 logger = logging.getLogger(__name__)
 
 
-def _nothing_recorded(cfg: CfgNode, own: dict[str, Any]) -> list[RawSetting]:
+def _no_recorded_settings(cfg: CfgNode, own: dict[str, Any]) -> list[RawSetting]:
     del cfg, own
     return []
 
 
-class _Story(NamedTuple):
+class _Work(NamedTuple):
     """What a command does."""
 
     work: Callable[..., object]  # of cfg, accelerator, signals, and the command's own arguments by name
     # of cfg and these arguments: the settings to go by without --config_file
-    recorded: Callable[[CfgNode, dict[str, Any]], list[RawSetting]] = _nothing_recorded
+    recorded: Callable[[CfgNode, dict[str, Any]], list[RawSetting]] = _no_recorded_settings
 
 
 def main(story: str, description: str) -> int:
@@ -55,8 +55,8 @@ def main(story: str, description: str) -> int:
     logs.set_up_console()
     signals = Signals(under_launcher="TORCHELASTIC_RUN_ID" in os.environ)
     try:
-        with _nothing_dropped(signals):
-            return _answer(story, description, signals)
+        with _dropped_signals_repeated(signals):
+            return _run_command(story, description, signals)
     except (Preempted, KeyboardInterrupt):  # before there was anything to save
         logger.info("stopped by a signal")
         return PREEMPTED
@@ -64,7 +64,7 @@ def main(story: str, description: str) -> int:
         signals.ignore()
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """Ends this process as Python does, but without taking the interpreter apart behind all else.
 
     A process group's thread that lets go of a tensor just then waits for the interpreter, which ends such threads;
@@ -78,7 +78,7 @@ def leave(code: int) -> NoReturn:
 
 
 @contextmanager
-def _nothing_dropped(signals: Signals) -> Iterator[None]:
+def _dropped_signals_repeated(signals: Signals) -> Iterator[None]:
     """For what signals' handlers raise while Python is in a fork's hooks or a destructor: it prints and drops that."""
     earlier = sys.unraisablehook
 
@@ -109,11 +109,11 @@ def print_plan() -> int:
             "warning: the ranks of %d nodes cannot share SOLVER.IMS_PER_BATCH=%d evenly; it uses %d of them",
             *(arguments.command_args["nodes"], cfg.SOLVER.IMS_PER_BATCH, num_nodes),
         )
-    logs.answer(f"{num_nodes}\n{cfg.OUTPUT_DIR}\n")
+    logs.write_output(f"{num_nodes}\n{cfg.OUTPUT_DIR}\n")
     return 0
 
 
-def _answer(story: str, description: str, signals: Signals) -> int:
+def _run_command(story: str, description: str, signals: Signals) -> int:
     try:
         load_environment_file(Path(".env"), os.environ)  # before wandb or torch look
         world = read_world(os.environ)
@@ -170,14 +170,14 @@ def _prepare(
     except (ImportError, RuntimeError) as error:
         raise explain_import_error(error) from error
     stories = {
-        "train": _Story(train),
-        "evaluate": _Story(evaluate.evaluate),
-        "check": _Story(report.check),
-        "export": _Story(export.export, recorded_settings.of_checkpoint),
-        "embed": _Story(embed.embed, recorded_settings.of_checkpoint),
-        "search": _Story(search.search, search.recorded_settings),
+        "train": _Work(train),
+        "evaluate": _Work(evaluate.evaluate),
+        "check": _Work(report.check),
+        "export": _Work(export.export, recorded_settings.settings_of_checkpoint),
+        "embed": _Work(embed.embed, recorded_settings.settings_of_checkpoint),
+        "search": _Work(search.search, search.recorded_settings),
     }
-    recorded_by = _nothing_recorded if arguments.config_file else stories[story].recorded
+    recorded_by = _no_recorded_settings if arguments.config_file else stories[story].recorded
     at_wandb = weight_file.is_at_wandb(cfg)  # fetched by one rank for all, which have to meet before
 
     def settle(found: list[RawSetting]) -> CfgNode:
@@ -192,9 +192,10 @@ def _prepare(
             with session(world, cfg) as accelerator:
                 # Not before: while ranks look for each other no handler of Python's would run.
                 signals.install()
-                found = collectives.on_main(lambda: recorded_by(cfg, arguments.command_args)) if at_wandb else []
+                found = collectives.from_rank_zero(lambda: recorded_by(cfg, arguments.command_args)) if at_wandb else []
                 if found:
-                    cfg = collectives.together(lambda: settle(found))
+                    with collectives.errors_shared():
+                        cfg = settle(found)
                 stories[story].work(cfg, accelerator, signals, **arguments.command_args)
         except RuntimeError as error:
             is_lost = world.num_ranks > 1 and collectives.is_lost_rank(error)

@@ -115,7 +115,7 @@ def recorded_settings(cfg: CfgNode, command_args: dict[str, Any]) -> list[RawSet
 
 def _check_settings(cfg: CfgNode, metadata: Metadata, source: str) -> None:
     """Reject settings that change the embeddings; those of the machine may differ."""
-    weights.check_settings({"config": metadata.config}, cfg, source, key="--gallery")
+    weights.verify_settings({"config": metadata.config}, cfg, source, key="--gallery")
     made_with, used_with = yaml.safe_load(metadata.config), as_plain_dict(cfg)
     for key in ("INPUT.SIZE_TEST", "TEST.NECK_FEAT", "TEST.FEAT_NORM", "TEST.FLIP"):
         section, name = key.split(".")

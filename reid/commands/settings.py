@@ -12,7 +12,7 @@ from reid.commands.arguments import Parser
 from reid.config.parsing import example, nearest
 from reid.config.schema import SECTION_TITLES, SECTIONS, SETTINGS
 from reid.errors import SettingsError
-from reid.process.logs import answer
+from reid.process.logs import write_output
 
 _INTRODUCTION = """\
 # Settings
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 2
     width = min(max(shutil.get_terminal_size().columns, 80), 120)
-    answer(markdown(keys) if parsed.markdown else plain(keys, width))
+    write_output(markdown(keys) if parsed.markdown else plain(keys, width))
     return 0
 
 

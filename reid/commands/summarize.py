@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from reid.process.logs import answer
+from reid.process.logs import write_output
 from reid.process.text_tables import format_table
 
 _METRICS = ("mAP", "mINP", "rank-1", "rank-5", "rank-10")
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for missing in (run for run in runs if results[run] is None):
         sys.stderr.write(f"warning: {missing}/result.json does not exist or is no result; the run is left out\n")
     if existing:
-        answer(table(existing) + "\n")
+        write_output(table(existing) + "\n")
     return 0 if len(existing) == len(results) else INCOMPLETE
 
 

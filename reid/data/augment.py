@@ -85,7 +85,7 @@ def _erased_boxes(recipe: Recipe, epoch: int, positions: NDArray[np.int64]) -> N
     return boxes
 
 
-def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Scaled to [0, 1], minus mean, over standard deviation.
 
     Args:
@@ -97,10 +97,10 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         [B, 3, H, W], of mean's dtype; contiguous on a CPU, in channels_last memory format elsewhere.
     """
     if images.device.type != "cpu":
-        return normalise_at_once(images, mean, std)
+        return normalize_at_once(images, mean, std)
     result = torch.empty((len(images), 3, *images.shape[1:3]), dtype=mean.dtype)
     for image, out in zip(images, result, strict=True):
-        _normalise_in_place(out.copy_(image.permute(2, 0, 1)), mean, std)
+        _normalize_in_place(out.copy_(image.permute(2, 0, 1)), mean, std)
     return result
 
 
@@ -139,7 +139,7 @@ def augment_one_by_one(images: Tensor, drawn: Tensor, padding: int, mean: Tensor
         if kept.shape != out.shape:
             out.zero_()
         out[:, own_rows, own_columns] = kept.flip(2) if flip else kept
-        _normalise_in_place(out, mean, std)
+        _normalize_in_place(out, mean, std)
         out[:, erase_top : erase_top + erase_height, erase_left : erase_left + erase_width] = mean[:, None, None]
     return result
 
@@ -150,20 +150,20 @@ def _overlap(offset: int, size: int) -> tuple[slice, slice]:
     return slice(start, max(start, stop)), slice(start - offset, max(start, stop) - offset)
 
 
-def _normalise_in_place(image: Tensor, mean: Tensor, std: Tensor) -> None:
+def _normalize_in_place(image: Tensor, mean: Tensor, std: Tensor) -> None:
     """An image [3, H, W] of 0..255."""
     image.div_(255).sub_(mean[:, None, None]).div_(std[:, None, None])
 
 
-def normalise_at_once(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """`normalise` as a GPU does it best, and without a loop over the images."""
+def normalize_at_once(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """`normalize` as a GPU does it best, and without a loop over the images."""
     scaled = images.to(mean.dtype, memory_format=torch.contiguous_format).div_(255)
     return scaled.sub_(mean).div_(std).permute(0, 3, 1, 2)
 
 
 def augment_at_once(images: Tensor, drawn: Tensor, padding: int, mean: Tensor, std: Tensor) -> Tensor:
     """`augment` as a GPU does it best: a few passes over the whole batch, whatever was drawn for its images."""
-    result = normalise_at_once(_flip_and_crop(images, drawn, padding), mean, std)
+    result = normalize_at_once(_flip_and_crop(images, drawn, padding), mean, std)
     erased = (
         _inside(drawn[:, ERASE_TOP], drawn[:, ERASE_HEIGHT], images.shape[1])[:, None, :, None]
         & (_inside(drawn[:, ERASE_LEFT], drawn[:, ERASE_WIDTH], images.shape[2])[:, None, None, :])

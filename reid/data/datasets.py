@@ -75,7 +75,7 @@ def open_data_sets(cfg: CfgNode, *, train: bool) -> DataSets:
         logger.info("%s", opened[name].statistics())
     _check_names(opened)
     data = DataSets(tuple(opened[name] for name in to_train), tuple(opened[name] for name in to_test))
-    collectives.agree(
+    collectives.require_same_on_all_ranks(
         {
             "the fingerprint of the training images": data.fingerprint_of_training(),
             "the fingerprint of the test images": data.fingerprint_of_tests(),
@@ -87,7 +87,8 @@ def open_data_sets(cfg: CfgNode, *, train: bool) -> DataSets:
 
 def _open(name: str, root_dir: Path, options: BenchmarkOptions, parts: Sequence[Part]) -> Benchmark:
     collectives.once_per_node(lambda: prepare_benchmark(name, root_dir, options))
-    return collectives.together(lambda: load_benchmark(name, root_dir, options, parts=parts))
+    with collectives.errors_shared():
+        return load_benchmark(name, root_dir, options, parts=parts)
 
 
 def _check_names(opened: Mapping[str, Benchmark]) -> None:

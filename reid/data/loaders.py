@@ -215,11 +215,9 @@ def build_train_data(cfg: CfgNode, benchmarks: Sequence[Benchmark], device: torc
         seed=cfg.SEED,
     )
     joined = join_training(benchmarks)
-    batches = TrainBatches(
-        collectives.together(lambda: _build_plan(cfg, joined)),
-        rank=collectives.rank(),
-        num_ranks=collectives.num_ranks(),
-    )
+    with collectives.errors_shared():
+        plan = _build_plan(cfg, joined)
+    batches = TrainBatches(plan, rank=collectives.rank(), num_ranks=collectives.num_ranks())
     stores = [_open_store(cfg, f"{b.name}-train", b.train, recipe.size) for b in benchmarks]
     device = device or torch.device("cpu")
     on_device = _on_device(stores, device) if _is_cached_on(device, stores, cfg.DATASETS.DEVICE_CACHE) else None
@@ -290,8 +288,8 @@ def _build_plan(cfg: CfgNode, train: Split) -> IdentityPlan | ShufflePlan:
 def _open_store(cfg: CfgNode, name: str, split: Split, size: tuple[int, int]) -> NDArray[np.uint8]:
     file = _store_file(cfg, name, split, size)
     collectives.once_per_node(lambda: store.build_store(file, split.paths, size, progress=collectives.is_main()))
-    with _local_copy(cfg, file) as nearest:
-        return collectives.together(lambda: store.open_store(nearest(), len(split), size))
+    with _local_copy(cfg, file) as nearest, collectives.errors_shared():
+        return store.open_store(nearest(), len(split), size)
 
 
 @contextmanager
@@ -302,7 +300,7 @@ def _local_copy(cfg: CfgNode, file: Path) -> Iterator[Callable[[], Path]]:
     them ends, in whatever way.
     """
     folder = os.path.expandvars(cfg.DATASETS.NODE_LOCAL_DIR)
-    token = collectives.on_main(lambda: secrets.token_hex(8))
+    token = collectives.from_rank_zero(lambda: secrets.token_hex(8))
     copy = copy_path(file, Path(folder), token)
     begun = ExitStack()
     faults: list[str] = []

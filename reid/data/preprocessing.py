@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from reid.data.augment import augment, normalise
-from reid.models.backbones import normalisation
+from reid.data.augment import augment, normalize
+from reid.models.backbones import normalization
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
@@ -29,7 +29,7 @@ class BatchPreprocessor:
     def __init__(self, cfg: CfgNode, device: torch.device, images: Tensor | None = None) -> None:
         self._device, self._images = device, images
         dtype = torch.float64 if cfg.SOLVER.PRECISION == "fp64" else torch.float32
-        self._mean, self._std = (torch.tensor(value, dtype=dtype, device=device) for value in normalisation(cfg))
+        self._mean, self._std = (torch.tensor(value, dtype=dtype, device=device) for value in normalization(cfg))
         self._padding: int = cfg.INPUT.PADDING
 
     def to_device(self, tensor: Tensor) -> Tensor:
@@ -50,4 +50,4 @@ class BatchPreprocessor:
 
     def normalized(self, images: Tensor) -> Tensor:
         """Images uint8 [B, H, W, 3] as the model takes them: [B, 3, H, W]."""
-        return normalise(self.to_device(images), self._mean, self._std)
+        return normalize(self.to_device(images), self._mean, self._std)

@@ -82,7 +82,7 @@ def has_bf16(*, on_gpu: bool) -> bool:
     return platform.machine() not in ("x86_64", "AMD64") or has_fast_bfloat16()  # of others it is not known
 
 
-def place(model: nn.Module, cfg: CfgNode, device: torch.device) -> None:
+def move_model(model: nn.Module, cfg: CfgNode, device: torch.device) -> None:
     """Move the model to the device, in the number type and memory format that it computes in."""
     dtype = torch.float64 if cfg.SOLVER.PRECISION == "fp64" else torch.float32
     model.to(device=device, dtype=dtype)
@@ -102,18 +102,18 @@ def fsdp_plugin() -> FullyShardedDataParallelPlugin:
     )
 
 
-def whole(value: Any) -> Any:
+def full_tensors(value: Any) -> Any:
     """The same value with sharded tensors put together; called by all ranks. `state_dict()`s are meant."""
     if isinstance(value, DTensor):
         return value.full_tensor()
     if isinstance(value, dict):
-        return {key: whole(part) for key, part in value.items()}
+        return {key: full_tensors(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(map(whole, value))
+        return type(value)(map(full_tensors, value))
     return value
 
 
-def shared_out(value: Tensor, like: Tensor) -> Tensor:
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
     """This rank's share of a whole tensor where `like` is sharded; else the tensor itself."""
     if not isinstance(like, DTensor):
         return value
@@ -125,7 +125,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     of_parameters = {
         index: {
-            name: shared_out(value, parameters[index]) if value.shape == parameters[index].shape else value
+            name: shard_like(value, parameters[index]) if value.shape == parameters[index].shape else value
             for name, value in values.items()
         }
         for index, values in state["state"].items()
@@ -139,7 +139,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     optimizer.load_state_dict({"state": of_parameters, "param_groups": groups})
 
 
-def settle_gradient_buckets(wrapped: nn.Module, size: tuple[int, int]) -> None:
+def fix_gradient_buckets(wrapped: nn.Module, size: tuple[int, int]) -> None:
     """One backward pass before the first step, of which nothing else remains; called by all ranks.
 
     DistributedDataParallel lays its buckets out anew behind its first backward pass, and on more than two ranks another
@@ -154,13 +154,13 @@ def settle_gradient_buckets(wrapped: nn.Module, size: tuple[int, int]) -> None:
         return
     weight = next(wrapped.parameters())
     images = torch.rand(2, 3, *size, dtype=weight.dtype, device=weight.device)
-    with statistics_kept(wrapped.train()):  # type: ignore[no-untyped-call]
+    with preserve_batchnorm_statistics(wrapped.train()):  # type: ignore[no-untyped-call]
         torch.stack([output.sum() for output in wrapped(images)]).sum().backward()  # type: ignore[no-untyped-call]
     wrapped.zero_grad()
 
 
 @contextmanager
-def statistics_kept(model: nn.Module) -> Iterator[None]:
+def preserve_batchnorm_statistics(model: nn.Module) -> Iterator[None]:
     """BatchNorm's running statistics are afterwards what they were."""
     buffers = [buffer for layer in model.modules() if isinstance(layer, _BatchNorm) for buffer in layer.buffers()]
     before = [buffer.clone() for buffer in buffers]
@@ -223,5 +223,5 @@ def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) 
         accelerator.unscale_gradients()  # of fp16
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-    whole_norm: Tensor = whole(norm.detach())
+    whole_norm: Tensor = full_tensors(norm.detach())
     return whole_norm

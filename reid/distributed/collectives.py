@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -35,27 +36,31 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def together(work: Callable[[], T]) -> T:
-    """Runs the work on every rank; where some raise one of our errors, all do, so that none waits for the others.
+@contextmanager
+def errors_shared() -> Iterator[None]:
+    """Run a block on every rank; if it raises a user error on some ranks, raise one on all, so that no rank waits.
+
+    Example:
+        >>> with errors_shared():
+        ...     images = list_images(folder)
 
     Raises:
-        the error of the lowest rank that has one, marked `is_shared`: rank 0 tells it for all.
+        ReidError: The error of the lowest failing rank, marked `is_shared`: rank 0 reports it for all.
     """
-    if num_ranks() == 1:
-        return work()
-    result, own_error = None, None
+    local_error = None
     try:
-        result = work()
+        yield
     except ReidError as raised:
-        own_error = raised
-    for failed_rank, error in enumerate(gather_objects(own_error)):
+        if num_ranks() == 1:
+            raise
+        local_error = raised
+    for failed_rank, error in enumerate(gather_objects(local_error)):
         if error is not None:
-            words = str(error) if failed_rank == 0 else f"{error} (on rank {failed_rank})"
-            raise shared(type(error)(words, key=error.key)) from own_error
-    return cast("T", result)
+            message = str(error) if failed_rank == 0 else f"{error} (on rank {failed_rank})"
+            raise shared(type(error)(message, key=error.key)) from local_error
 
 
-def agree(facts: Mapping[str, object], *, key: str | None = None) -> None:
+def require_same_on_all_ranks(facts: Mapping[str, object], *, key: str | None = None) -> None:
     """Refuses to go on where the ranks do not know the same facts.
 
     Args:
@@ -79,13 +84,18 @@ def agree(facts: Mapping[str, object], *, key: str | None = None) -> None:
 
 
 def once_per_node(work: Callable[[], object]) -> None:
-    """Runs the work on one process of every node while the others wait; errors as in `together`."""
-    together(work if idist.get_local_rank() == 0 else lambda: None)
+    """Run the work on one rank of every node while the others wait; errors as in `errors_shared`."""
+    with errors_shared():
+        if idist.get_local_rank() == 0:
+            work()
 
 
-def on_main(work: Callable[[], T]) -> T:
-    """What the work gives on rank 0, on every rank; errors as in `together`."""
-    box = [together(lambda: work() if is_main() else None)]
+def from_rank_zero(work: Callable[[], T]) -> T:
+    """Run the work on rank 0 and return its result on every rank; errors as in `errors_shared`."""
+    box: list[T | None] = [None]
+    with errors_shared():
+        if is_main():
+            box[0] = work()
     if num_ranks() > 1:
         dist.broadcast_object_list(box, src=0)
     return cast("T", box[0])
@@ -146,12 +156,12 @@ class Noticeboard:
 
     def __init__(self, topic: str, patience: float) -> None:
         # torchrun may keep the store for the next group; its own count of them differs between nodes.
-        attempt = on_main(lambda: secrets.token_hex(4))
+        attempt = from_rank_zero(lambda: secrets.token_hex(4))
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=patience))  # type: ignore[attr-defined]
         self._store = dist.PrefixStore(f"reid/{topic}/{attempt}", store)  # type: ignore[attr-defined]
 
-    def put_up(self, text: str) -> None:
+    def post(self, text: str) -> None:
         self._store.set(str(rank()), text)
 
     def read(self) -> dict[int, str]:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from reid.distributed.accelerator import build_accelerator, forget_accelerator
-from reid.distributed.collectives import together
+from reid.distributed.collectives import errors_shared
 from reid.distributed.launch_environment import World
 from reid.errors import ReidError, WorldError, shared
 from reid.process.signals import Preempted
@@ -42,14 +42,15 @@ def session(world: World, cfg: CfgNode, *, keep_group: bool = False) -> Iterator
     if world.has_group and not dist.is_initialized():
         # A minute more than the watchdog waits, which can say who is missing and where.
         timeout = timedelta(minutes=cfg.SOLVER.TIMEOUT_MINUTES + 1)
-        with _slurm_as_ignite_reads_it(by_srun=world.by_srun):
+        with _slurm_variables_for_ignite(by_srun=world.by_srun):
             idist.initialize("nccl" if on_gpu else "gloo", timeout=timeout)
         if keep_group:
             atexit.register(idist.finalize)
     try:
-        _check_same_world("Ignite", idist.get_world_size(), idist.get_rank(), world)
-        accelerator = together(lambda: build_accelerator(cfg, on_gpu=on_gpu, num_ranks=world.num_ranks))
-        _check_same_world("accelerate", accelerator.num_processes, accelerator.process_index, world)
+        _require_same_world("Ignite", idist.get_world_size(), idist.get_rank(), world)
+        with errors_shared():
+            accelerator = build_accelerator(cfg, on_gpu=on_gpu, num_ranks=world.num_ranks)
+        _require_same_world("accelerate", accelerator.num_processes, accelerator.process_index, world)
         yield accelerator
     except (ReidError, Preempted) as error:
         if world.num_ranks > 1 and error.is_shared:
@@ -85,7 +86,7 @@ def _on_gpu(world: World, device: str) -> bool:
 
 
 @contextmanager
-def _slurm_as_ignite_reads_it(*, by_srun: bool) -> Iterator[None]:
+def _slurm_variables_for_ignite(*, by_srun: bool) -> Iterator[None]:
     """Ignite takes every process in a Slurm job for one of the job's tasks.
 
     Where torchrun made the ranks, it would overwrite LOCAL_RANK by the task's; and the tasks of a step may be fewer
@@ -106,7 +107,7 @@ def _slurm_as_ignite_reads_it(*, by_srun: bool) -> Iterator[None]:
         os.environ.update(ours)
 
 
-def _check_same_world(library: str, num_ranks: int, own_rank: int, world: World) -> None:
+def _require_same_world(library: str, num_ranks: int, own_rank: int, world: World) -> None:
     if (num_ranks, own_rank) != (world.num_ranks, world.rank):
         raise WorldError(
             f"{library} must see rank {world.rank} of {world.num_ranks} as the launcher made it, but it sees rank "

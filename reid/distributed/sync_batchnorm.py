@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from reid.distributed import collectives
 
 
-def synchronise_batchnorm(model: nn.Module) -> nn.Module:
+def synchronize_batchnorm(model: nn.Module) -> nn.Module:
     """The model with every BatchNorm replaced, around the same parameters and buffers; as it is on a single rank."""
     if collectives.num_ranks() == 1:
         return model
     if any(parameter.is_cuda for parameter in model.parameters()):
-        return _synchronise_on_gpus(model)
+        return _synchronize_on_gpus(model)
     for name, child in model.named_children():
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
             kind = _CPUSyncBatchNormAct if _is_fused(child) else _CPUSyncBatchNorm
             setattr(model, name, kind.like(child))
         else:
-            synchronise_batchnorm(child)
+            synchronize_batchnorm(child)
     return model
 
 
@@ -31,7 +31,7 @@ def _is_fused(layer: nn.Module) -> bool:
     return hasattr(layer, "act")
 
 
-def _synchronise_on_gpus(model: nn.Module) -> nn.Module:
+def _synchronize_on_gpus(model: nn.Module) -> nn.Module:
     convert: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
     if any(_is_fused(layer) for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)):
         from timm import layers

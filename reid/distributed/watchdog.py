@@ -87,7 +87,7 @@ class Watchdog:
         """Return the states of all ranks that can answer, in rank order."""
         if self._board is None:
             return [local]
-        self._board.put_up(json.dumps(local))
+        self._board.post(json.dumps(local))
         time.sleep(_GRACE)
         return [_State(*json.loads(text)) for _, text in sorted(self._board.read().items())]
 

@@ -133,7 +133,7 @@ class Evaluator:
             engine.terminate()
 
 
-class Evaluators:
+class EvaluatorGroup:
     """An `Evaluator` for each benchmark to test on; the arguments are theirs, but `on_scored` is told its name too."""
 
     def __init__(

@@ -19,7 +19,7 @@ from reid.data.preprocessing import BatchPreprocessor
 from reid.distributed import collectives
 from reid.evaluation.drawing import GalleryCell, batch_grid, cmc_chart, denormalize, ranked_gallery, sheet
 from reid.evaluation.examples import Example, find_examples, query_table, seeded_queries, worst_queries
-from reid.models.backbones import normalisation
+from reid.models.backbones import normalization
 from reid.process.files import atomic_write
 from reid.process.side_effects import optional
 from reid.retrieval.distances import Distances
@@ -106,7 +106,7 @@ class Pictures:
                 self.draw(f"epoch {engine.state.epoch}", engine.state.iteration, engine.state.epoch)
 
     def compare(self, name: str, data: TestData, distances: Distances, scores: RetrievalScores) -> None:
-        """Keep what `draw` needs of an evaluation; for `Evaluators`."""
+        """Keep what `draw` needs of an evaluation; for `EvaluatorGroup`."""
         self._compared.pop(name, None)
         self._attempt(lambda: self._compare(name, data, distances, scores))
 
@@ -200,7 +200,7 @@ class Pictures:
         some = planned._replace(sample_ids=planned.sample_ids[:num], positions=planned.positions[:num])
         batch = train_data.images.batch(some)
         prepared = BatchPreprocessor(self._cfg, torch.device("cpu")).for_training(batch).numpy()
-        images = denormalize(prepared, *normalisation(self._cfg))
+        images = denormalize(prepared, *normalization(self._cfg))
         of_all = f"{num} of {len(planned.sample_ids)} images" if num < len(planned.sample_ids) else f"{num} images"
         note = f"{of_all} as the model sees them: flipped, padded and cropped, partly erased; pids are labels"
         _save(file, batch_grid(images, batch.pids.tolist(), "the first training batch", note))

@@ -14,10 +14,10 @@ from reid.models import timm_backbones
 if TYPE_CHECKING:
     from yacs.config import CfgNode
 
-Colour = tuple[float, ...]  # red, green, blue
+Color = tuple[float, ...]  # red, green, blue
 
 
-class ResNetTrunk(resnet.ResNet):  # type: ignore[misc]  # torchvision ships no types
+class ResNetBackbone(resnet.ResNet):  # type: ignore[misc]  # torchvision ships no types
     """torchvision's ResNet without pooling and classifier, under torchvision's (and the published) parameter names.
 
     Args:
@@ -72,7 +72,7 @@ class IBN(nn.Module):
         return torch.cat([self.IN(first), self.BN(others)], dim=1)
 
 
-class IBNTrunk(ResNetTrunk):
+class IBNBackbone(ResNetBackbone):
     """ResNet-IBN-a: the first norm of every block of the first three stages is an `IBN`; the stem has its ReLU."""
 
     def __init__(self, layers: list[int], *, last_stride: int) -> None:
@@ -94,16 +94,16 @@ def _set_last_stride(trunk: Any, stride: int) -> None:
 
 
 def _resnet(block: type[resnet.BasicBlock | resnet.Bottleneck], layers: list[int]) -> Callable[..., nn.Module]:
-    def build(*, last_stride: int, stem_relu: bool) -> ResNetTrunk:
-        return ResNetTrunk(block, layers, last_stride=last_stride, stem_relu=stem_relu)
+    def build(*, last_stride: int, stem_relu: bool) -> ResNetBackbone:
+        return ResNetBackbone(block, layers, last_stride=last_stride, stem_relu=stem_relu)
 
     return build
 
 
 def _ibn(layers: list[int]) -> Callable[..., nn.Module]:
-    def build(*, last_stride: int, stem_relu: bool) -> IBNTrunk:
+    def build(*, last_stride: int, stem_relu: bool) -> IBNBackbone:
         del stem_relu  # it always has the ReLU
-        return IBNTrunk(layers, last_stride=last_stride)
+        return IBNBackbone(layers, last_stride=last_stride)
 
     return build
 
@@ -147,7 +147,7 @@ BACKBONES: dict[str, Callable[..., Any]] = {
 }
 
 
-def check(cfg: CfgNode) -> None:
+def validate_backbone(cfg: CfgNode) -> None:
     """Refuses a backbone that there is not, or that does not take images of these sizes.
 
     Raises:
@@ -157,7 +157,7 @@ def check(cfg: CfgNode) -> None:
         timm_backbones.plan_for(cfg)
 
 
-def build_trunk(cfg: CfgNode) -> tuple[Any, int]:
+def build_backbone(cfg: CfgNode) -> tuple[Any, int]:
     """The trunk that MODEL.NAME names, with randomly initialised weights, and its number of features D.
 
     It gives a feature map [B, D, h, w], or features [B, D] where it pools itself.
@@ -169,15 +169,15 @@ def build_trunk(cfg: CfgNode) -> tuple[Any, int]:
     return trunk, trunk.num_features
 
 
-def normalisation(cfg: CfgNode) -> tuple[Colour, Colour]:
+def normalization(cfg: CfgNode) -> tuple[Color, Color]:
     """Mean and standard deviation of the backbone's input, of pixels in 0..1: as set, or else the backbone's own."""
     mean, std = cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD
-    own_mean, own_std = own_normalisation(cfg.MODEL.NAME) if mean is None or std is None else (mean, std)
+    own_mean, own_std = default_normalization(cfg.MODEL.NAME) if mean is None or std is None else (mean, std)
     return own_mean if mean is None else mean, own_std if std is None else std
 
 
-def own_normalisation(name: str) -> tuple[Colour, Colour]:
+def default_normalization(name: str) -> tuple[Color, Color]:
     """Mean and standard deviation that the backbone's pretrained weights want."""
     if name not in BACKBONES:
-        return timm_backbones.normalisation(name)
+        return timm_backbones.normalization(name)
     return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's

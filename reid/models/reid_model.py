@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from reid.config.rules import use_center_loss, use_identity_loss
-from reid.models.backbones import build_trunk
+from reid.models.backbones import build_backbone
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
@@ -95,7 +95,7 @@ def build_model(cfg: CfgNode, num_pids: int) -> ReIDModel:
         cfg: the whole configuration; MODEL, TEST.NECK_FEAT and what decides the losses are read.
         num_pids: C, training identities.
     """
-    base, num_features = build_trunk(cfg)
+    base, num_features = build_backbone(cfg)
     model = ReIDModel(
         base,
         num_features,

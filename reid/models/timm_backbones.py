@@ -208,7 +208,7 @@ def _in_cache(own: dict[str, Any]) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def normalisation(full_name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalization(full_name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of red, green and blue that the model's pretrained weights want."""
     own = _pretrained_cfg(_checked(full_name))
     return tuple(own["mean"]), tuple(own["std"])

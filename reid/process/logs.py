@@ -54,7 +54,7 @@ def set_up_console() -> None:
     logging.getLogger("ignite").addHandler(logging.NullHandler())  # it would repeat every error, twice on every rank
 
 
-def answer(text: str) -> None:
+def write_output(text: str) -> None:
     """Write the result of a command to stdout; exit with code 120 if that is impossible."""
     try:
         if sys.stdout is None:  # closed by the parent process

@@ -51,7 +51,8 @@ class RunDirectory:
         self._metrics = path / "metrics.jsonl"
         self._unwritten: list[str] = []  # metrics.jsonl lines that a full disk did not take
         self._unwritten_result: str | None = None
-        collectives.together(self._create)
+        with collectives.errors_shared():
+            self._create()
 
     def _create(self) -> None:
         if not collectives.is_main():
@@ -134,7 +135,8 @@ class RunDirectory:
                 kept = [line for line, step in zip(lines, steps, strict=True) if step and step[1] <= last[step[0]]]
                 self._write_text(self._metrics.name, "".join(kept))
 
-        collectives.together(tidy)
+        with collectives.errors_shared():
+            tidy()
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write result.json; if the disk is full, warn, and let `finish` try again."""
@@ -162,7 +164,8 @@ class RunDirectory:
             csv.writer(text, lineterminator="\n").writerows([rows[0]._fields, *rows])
             self._write_text(name, text.getvalue())
 
-        collectives.together(write)
+        with collectives.errors_shared():
+            write()
 
     def _write_result(self) -> None:
         if self._unwritten_result is not None:
@@ -187,7 +190,8 @@ class RunDirectory:
             except WorldError as error:
                 raise UnsavedError(str(error), key=error.key) from error
 
-        collectives.together(write)
+        with collectives.errors_shared():
+            write()
 
     def leave_marker(self, outcome: str) -> None:
         """Record that a signal stopped the run and that it should be started again; called by all ranks."""

@@ -35,7 +35,9 @@ def claim(folder: RunDirectory, start: Start) -> Ownership:
         WorldError: another training is at work here.
     """
     ownership = Ownership(folder, start)
-    collectives.together(lambda: ownership.claim() if collectives.is_main() else None)
+    with collectives.errors_shared():
+        if collectives.is_main():
+            ownership.claim()
     return ownership
 
 

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 def check_start(cfg: CfgNode) -> None:
     """What would be found out late: ranks that differ, and a backbone that there is not."""
-    collectives.agree(_facts(cfg))
-    collectives.together(lambda: backbones.check(cfg))
+    collectives.require_same_on_all_ranks(_facts(cfg))
+    with collectives.errors_shared():
+        backbones.validate_backbone(cfg)
 
 
 def _facts(cfg: CfgNode) -> dict[str, object]:

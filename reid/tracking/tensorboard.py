@@ -35,7 +35,8 @@ class TensorBoard:
         self._is_on = bool(cfg.LOG.TENSORBOARD) and collectives.is_main()
         self._folder = folder / "tensorboard"
         self._writer: SummaryWriter | None = None
-        collectives.together(self._check_package)
+        with collectives.errors_shared():
+            self._check_package()
 
     def _check_package(self) -> None:
         if self._is_on and not find_spec("tensorboard"):

@@ -65,7 +65,9 @@ class Tracker:
 
     @contextmanager
     def _running(self, start: Callable[[], None]) -> Iterator[None]:
-        collectives.together(lambda: start() if collectives.is_main() and self._cfg.WANDB.ENABLE else None)
+        with collectives.errors_shared():
+            if collectives.is_main() and self._cfg.WANDB.ENABLE:
+                start()
         try:
             yield
         except BaseException as error:
@@ -73,7 +75,9 @@ class Tracker:
             raise
         self._end(exit_code=0)
         if self._cfg.WANDB.ON_FAILURE == "raise":
-            collectives.together(lambda: self._run.raise_failures() if self._run else None)
+            with collectives.errors_shared():
+                if self._run:
+                    self._run.raise_failures()
 
     def _start_training(self, progress: Progress) -> None:
         file = self._folder / _RUN_ID_FILE

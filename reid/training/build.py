@@ -11,8 +11,8 @@ from torch import nn
 
 from reid.checkpoints import weights
 from reid.data.preprocessing import BatchPreprocessor
-from reid.distributed.accelerator import place, settle_gradient_buckets, wrap
-from reid.distributed.sync_batchnorm import synchronise_batchnorm
+from reid.distributed.accelerator import fix_gradient_buckets, move_model, wrap
+from reid.distributed.sync_batchnorm import synchronize_batchnorm
 from reid.models.reid_model import ReIDModel, build_model
 from reid.training.criterion import Criterion
 from reid.training.optim import build_optimizer
@@ -60,9 +60,9 @@ def build_initial_model(
     model = build_model(cfg, num_pids)
     if load_weights:
         weights.initialize(model, cfg)
-    place(model, cfg, accelerator.device)
+    move_model(model, cfg, accelerator.device)
     if cfg.SOLVER.SYNC_BN:
-        synchronise_batchnorm(model)
+        synchronize_batchnorm(model)
     return model
 
 
@@ -79,7 +79,7 @@ def build_training(
     """
     optimizer = build_optimizer(cfg.SOLVER, model)
     wrapped, optimizer = wrap(accelerator, model, optimizer, compiled=cfg.MODEL.COMPILE)
-    settle_gradient_buckets(wrapped, cfg.INPUT.SIZE_TRAIN)
+    fix_gradient_buckets(wrapped, cfg.INPUT.SIZE_TRAIN)
     preprocessor = preprocessor or BatchPreprocessor(cfg, accelerator.device)
     trainer = build_trainer(
         wrapped,

@@ -18,7 +18,7 @@ from reid.checkpoints.save import BackgroundWriter, checkpoints_in, host_copy, s
 from reid.checkpoints.weights import load_state, read_file
 from reid.config.load import dump
 from reid.distributed import collectives
-from reid.distributed.accelerator import load_optimizer, whole
+from reid.distributed.accelerator import full_tensors, load_optimizer
 from reid.errors import NonFiniteError, TakenOverError, UnsavedError, WorldError
 from reid.models.reid_model import ReIDModel
 from reid.runs.progress import Progress, Records, SavedCheckpoint
@@ -126,7 +126,7 @@ class Checkpoints:
                 "iteration": state.iteration,
                 "epoch": epoch,
                 "epoch_length": state.epoch_length,
-                "optimizer": whole(self._optimizer.state_dict()),
+                "optimizer": full_tensors(self._optimizer.state_dict()),
                 "scaler": None if self._scaler is None else self._scaler.state_dict(),
                 "progress": asdict(self._progress),
                 "meter": None if self._meter is None else self._meter.state_dict(),
@@ -149,7 +149,8 @@ class Checkpoints:
                 errors = " ".join(map(str, self._lost.values()))
                 raise UnsavedError(f"{errors} Then start again to resume from {self._newest()}.", key="OUTPUT_DIR")
 
-        collectives.together(wait)
+        with collectives.errors_shared():
+            wait()
 
     def _save_best(self, trainer: Engine) -> None:
         best = self._progress.best
@@ -164,9 +165,10 @@ class Checkpoints:
             self.save(trainer)
 
     def _write(self, name: str, content: dict[str, Any], iteration: int, *, num_kept: int) -> None:
-        weights = whole(self._model.state_dict())
+        weights = full_tensors(self._model.state_dict())
         content |= {"format": _FORMAT, "model": weights, "config": dump(self._cfg), "dataset": self._dataset}
-        collectives.together(lambda: _check_finite(weights))  # the loss does not cover the last step
+        with collectives.errors_shared():
+            _check_finite(weights)  # the loss does not cover the last step
         if collectives.is_main():
             self._wait()
             self._started_at = time.monotonic()
@@ -200,12 +202,11 @@ class Checkpoints:
             WorldError: Every checkpoint is damaged, or the newest good one has another configuration, benchmark or
                 model.
         """
-        content = collectives.on_main(self._read_newest)
+        content = collectives.from_rank_zero(self._read_newest)
         if content is None:
             return False
-        collectives.together(
-            lambda: load_state(self._model, content["model"], f"the checkpoint in {self._folder}", key="OUTPUT_DIR")
-        )
+        with collectives.errors_shared():
+            load_state(self._model, content["model"], f"the checkpoint in {self._folder}", key="OUTPUT_DIR")
         load_optimizer(self._optimizer, content["optimizer"])
         if self._scaler is not None:
             self._scaler.load_state_dict(content["scaler"])

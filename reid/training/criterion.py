@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Losses(NamedTuple):
     """The losses of one step."""
 
-    to_minimise: Tensor  # scalar whose gradient, averaged over the ranks, is that of the global batch's loss
+    to_minimize: Tensor  # scalar whose gradient, averaged over the ranks, is that of the global batch's loss
     shares: dict[
         str, Tensor
     ]  # detached scalars that, summed over the ranks, give each logged value of the global batch

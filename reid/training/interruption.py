@@ -12,7 +12,7 @@ from reid.training.checkpointing import Checkpoints
 _SAVE, _STOP = 1, 2
 
 
-def save_and_stop_when_asked(trainer: Engine, checkpoints: Checkpoints, signals: Signals) -> None:
+def save_and_stop_on_request(trainer: Engine, checkpoints: Checkpoints, signals: Signals) -> None:
     """Attach it behind all that acts on a step; what a rank wants, all do one step later.
 
     Raises:

@@ -23,7 +23,7 @@ def set_learning_rate_by_epoch(trainer: Engine, optimizer: torch.optim.Optimizer
         set_learning_rate(optimizer, learning_rate(solver, engine.state.epoch))
 
 
-def place_sampler(trainer: Engine, batches: TrainBatches) -> None:
+def set_sampler_position(trainer: Engine, batches: TrainBatches) -> None:
     """Ignite fires EPOCH_STARTED before it asks the loader for an iterator, in a resumed epoch too."""
 
     @trainer.on(Events.EPOCH_STARTED)
@@ -38,7 +38,7 @@ def train_mode_by_epoch(trainer: Engine, model: torch.nn.Module) -> None:
         model.train()
 
 
-class Evaluations:
+class EvaluationSchedule:
     """Evaluates after every SOLVER.EVAL_PERIOD epochs and after the last.
 
     Args:

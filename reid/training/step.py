@@ -12,7 +12,7 @@ from ignite.engine import Engine
 from torch import Tensor, nn
 
 from reid.data.preprocessing import BatchPreprocessor
-from reid.distributed.accelerator import clip_gradients, statistics_kept
+from reid.distributed.accelerator import clip_gradients, preserve_batchnorm_statistics
 from reid.models.reid_model import ReIDOutput
 from reid.training.criterion import Criterion, Losses
 
@@ -53,7 +53,7 @@ def build_trainer(
             loss = partial(criterion, pids=pids, centers=centers)
             return backward_in_parts(model, preprocessor.for_training, batch, num_parts, loss, accelerator)
         losses = criterion(model(preprocessor.for_training(batch)), pids, centers)
-        accelerator.backward(losses.to_minimise)
+        accelerator.backward(losses.to_minimize)
         return losses
 
     def step(engine: Engine, batch: Batch) -> dict[str, Tensor]:
@@ -96,11 +96,11 @@ def backward_in_parts(
     Source: Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup, arXiv 2101.06983.
     """
     parts = [type(batch)(*(field[i::num_parts] for field in batch)) for i in range(num_parts)]
-    with torch.no_grad(), statistics_kept(model):
+    with torch.no_grad(), preserve_batchnorm_statistics(model):
         outputs = [model(prepare(part)) for part in parts]
     whole = ReIDOutput(*(_interleaved(fields).requires_grad_() for fields in zip(*outputs, strict=True)))
     losses = criterion(whole)
-    losses.to_minimise.backward()  # type: ignore[no-untyped-call]
+    losses.to_minimize.backward()  # type: ignore[no-untyped-call]
     for i, part in enumerate(parts):
         with nullcontext() if i == num_parts - 1 else accelerator.no_sync(model):
             products = [

@@ -18,7 +18,7 @@ from reid.data.preprocessing import BatchPreprocessor
 from reid.distributed import collectives
 from reid.distributed.launch_environment import read_start, slurm_job
 from reid.distributed.watchdog import Watchdog
-from reid.evaluation.evaluator import Evaluators, report_queries
+from reid.evaluation.evaluator import EvaluatorGroup, report_queries
 from reid.evaluation.ranked_galleries import Pictures
 from reid.models.reid_model import ReIDModel
 from reid.process.signals import Preempted, Signals
@@ -61,7 +61,7 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> dict[str,
     tracker = build_tracker(cfg, folder, [benchmark.name for benchmark in data.train], fingerprint)
     tensorboard = TensorBoard(cfg, folder.path)
     pictures = Pictures(cfg, folder.pictures, data, tracker.show)
-    evaluator = Evaluators(
+    evaluator = EvaluatorGroup(
         data,
         model,
         accelerator,
@@ -70,7 +70,7 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> dict[str,
         beat=watchdog.beat,
         is_stopped=signals.were_received,
     )
-    evaluations = schedule.Evaluations(evaluator.run, progress, cfg.SOLVER)
+    evaluations = schedule.EvaluationSchedule(evaluator.run, progress, cfg.SOLVER)
     meter = TrainMeter(log_period=cfg.SOLVER.LOG_PERIOD, batch_size=cfg.SOLVER.IMS_PER_BATCH, optimizer=optimizer)
     checkpoints = Checkpoints(
         folder.checkpoints,
@@ -88,7 +88,7 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> dict[str,
     # Where two act on the same event, the upper one is first: evaluate, keep the best, write records, save.
     watchdog.attach(trainer)
     schedule.set_learning_rate_by_epoch(trainer, optimizer, cfg.SOLVER)
-    schedule.place_sampler(trainer, train_data.batches)
+    schedule.set_sampler_position(trainer, train_data.batches)
     schedule.train_mode_by_epoch(trainer, training.wrapped)
     guards.check_first_batch(trainer, cfg)
     meter.attach(trainer)
@@ -99,7 +99,7 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> dict[str,
     attach_rows(trainer, progress, tracker.log_row)
     attach_rows(trainer, progress, tensorboard.log_row)
     pictures.attach(trainer, progress, train_data)
-    interruption.save_and_stop_when_asked(trainer, checkpoints, signals)
+    interruption.save_and_stop_on_request(trainer, checkpoints, signals)
 
     _resume(trainer, checkpoints, cfg, len(train_data.loader))
     folder.resume_from(trainer.state.iteration, progress.last["iteration"] if progress.last else 0)
@@ -116,7 +116,7 @@ def train(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> dict[str,
 
 
 def _build(cfg: CfgNode, accelerator: Accelerator, folder: RunDirectory, data: DataSets) -> tuple[Training, TrainData]:
-    is_resumed = collectives.on_main(lambda: bool(checkpoints_in(folder.checkpoints, "last")))
+    is_resumed = collectives.from_rank_zero(lambda: bool(checkpoints_in(folder.checkpoints, "last")))
     # Before the images are decoded, as weights may be missing.
     model = build_initial_model(cfg, accelerator, data.num_train_pids, load_weights=not is_resumed)
     build_stores(cfg, data)
@@ -147,7 +147,7 @@ def _run(
     trainer: Engine,
     train_data: TrainData,
     num_steps: int,
-    evaluations: schedule.Evaluations,
+    evaluations: schedule.EvaluationSchedule,
     checkpoints: Checkpoints,
     folder: RunDirectory,
 ) -> None:

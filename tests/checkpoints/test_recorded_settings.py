@@ -10,7 +10,7 @@ import torch
 from program import untrained
 from refusals import refused
 
-from reid.checkpoints.recorded_settings import of_checkpoint
+from reid.checkpoints.recorded_settings import settings_of_checkpoint
 from reid.commands.search import recorded_settings
 from reid.config.load import load_config
 from reid.errors import DataError, SettingsError, UnknownKeyError, WorldError
@@ -19,7 +19,7 @@ from reid.errors import DataError, SettingsError, UnknownKeyError, WorldError
 def settings_of(weight, *overrides):
     """As the launcher puts them together."""
     given = [f"TEST.WEIGHT={weight}", *overrides]
-    return load_config(None, given, recorded=of_checkpoint(load_config(None, given), {}))
+    return load_config(None, given, recorded=settings_of_checkpoint(load_config(None, given), {}))
 
 
 def test_a_checkpoint_is_used_with_the_settings_inside_it(tmp_path):
@@ -55,7 +55,7 @@ def test_file_without_settings_uses_defaults_and_reports_it(tmp_path, caplog):
 
 def test_no_weight_no_settings():
     with refused(SettingsError, "TEST.WEIGHT", "got ''"):
-        of_checkpoint(load_config(None, []), {})
+        settings_of_checkpoint(load_config(None, []), {})
 
 
 def test_a_setting_of_a_later_version_is_named_with_its_file(tmp_path):

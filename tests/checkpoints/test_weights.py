@@ -23,7 +23,7 @@ from torchvision.models import resnet18, resnext50_32x4d
 
 from reid.checkpoints.pretrained import SOURCES
 from reid.checkpoints.state_dicts import checksum_of, num_pids_of, state_dict_of
-from reid.checkpoints.weights import check_settings, initialize, load_for_evaluation, load_state, read_file
+from reid.checkpoints.weights import initialize, load_for_evaluation, load_state, read_file, verify_settings
 from reid.config.load import dump, load_config
 from reid.errors import WorldError
 from reid.models.backbones import BACKBONES
@@ -477,17 +477,17 @@ def test_resume_command_of_reid_strong_baseline_continues_epochs(place):
 def test_checkpoint_with_incompatible_settings_is_rejected(changed, words):
     content = {"model": model_of().state_dict(), "config": dump(settings())}
     source = {"source": "TEST.WEIGHT=x.pt", "key": "TEST.WEIGHT"}
-    check_settings(content, settings("TEST.NECK_FEAT=before", "INPUT.SIZE_TEST=(64,32)"), **source)
+    verify_settings(content, settings("TEST.NECK_FEAT=before", "INPUT.SIZE_TEST=(64,32)"), **source)
     with refused(WorldError, "TEST.WEIGHT", "TEST.WEIGHT=x.pt", *words, "--config_file"):
-        check_settings(content, settings(changed), **source)
+        verify_settings(content, settings(changed), **source)
 
 
 def test_default_normalization_is_compared_by_its_actual_values():
     vit = ("MODEL.NAME=timm/test_vit",)
     content = {"config": dump(settings(*vit))}
-    check_settings(content, settings(*vit, "INPUT.PIXEL_MEAN=(.5,.5,.5)", "INPUT.PIXEL_STD=(.5,.5,.5)"), "X", key="X")
+    verify_settings(content, settings(*vit, "INPUT.PIXEL_MEAN=(.5,.5,.5)", "INPUT.PIXEL_STD=(.5,.5,.5)"), "X", key="X")
     with refused(WorldError, "X", "INPUT.PIXEL_STD", "[0.5, 0.5, 0.5]", "[0.2, 0.2, 0.2]"):
-        check_settings(content, settings(*vit, "INPUT.PIXEL_STD=(.2,.2,.2)"), "X", key="X")
+        verify_settings(content, settings(*vit, "INPUT.PIXEL_STD=(.2,.2,.2)"), "X", key="X")
 
 
 @pytest.mark.parametrize(
@@ -497,7 +497,7 @@ def test_default_normalization_is_compared_by_its_actual_values():
 def test_foreign_state_dict_warns_only_about_stem_relu(name, relu, num_warnings, caplog):
     cfg = settings(f"MODEL.NAME={name}", f"MODEL.STEM_RELU={relu}")
     with caplog.at_level(logging.WARNING, "reid"):
-        check_settings(model_of().state_dict(), cfg, "TEST.WEIGHT=x.pt", key="TEST.WEIGHT")
+        verify_settings(model_of().state_dict(), cfg, "TEST.WEIGHT=x.pt", key="TEST.WEIGHT")
     assert len(caplog.messages) == num_warnings
     assert all("TEST.WEIGHT=x.pt" in message and "MODEL.STEM_RELU no" in message for message in caplog.messages)
 

@@ -21,7 +21,7 @@ from reid.checkpoints.weights import load_state, read_file
 from reid.commands.export import FromPixels
 from reid.commands.export_parity import Comparison, random_pass
 from reid.config.load import load_config
-from reid.data.augment import normalise
+from reid.data.augment import normalize
 from reid.errors import WorldError
 from reid.models.reid_model import build_model
 
@@ -63,7 +63,7 @@ def pixels(num, seed=0):
 
 
 def images(num):
-    return normalise(pixels(num), MEAN, STD).contiguous()
+    return normalize(pixels(num), MEAN, STD).contiguous()
 
 
 def test_export_reports_comparison_on_evaluation_for_each_file(said, folder):

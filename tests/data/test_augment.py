@@ -24,7 +24,7 @@ from reid.data.augment import (
     augment_at_once,
     augment_one_by_one,
     draw,
-    normalise,
+    normalize,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "val_transform.npz"
@@ -191,7 +191,7 @@ def test_both_ways_to_augment_are_the_slow_one(size, num_images, padding, seed, 
 def test_a_draw_that_does_nothing_only_normalises(dtype):
     images = pictures(4, (16, 8))
     nothing = draw(recipe(size=(16, 8), flip=0.0, padding=0, erasing=0.0), 1, np.arange(4))
-    assert torch.equal(augment(images, nothing, 0, *constants(dtype)), normalise(images, *constants(dtype)))
+    assert torch.equal(augment(images, nothing, 0, *constants(dtype)), normalize(images, *constants(dtype)))
     assert not nothing.any()
 
 
@@ -219,7 +219,7 @@ def test_memory_format_fits_device_and_input_is_unchanged(num_images):
     choices = draw(recipe(size=(16, 8), padding=3), 1, np.arange(num_images))
     for result in (
         augment(images, choices, 3, *constants(torch.float32)),
-        normalise(images, *constants(torch.float32)),
+        normalize(images, *constants(torch.float32)),
     ):
         assert result.shape == (num_images, 3, 16, 8)
         assert result.is_contiguous()
@@ -244,8 +244,8 @@ def test_the_batchs_own_layout_does_not_matter(view):
     for way in (augment_at_once, augment_one_by_one):
         whole = way(images, choices, 3, *constants(torch.float32))
         assert torch.equal(way(strided, choices, 3, *constants(torch.float32)), whole)
-    normalised = normalise(strided, *constants(torch.float32))
-    assert torch.equal(normalised, normalise(images, *constants(torch.float32)))
+    normalised = normalize(strided, *constants(torch.float32))
+    assert torch.equal(normalised, normalize(images, *constants(torch.float32)))
     assert normalised.is_contiguous()
 
 
@@ -253,5 +253,5 @@ def test_test_images_are_normalised_as_recorded():
     golden = np.load(GOLDEN)
     for i in range(3):
         resized = Image.fromarray(golden[f"image_{i}"]).resize((128, 256), Image.Resampling.BILINEAR)
-        result = normalise(torch.from_numpy(np.array(resized))[None], *constants(torch.float32))[0]
+        result = normalize(torch.from_numpy(np.array(resized))[None], *constants(torch.float32))[0]
         np.testing.assert_allclose(result, golden[f"tensor_{i}"], rtol=0, atol=1e-6)

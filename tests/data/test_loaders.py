@@ -212,7 +212,7 @@ def test_a_pass_keeps_the_position_that_it_began_at(folder, benchmark):
 KEEPS_AN_ITERATOR = """
 import sys
 from reid.data.loaders import BatchLoader
-from reid.commands.main import leave
+from reid.commands.main import exit_process
 
 class Numbers:
     def batch(self, number, *, pin_memory):
@@ -220,13 +220,13 @@ class Numbers:
 
 kept = iter(BatchLoader(Numbers(), range(1000), prefetch=True, pin_memory=False))
 print(next(kept))
-if sys.argv[1] == "leave":
-    leave(0)
+if sys.argv[1] == "exit_process":
+    exit_process(0)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["leave", "return"])
+@pytest.mark.parametrize("how", ["exit_process", "return"])
 def test_program_exits_in_the_middle_of_a_pass(how):
     words = [sys.executable, "-c", KEEPS_AN_ITERATOR, how]
     done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT, check=False)

@@ -216,7 +216,7 @@ STEP_IN_A_JOB = {
 def test_only_ignite_sees_adjusted_slurm_environment(monkeypatch, by_srun, seen):
     for name, value in STEP_IN_A_JOB.items():
         monkeypatch.setenv(name, value)
-    with session._slurm_as_ignite_reads_it(by_srun=by_srun):
+    with session._slurm_variables_for_ignite(by_srun=by_srun):
         assert {name: os.environ.get(name) for name in seen} == seen
         os.environ["RANK"] = "1"  # which Ignite sets, and must stay
     assert {name: os.environ.get(name) for name in STEP_IN_A_JOB} == STEP_IN_A_JOB

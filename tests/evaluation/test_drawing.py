@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from reid.data.augment import normalise
+from reid.data.augment import normalize
 from reid.evaluation import drawing
 from reid.evaluation.drawing import (
     QUERY,
@@ -145,7 +145,7 @@ def test_batches_of_any_size_fit_on_a_page(num_pids, num_instances, height, widt
 def test_denormalized_pixels_are_those_that_were_normalised(seed):
     images = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (2, 5, 4, 3), dtype=np.uint8))
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    model_input = normalise(images, torch.tensor(mean), torch.tensor(std)).numpy()
+    model_input = normalize(images, torch.tensor(mean), torch.tensor(std)).numpy()
     np.testing.assert_array_equal(denormalize(model_input, mean, std), images)
 
 

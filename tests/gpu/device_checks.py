@@ -19,8 +19,8 @@ from yacs.config import CfgNode
 
 from reid.config.load import load_config
 from reid.data.loaders import Batch
-from reid.distributed.accelerator import build_accelerator, place
-from reid.distributed.sync_batchnorm import synchronise_batchnorm
+from reid.distributed.accelerator import build_accelerator, move_model
+from reid.distributed.sync_batchnorm import synchronize_batchnorm
 from reid.models.reid_model import ReIDModel
 from reid.training.build import build_training
 
@@ -103,7 +103,7 @@ def build(device: torch.device, *overrides: str) -> Training:
     if is_emulated:
         accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
     model = tiny_model(with_centers=cfg.MODEL.IF_WITH_CENTER).train()
-    place(model, cfg, accelerator.device)
+    move_model(model, cfg, accelerator.device)
     training = build_training(cfg, accelerator, model)
     if is_emulated:
         accelerator.state._mixed_precision = "fp16"  # so that gradients are unscaled before their norm is taken
@@ -165,7 +165,7 @@ def batchnorm_of_rank(device: str) -> tuple[str, float]:
         return [outputs, inputs.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var]
 
     alone, shared = (nn.Sequential(nn.BatchNorm2d(4)).to(device, torch.float64) for _ in range(2))
-    shared = synchronise_batchnorm(shared)
+    shared = synchronize_batchnorm(shared)
     expected, found = run(alone, slice(0, 6)), run(shared, part)
     expected[:2] = [value[part] for value in expected[:2]]
     found[2:4] = [idist.all_reduce(gradient.clone()) for gradient in found[2:4]]

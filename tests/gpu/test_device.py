@@ -29,7 +29,7 @@ from reid.data import augment, loaders
 from reid.data.loaders import Batch, StoredImages
 from reid.data.preprocessing import BatchPreprocessor
 from reid.data.samplers import EvaluationBatches, ShufflePlan, TrainBatches
-from reid.distributed.accelerator import place
+from reid.distributed.accelerator import move_model
 from reid.evaluation.embedder import build_embedder
 from reid.retrieval import neighbours
 from reid.retrieval.metrics import RetrievalScores, retrieval_scores, scores_from_distmat
@@ -254,7 +254,7 @@ def test_embeddings_equal_those_of_a_cpu(device, flip):
         cfg = settings(on, "SOLVER.PRECISION=fp64")
         accelerator = accelerate(cfg, on)
         model = tiny_model().eval()
-        place(model, cfg, accelerator.device)
+        move_model(model, cfg, accelerator.device)
         embedder = build_embedder(model, accelerator, BatchPreprocessor(cfg, accelerator.device), flip=flip)
         data = stored()
         data._recipe = None

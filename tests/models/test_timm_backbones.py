@@ -43,7 +43,7 @@ def pictures(*size):
 )
 def test_unknown_timm_name_is_rejected_with_suggestions(name, near):
     with refused(SettingsError, "MODEL.NAME", f"timm {timm.__version__}", f"got timm/{name};", f" {near}"):
-        backbones.check(settings(name))
+        backbones.validate_backbone(settings(name))
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_unknown_timm_name_is_rejected_with_suggestions(name, near):
 )
 def test_where_nothing_is_like_it_the_list_is_named(name, remedy):
     with refused(SettingsError, "MODEL.NAME", f"got timm/{name}", remedy):
-        timm_backbones.normalisation(f"timm/{name}")
+        timm_backbones.normalization(f"timm/{name}")
 
 
 def test_unknown_name_is_reported_before_data_is_read(place):
@@ -80,9 +80,9 @@ def test_a_model_is_asked_for_what_it_can(name, sizes, stride, options):
 
 def test_effect_of_last_stride_is_reported(caplog):
     caplog.set_level(logging.INFO, "reid")
-    backbones.check(settings("test_resnet", "INPUT.SIZE_TRAIN=(40,40)"))
-    backbones.check(settings("test_vit", "INPUT.SIZE_TRAIN=(48,48)"))
-    backbones.check(settings("test_vit", "INPUT.SIZE_TRAIN=(64,48)", "MODEL.LAST_STRIDE=2"))
+    backbones.validate_backbone(settings("test_resnet", "INPUT.SIZE_TRAIN=(40,40)"))
+    backbones.validate_backbone(settings("test_vit", "INPUT.SIZE_TRAIN=(48,48)"))
+    backbones.validate_backbone(settings("test_vit", "INPUT.SIZE_TRAIN=(64,48)", "MODEL.LAST_STRIDE=2"))
     with_dilation, as_it_is = caplog.messages
     assert re.search(r"MODEL\.LAST_STRIDE 1\b.*timm/test_resnet.*1/16", with_dilation)
     assert re.search(r"MODEL\.LAST_STRIDE 1\b.*cannot.*timm/test_vit", as_it_is)
@@ -99,7 +99,7 @@ def test_the_last_stride_is_seen_in_the_map():
 def test_a_size_that_the_model_does_not_take_is_rejected():
     facts = ("timm/nest_tiny", "got (64, 32)", "Input height (64) doesn't match", "224x224")
     with refused(SettingsError, "INPUT.SIZE_TRAIN", *facts):
-        backbones.check(settings("nest_tiny", "INPUT.SIZE_TRAIN=(64,32)"))
+        backbones.validate_backbone(settings("nest_tiny", "INPUT.SIZE_TRAIN=(64,32)"))
 
 
 # ---- what it computes ----
@@ -150,11 +150,11 @@ def test_no_dropout_or_stochastic_depth_makes_ranks_differ(name):
 )
 def test_normalization_is_that_of_settings_or_else_of_the_model(tmp_path, name, overrides, expected):
     cfg = load_config(None, [f"MODEL.NAME={name}", *overrides])
-    assert backbones.normalisation(cfg) == expected
+    assert backbones.normalization(cfg) == expected
     (tmp_path / "config.yaml").write_text(dump(cfg))
     again = load_config(str(tmp_path / "config.yaml"), [])
     assert dump(again) == dump(cfg)
-    assert backbones.normalisation(again) == expected
+    assert backbones.normalization(again) == expected
 
 
 def test_the_normalisation_reaches_the_pixels():

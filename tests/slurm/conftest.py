@@ -56,14 +56,14 @@ def two_machines(tmp_path: Path) -> Iterator[Machines]:
 SLOW_TRAIN = """
 import time
 from reid.training.criterion import Criterion
-from reid.commands.main import leave, main
+from reid.commands.main import exit_process, main
 
 original = Criterion.__call__
 def slow(*arguments):
     time.sleep(1)
     return original(*arguments)
 Criterion.__call__ = slow
-leave(main("train", "A test."))
+exit_process(main("train", "A test."))
 """
 
 

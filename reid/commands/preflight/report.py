@@ -75,7 +75,7 @@ def check(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     report = Report()
     report.attempt(lambda: check_start(cfg))
     _machines(report, accelerator.device)
-    fits = report.attempt(lambda: collectives.together(lambda: _batch(report, cfg)))
+    fits = report.attempt(lambda: _batch(report, cfg))
     _links(report, measure(accelerator.device))
     data = report.attempt(lambda: open_data_sets(cfg, train=True))
     if data:
@@ -167,7 +167,8 @@ def _numbers(ranks: list[int]) -> str:
 
 
 def _batch(report: Report, cfg: CfgNode) -> bool:
-    validate_training(cfg, collectives.num_ranks())
+    with collectives.errors_shared():
+        validate_training(cfg, collectives.num_ranks())
     batch, num_ranks, k = cfg.SOLVER.IMS_PER_BATCH, collectives.num_ranks(), cfg.DATALOADER.NUM_INSTANCE
     of = "images" if cfg.DATALOADER.SAMPLER == "softmax" else f"images, {batch // k} identities of {k}"
     parts = f", in {cfg.SOLVER.ACCUMULATE} parts" if cfg.SOLVER.ACCUMULATE > 1 else ""
@@ -231,12 +232,12 @@ def _trial(report: Report, cfg: CfgNode, trial: Trial, device: torch.device) -> 
 def _disk(report: Report, path: Path, trial: Trial | None) -> None:
     """Room, speed and whether all nodes see the same folder; called by all ranks."""
     needed = _NUM_FILES * trial.state if trial else 0
-    folder, token, seconds = collectives.on_main(lambda: _write_test(path))
+    folder, token, seconds = collectives.from_rank_zero(lambda: _write_test(path))
     sees_it = (folder / token).exists()
     blind = {host for host, sees in collectives.gather_objects((platform.node(), sees_it)) if not sees}
-    collectives.on_main(lambda: (folder / token).unlink(missing_ok=True))
-    free = collectives.on_main(lambda: shutil.disk_usage(folder).free)
-    found = collectives.on_main(lambda: [str(file) for file in checkpoints_in(path / "checkpoints", "last")])
+    collectives.from_rank_zero(lambda: (folder / token).unlink(missing_ok=True))
+    free = collectives.from_rank_zero(lambda: shutil.disk_usage(folder).free)
+    found = collectives.from_rank_zero(lambda: [str(file) for file in checkpoints_in(path / "checkpoints", "last")])
     report.add(
         "OUTPUT_DIR",
         f"{path}: {_size(free)} free, {f'about {_size(needed)} needed, ' if trial else ''}{_size(_WRITTEN)} written in "

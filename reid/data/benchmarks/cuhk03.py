@@ -22,12 +22,12 @@ from reid.data.benchmarks.splits import (
     Layout,
     Split,
     build_benchmark,
-    check_present,
     find_layout,
     is_file,
     is_folder,
     list_names,
     make_split,
+    require_present,
     shown,
     splits_of,
 )
@@ -80,7 +80,9 @@ def cuhk03(root_dir: Path, options: BenchmarkOptions = DEFAULTS, parts: Sequence
         source = root / _MAT
         raw = _split_classically(images, _read_test_set(source, options.cuhk03_split), parts)
     places = dict.fromkeys(raw, f"{images} (split by {source})")
-    check_present(source, [path for split in raw.values() for path in split.paths], f"remove {images} and start again")
+    require_present(
+        source, [path for split in raw.values() for path in split.paths], f"remove {images} and start again"
+    )
     return build_benchmark("cuhk03", root, raw, places, single_gallery_shot=not is_new)
 
 

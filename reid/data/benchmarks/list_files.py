@@ -16,10 +16,10 @@ from reid.data.benchmarks.splits import (
     Layout,
     Split,
     build_benchmark,
-    check_present,
     find_layout,
     is_folder,
     make_split,
+    require_present,
     splits_of,
 )
 from reid.errors import DataError
@@ -167,7 +167,7 @@ def _read_msmt17_lists(files: Sequence[Path], folder: Path) -> Split:
     pids = _pid_of_each(lines)
     camids = {line.name: _msmt17_camera(line) - 1 for line in lines}
     rows = [(folder / name, pid, camids[name]) for name, pid in pids.items()]
-    check_present(" and ".join(map(str, files)), [path for path, _, _ in rows])
+    require_present(" and ".join(map(str, files)), [path for path, _, _ in rows])
     return make_split(rows)
 
 
@@ -188,7 +188,7 @@ def _read_vehicles(file: Path, folder: Path) -> list[tuple[Path, int]]:
     pids = _pid_of_each(_read_list(file))
     names = {name: name if name.lower().endswith(".jpg") else f"{name}.jpg" for name in pids}
     rows = [(folder / names[name], pid) for name, pid in pids.items()]
-    check_present(file, [path for path, _ in rows])
+    require_present(file, [path for path, _ in rows])
     return rows
 
 

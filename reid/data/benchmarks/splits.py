@@ -260,7 +260,7 @@ def list_names(folder: Path, *, images_only: bool = False) -> list[str]:
         ) from error
 
 
-def check_present(
+def require_present(
     source: object, paths: Sequence[Path], remedy: str = CORRECT_ROOT, *, key: str = "DATASETS.ROOT_DIR"
 ) -> None:
     """Refuses a list of images when some of them are not on disk; each folder is listed once.
@@ -284,7 +284,7 @@ def check_present(
         )
 
 
-def check_once(source: object, paths: Sequence[Path], remedy: str, *, key: str) -> None:
+def require_distinct(source: object, paths: Sequence[Path], remedy: str, *, key: str) -> None:
     """Refuses a split that names an image twice.
 
     Raises:

@@ -13,10 +13,10 @@ from reid.config.benchmark_names import PARTS, Part
 from reid.data.benchmarks.splits import (
     Benchmark,
     build_benchmark,
-    check_once,
-    check_present,
     is_file,
     make_split,
+    require_distinct,
+    require_present,
     shown,
     splits_of,
 )
@@ -76,8 +76,8 @@ def read_table(name: str, root_dir: Path, parts: Sequence[Part] = PARTS) -> Benc
                 f"{table} must have rows of the splits {wanted}, but has none of {split}; {_REMEDY}", key=_KEY
             )
         paths = [table.parent / row.path for row in chosen]
-        check_once(f"{table} ({split})", paths, _REMEDY, key=_KEY)
-        check_present(
+        require_distinct(f"{table} ({split})", paths, _REMEDY, key=_KEY)
+        require_present(
             f"{table} ({split})", paths, "paths are relative to the table's folder; correct the table", key=_KEY
         )
         raw[split] = make_split(

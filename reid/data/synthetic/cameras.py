@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from reid.data.synthetic import people
-from reid.data.synthetic.people import Colour, Pen, Person, draw_person, pick, shaded, tinted
+from reid.data.synthetic.people import Color, Pen, Person, draw_person, pick, shaded, tinted
 
 Size = tuple[int, int]  # width, height in pixels of the canvas
 
@@ -32,8 +32,8 @@ BRIGHTNESS, BLUR_CHANGE = (0.75, 1.2), (0.5, 1.5)  # one draw per image
 class Scene(NamedTuple):
     """A family of backgrounds."""
 
-    wall: Colour
-    ground: Colour
+    wall: Color
+    ground: Color
     horizon: float  # where the two meet, in image heights from the top
     rows: int = 0  # of bricks or storeys
     rays: int = 0  # lines on the ground that run to the vanishing point

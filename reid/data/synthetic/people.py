@@ -9,7 +9,7 @@ import numpy as np
 from PIL import ImageDraw
 
 T = TypeVar("T")
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 Point = tuple[float, float]
 
 # Colours as often as they are worn: many identities share their main ones and differ in combination and detail.
@@ -62,12 +62,12 @@ def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
     return options[int(rng.integers(len(options)))]
 
 
-def shaded(colour: Colour, factor: float) -> Colour:
+def shaded(colour: Color, factor: float) -> Color:
     red, green, blue = (min(255, int(factor * value)) for value in colour)
     return red, green, blue
 
 
-def tinted(rng: np.random.Generator, colours: Sequence[Colour]) -> Colour:
+def tinted(rng: np.random.Generator, colours: Sequence[Color]) -> Color:
     red, green, blue = np.clip(np.array(pick(rng, colours)) + rng.normal(0, TINT, 3), 0, 255).astype(int).tolist()
     return red, green, blue
 
@@ -101,17 +101,17 @@ class Pen:
     def _pixel(self, point: Point) -> Point:
         return self.centre + self.sign * point[0] * self.height, self.top + point[1] * self.height
 
-    def polygon(self, colour: Colour, *points: Point) -> None:
+    def polygon(self, colour: Color, *points: Point) -> None:
         self.draw.polygon([self._pixel(point) for point in points], fill=colour)
 
-    def box(self, colour: Colour, left: float, top: float, right: float, bottom: float) -> None:
+    def box(self, colour: Color, left: float, top: float, right: float, bottom: float) -> None:
         self.polygon(colour, (left, top), (right, top), (right, bottom), (left, bottom))
 
-    def ellipse(self, colour: Colour, centre: Point, half_width: float, half_height: float) -> None:
+    def ellipse(self, colour: Color, centre: Point, half_width: float, half_height: float) -> None:
         (x, y), rx, ry = self._pixel(centre), half_width * self.height, half_height * self.height
         self.draw.ellipse((x - rx, y - ry, x + rx, y + ry), fill=colour)
 
-    def path(self, colour: Colour, width: float, *points: Point) -> None:
+    def path(self, colour: Color, width: float, *points: Point) -> None:
         pixels = [self._pixel(point) for point in points]
         self.draw.line(pixels, fill=colour, width=max(1, round(width * self.height)), joint="curve")
         for point in (points[0], points[-1]):
@@ -135,7 +135,7 @@ def draw_person(pen: Pen, person: Person, rng: np.random.Generator) -> None:
         _draw_hand_luggage(pen, person)
 
 
-def _draw_limb(pen: Pen, joints: Sequence[Point], width: float, skin: Colour, cloth: Colour, *, covered: bool) -> None:
+def _draw_limb(pen: Pen, joints: Sequence[Point], width: float, skin: Color, cloth: Color, *, covered: bool) -> None:
     pen.path(skin, width * 0.8, *joints)
     pen.path(cloth, width, *(joints if covered else joints[:2]))
 
@@ -169,7 +169,7 @@ def _draw_arm(pen: Pen, person: Person, side: int, swing: float) -> None:
 def _draw_torso(pen: Pen, person: Person) -> None:
     depth = person.build * (PROFILE if pen.profile else 1)
 
-    def draw_band(colour: Colour, top: float, bottom: float, left: float, right: float) -> None:
+    def draw_band(colour: Color, top: float, bottom: float, left: float, right: float) -> None:
         taper = (HIP_U - SHOULDER_U) / (HIP_V - SHOULDER_V)
         wide, narrow = (depth * (SHOULDER_U + taper * (v - SHOULDER_V)) for v in (top, bottom))
         corners = (left * wide, top), (right * wide, top), (right * narrow, bottom), (left * narrow, bottom)
@@ -222,7 +222,7 @@ def _draw_head(pen: Pen, person: Person) -> None:
         _draw_hair(pen, hair, peak=style == "cap")
 
 
-def _draw_hair(pen: Pen, colour: Colour, *, peak: bool) -> None:
+def _draw_hair(pen: Pen, colour: Color, *, peak: bool) -> None:
     pen.ellipse(colour, (0, HEAD_V - 0.045), HEAD_U + 0.002, 0.035)
     if pen.view == "back":
         pen.ellipse(colour, (0, HEAD_V), HEAD_U + 0.004, 0.074)
