@@ -1,4 +1,4 @@
-"""Takes the weights out of a whole pickled model: python launch/convert.py IN.pth OUT.pth."""
+"""Extract the weights of a pickled model: python launch/convert.py IN.pth OUT.pth."""
 
 from reid.commands.convert import main
 from reid.commands.main import exit_process

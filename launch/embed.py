@@ -1,6 +1,6 @@
-"""Embeds: torchrun --nproc_per_node=N launch/embed.py FOLDER [--output OUT] TEST.WEIGHT FILE [KEY VALUE ...]."""
+"""Embed images: torchrun --nproc_per_node=N launch/embed.py FOLDER [--output OUT] TEST.WEIGHT FILE [KEY VALUE ...]."""
 
 from reid.commands.main import exit_process, main
 
 if __name__ == "__main__":
-    exit_process(main("embed", "Write the embeddings of all images in a folder, as a gallery to search in."))
+    exit_process(main("embed"))

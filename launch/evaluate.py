@@ -1,6 +1,6 @@
-"""Evaluates: torchrun --nproc_per_node=N launch/evaluate.py --config_file FILE TEST.WEIGHT FILE [KEY VALUE ...]."""
+"""Evaluate: torchrun --nproc_per_node=N launch/evaluate.py --config_file FILE TEST.WEIGHT FILE [KEY VALUE ...]."""
 
 from reid.commands.main import exit_process, main
 
 if __name__ == "__main__":
-    exit_process(main("evaluate", "Evaluate a checkpoint of a person re-identification model."))
+    exit_process(main("evaluate"))

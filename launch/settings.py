@@ -1,8 +1,7 @@
-"""Settings with their documentation: python launch/settings.py [PREFIX] [--markdown]."""
+"""Print settings with their documentation: python launch/settings.py [PREFIX] [--markdown]."""
 
-import sys
-
+from reid.commands.main import exit_process
 from reid.commands.settings import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

@@ -1,8 +1,7 @@
-"""Mean and spread of several runs: summarize.py OUTPUT_DIR... (such as the seeds of slurm/array.sbatch)."""
+"""Print mean and spread of several runs: summarize.py OUTPUT_DIR... (such as the seeds of slurm/array.sbatch)."""
 
-import sys
-
+from reid.commands.main import exit_process
 from reid.commands.summarize import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

@@ -1,8 +1,7 @@
-"""Searches for settings: python launch/sweep.py --sweep-config FILE [--count N] [--sweep-id ID]."""
+"""Run a W&B sweep: python launch/sweep.py --sweep-config FILE [--count N] [--sweep-id ID]."""
 
-import sys
-
+from reid.commands.main import exit_process
 from reid.commands.sweep import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

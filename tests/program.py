@@ -276,7 +276,7 @@ def _command(story: str, words: Sequence[str], before: Callable[[], object] | No
 
     if before is not None:
         before()
-    return main(story, "A test.")
+    return main(story)
 
 
 def wait_for_file(pattern: str | Path) -> Path:

@@ -187,7 +187,7 @@ def fatal(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*arguments)
 Criterion.__call__ = fatal
-exit_process(main("train", "A test."))
+exit_process(main("train"))
 """
 
 

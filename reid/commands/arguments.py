@@ -1,4 +1,4 @@
-"""Arguments of the commands in launch/, besides settings."""
+"""Command lines: the arguments of each command, followed by settings."""
 
 from __future__ import annotations
 
@@ -39,12 +39,14 @@ class Command:
     """Command line of one command.
 
     Attributes:
+        description: First line of its help.
         form: Form of the command line, for errors.
         add_arguments: Function that adds the arguments of the command itself; it receives them under their names.
         fixed: Settings that the user cannot change.
         one_process: Whether the command runs as a single process only.
     """
 
+    description: str
     form: str = _FILE_AND_SETTINGS
     add_arguments: Callable[[argparse.ArgumentParser], object] = lambda parser: None
     fixed: tuple[str, ...] = ()
@@ -66,19 +68,18 @@ class ParsedArguments:
     command_args: dict[str, Any]
 
 
-def parse_arguments(name: str, description: str, arguments: Sequence[str] | None = None) -> ParsedArguments:
+def parse_arguments(name: str, arguments: Sequence[str] | None = None) -> ParsedArguments:
     """Parse the command line of a command.
 
     Args:
         name: Key of COMMANDS.
-        description: First line of its help.
         arguments: Arguments; None for those of this process.
 
     Raises:
         SettingsError: The command line has another form.
     """
     command = COMMANDS[name]
-    parser = Parser(command.form, description)
+    parser = Parser(command.form, command.description)
     if "--config_file" in command.form:
         parser.add_argument("--config_file", "--config-file", metavar="FILE", help="YAML file with settings")
     command.add_arguments(parser)
@@ -120,7 +121,7 @@ def _embed_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image to search for")
-    parser.add_argument("--gallery", required=True, metavar="OUT", help="folder that launch/embed.py wrote")
+    parser.add_argument("--gallery", required=True, metavar="OUT", help="folder that the command embed wrote")
     parser.add_argument("--top", type=at_least_one, default=10, metavar="K", help="number of results, default: 10")
     parser.add_argument(
         "--output",
@@ -159,19 +160,29 @@ def _picture(argument: str) -> str:
 
 
 COMMANDS = {
-    "train": Command(),
-    "evaluate": Command(),
-    "check": Command(),
-    "plan": Command(f"[--nodes N] [--ranks_per_node R] {_FILE_AND_SETTINGS}", _plan_arguments),
+    "train": Command("Train a model and evaluate it; resumes if it was interrupted."),
+    "evaluate": Command("Evaluate a checkpoint."),
+    "check": Command("Check ranks, network, data, disk and speed; exit code 0: no problems, 1: problems."),
+    "plan": Command(
+        "Print the number of nodes that a training uses, and its OUTPUT_DIR.",
+        f"[--nodes N] [--ranks_per_node R] {_FILE_AND_SETTINGS}",
+        _plan_arguments,
+    ),
     "export": Command(
+        "Write a trained model for other programs, compared with the model itself.",
         f"[--to LIST] [--output FOLDER] [--check {'|'.join(CHECKS)}] [--uint8] {_FILE_AND_SETTINGS}",
         _export_arguments,
         # The exported model computes in float32, so the model that it is compared with must too.
         fixed=("MODEL.DEVICE=cpu", "SOLVER.PRECISION=fp32", "SOLVER.SHARDING=none"),
         one_process=True,
     ),
-    "embed": Command(f"FOLDER [--output OUT] [--strict] {_FILE_AND_SETTINGS}", _embed_arguments),
+    "embed": Command(
+        "Write the embeddings of all images in a folder, as a gallery to search in.",
+        f"FOLDER [--output OUT] [--strict] {_FILE_AND_SETTINGS}",
+        _embed_arguments,
+    ),
     "search": Command(
+        "Find the images of a gallery that are nearest to given ones, and draw them.",
         f"IMAGE ... --gallery OUT [--top K] [--output FILE] [--json FILE] {_SETTINGS}",
         _search_arguments,
         one_process=True,

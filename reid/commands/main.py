@@ -1,4 +1,4 @@
-"""From the command line to a running story: arguments, ranks, settings; errors come first, each as one sentence."""
+"""Every command from its command line to its exit code; user errors come first, each as one line."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from reid.commands.arguments import COMMANDS, ParsedArguments, parse_arguments
 from reid.config.load import load_config
+from reid.config.parsing import nearest
 from reid.config.rules import fitting_nodes, validate_training
 from reid.distributed.launch_environment import World, read_world, speaks_for_node
 from reid.errors import ReidError, SettingsError, UnsavedError, WorldError
@@ -28,35 +30,68 @@ if TYPE_CHECKING:
 
     from reid.config.parsing import RawSetting
 
-# Exit codes of a process; torchrun prints them, and itself ends with 1 whenever one is not 0.
+# Exit codes of a process. torchrun reports them, and exits with 1 itself unless all are 0.
 FAILED, BAD_INPUT, UNSAVED, PREEMPTED = 1, 2, 74, 85
 
-# Seconds that a process with nothing to say waits for the one that says it: torchrun ends all with the first that ends.
+# Seconds a silent rank waits before exiting, so that the reporting rank can print the error: torchrun ends all ranks
+# with the first one that exits.
 _PATIENCE = 10.0
+
+# Commands without ranks: module and function.
+_OTHERS = {
+    "convert": ("reid.commands.convert", "main"),
+    "data": ("reid.commands.check_data", "main"),
+    "plan": ("reid.commands.main", "print_plan"),
+    "settings": ("reid.commands.settings", "main"),
+    "summarize": ("reid.commands.summarize", "main"),
+    "sweep": ("reid.commands.sweep", "main"),
+}
+_USAGE = """\
+usage: reid COMMAND [ARGUMENTS]; reid COMMAND --help
+
+    train      train a model; resumes if it was interrupted
+    evaluate   evaluate a checkpoint
+    check      find problems of ranks, network, data and disk before a training
+    data       verify the benchmarks on disk: reid data check
+    settings   print the settings with their documentation
+    embed      write the embeddings of a folder of images, as a gallery
+    search     find images in a gallery
+    export     write a model as ONNX, torch.export or safetensors
+    convert    extract the weights of a pickled model
+    summarize  mean and spread of several runs
+    sweep      run a W&B sweep
+    plan       nodes and folder of a training, for job scripts
+
+Several ranks: torchrun --nproc_per_node=N -m reid COMMAND [ARGUMENTS]
+"""
 
 logger = logging.getLogger(__name__)
 
 
-def _no_recorded_settings(cfg: CfgNode, own: dict[str, Any]) -> list[RawSetting]:
-    del cfg, own
-    return []
+def console() -> NoReturn:
+    """Run `reid COMMAND ...`, which does the same as `python launch/COMMAND.py ...`, and exit."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("", "-h", "--help"):
+        logs.write_output(_USAGE)
+        sys.exit(0 if name else BAD_INPUT)
+    sys.argv[:2] = [f"reid {name}"]
+    if name in _OTHERS:
+        module, function = _OTHERS[name]
+        exit_process(getattr(import_module(module), function)())
+    if name in COMMANDS:
+        exit_process(main(name))
+    near = nearest(name, [*COMMANDS, *_OTHERS]) or ["train"]
+    sys.stderr.write(f"error: COMMAND must be one of those that reid --help lists, got {name}. Fix: use {near[0]}.\n")
+    sys.exit(BAD_INPUT)
 
 
-class _Work(NamedTuple):
-    """What a command does."""
-
-    work: Callable[..., object]  # of cfg, accelerator, signals, and the command's own arguments by name
-    # of cfg and these arguments: the settings to go by without --config_file
-    recorded: Callable[[CfgNode, dict[str, Any]], list[RawSetting]] = _no_recorded_settings
-
-
-def main(story: str, description: str) -> int:
-    """Runs the story, one of `commands.COMMANDS`, as the command line says; returns the exit code."""
+def main(name: str) -> int:
+    """Run a command of `arguments.COMMANDS` with the arguments of this process; return the exit code."""
     logs.set_up_console()
     signals = Signals(under_launcher="TORCHELASTIC_RUN_ID" in os.environ)
     try:
         with _dropped_signals_repeated(signals):
-            return _run_command(story, description, signals)
+            return _run_command(name, signals)
     except (Preempted, KeyboardInterrupt):  # before there was anything to save
         logger.info("stopped by a signal")
         return PREEMPTED
@@ -65,13 +100,12 @@ def main(story: str, description: str) -> int:
 
 
 def exit_process(code: int) -> NoReturn:
-    """Ends this process as Python does, but without taking the interpreter apart behind all else.
+    """Exit without interpreter finalization.
 
-    A process group's thread that lets go of a tensor just then waits for the interpreter, which ends such threads;
-    C++ answers that with SIGABRT, and a training that has done everything would have failed
-    (https://github.com/pytorch/pytorch/issues/190489).
+    A process-group thread that frees a tensor at that point aborts with SIGABRT, and a finished training would count
+    as failed (https://github.com/pytorch/pytorch/issues/190489).
     """
-    threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter does first; there is no public way
+    threading._shutdown()  # type: ignore[attr-defined]  # the interpreter's first step; there is no public function
     atexit._run_exitfuncs()
     logs.flush()
     os._exit(code)
@@ -79,89 +113,96 @@ def exit_process(code: int) -> NoReturn:
 
 @contextmanager
 def _dropped_signals_repeated(signals: Signals) -> Iterator[None]:
-    """For what signals' handlers raise while Python is in a fork's hooks or a destructor: it prints and drops that."""
-    earlier = sys.unraisablehook
+    """Repeat a signal whose exception Python drops, as in a destructor or a hook of fork."""
+    original = sys.unraisablehook
 
-    def hear(dropped: sys.UnraisableHookArgs) -> None:
+    def repeat(dropped: sys.UnraisableHookArgs) -> None:
         if isinstance(dropped.exc_value, Preempted):
             signals.repeat()
         else:
-            earlier(dropped)
+            original(dropped)
 
-    sys.unraisablehook = hear
+    sys.unraisablehook = repeat
     try:
         yield
     finally:
-        sys.unraisablehook = earlier
+        sys.unraisablehook = original
 
 
 def print_plan() -> int:
-    """For job scripts: on how many nodes the training of the command line runs, and in which folder it will be."""
+    """Print the number of nodes that a training runs on, and its OUTPUT_DIR, for job scripts; return the exit code."""
     logging.getLogger("reid").addHandler(logs.Console(sys.stderr))
     try:
-        arguments = parse_arguments("plan", "Print the number of nodes that a training uses, and its OUTPUT_DIR.")
-        cfg = load_config(arguments.config_file, arguments.overrides, subfolder=_trial())
+        arguments = parse_arguments("plan")
+        cfg = load_config(arguments.config_file, arguments.overrides, subfolder=_sweep_run())
         num_nodes = fitting_nodes(cfg, arguments.command_args["nodes"], arguments.command_args["ranks_per_node"])
     except ReidError as error:
-        return _report(error, speaks=True)
-    if num_nodes < arguments.command_args["nodes"]:
+        return _report(error, is_reporter=True)
+    given = arguments.command_args["nodes"]
+    if num_nodes < given:
         logger.warning(
-            "warning: the ranks of %d nodes cannot share SOLVER.IMS_PER_BATCH=%d evenly; it uses %d of them",
-            *(arguments.command_args["nodes"], cfg.SOLVER.IMS_PER_BATCH, num_nodes),
+            f"warning: the ranks of {given} nodes cannot share SOLVER.IMS_PER_BATCH={cfg.SOLVER.IMS_PER_BATCH} evenly; "
+            f"the training uses {num_nodes} of them"
         )
     logs.write_output(f"{num_nodes}\n{cfg.OUTPUT_DIR}\n")
     return 0
 
 
-def _run_command(story: str, description: str, signals: Signals) -> int:
+def _run_command(name: str, signals: Signals) -> int:
     try:
-        load_environment_file(Path(".env"), os.environ)  # before wandb or torch look
+        load_environment_file(Path(".env"), os.environ)  # before wandb or torch read the environment
         world = read_world(os.environ)
         if world.rank != 0:
             logging.getLogger("reid").setLevel(logging.ERROR)
-        arguments = parse_arguments(story, description)
-        cfg = load_config(arguments.config_file, arguments.overrides, subfolder=_trial() if story == "train" else "")
-        if story == "train":
+        arguments = parse_arguments(name)
+        subfolder = _sweep_run() if name == "train" else ""
+        cfg = load_config(arguments.config_file, arguments.overrides, subfolder=subfolder)
+        if name == "train":
             validate_training(cfg, world.num_ranks)
-        _check_alone(story, world)
-        cfg, run = _prepare(story, arguments, cfg)
-    except ReidError as error:  # the same on all processes of a node, so the first one speaks
+        if COMMANDS[name].one_process and world.num_ranks > 1:
+            raise SettingsError(
+                f"{name} must be started as one process, got {world.num_ranks}. Fix: start it without torchrun.",
+                key="WORLD_SIZE",
+            )
+        cfg, run = _prepare(name, arguments, cfg)
+    except ReidError as error:  # the same on all processes of a node, so one of them reports it
         signals.release()
-        return _report(error, speaks=speaks_for_node(os.environ))
+        return _report(error, is_reporter=speaks_for_node(os.environ))
     try:
         run(cfg, world, signals)
     except Preempted:
-        if story == "train" and not (Path(cfg.OUTPUT_DIR) / MARKER).exists():
+        if name == "train" and not (Path(cfg.OUTPUT_DIR) / MARKER).exists():
             write_marker(Path(cfg.OUTPUT_DIR), "stopped before there was anything to save")
         return PREEMPTED
     except ReidError as error:
         signals.release()
-        return _report(error, speaks=world.rank == 0 or not error.is_shared)
+        return _report(error, is_reporter=world.rank == 0 or not error.is_shared)
     return 0
 
 
-def _check_alone(story: str, world: World) -> None:
-    if COMMANDS[story].one_process and world.num_ranks > 1:
-        raise SettingsError(
-            f"launch/{story}.py must be started as one process, got {world.num_ranks}; start it without torchrun",
-            key="WORLD_SIZE",
-        )
-
-
-def _trial() -> str:
-    """The run that an agent of a W&B sweep wants; its trials have the same command, and must not share a folder."""
+def _sweep_run() -> str:
+    """Return the id of a W&B sweep's run: all its runs have the same command, and must not share a folder."""
     return os.environ.get("WANDB_RUN_ID", "") if os.environ.get("WANDB_SWEEP_ID") else ""
 
 
-def _prepare(
-    story: str, arguments: ParsedArguments, cfg: CfgNode
-) -> tuple[CfgNode, Callable[[CfgNode, World, Signals], None]]:
-    """The settings to go by, and the work.
+def _no_settings(cfg: CfgNode, command_args: dict[str, Any]) -> list[RawSetting]:
+    del cfg, command_args
+    return []
 
-    Imports torch and what rests on it only now: a wrong setting must not cost the seconds that this takes.
-    """
+
+class _Work(NamedTuple):
+    run: Callable[..., object]  # takes cfg, accelerator, signals, and the arguments of the command by name
+    # takes cfg and these arguments; returns the recorded settings that apply without --config_file
+    recorded_settings: Callable[[CfgNode, dict[str, Any]], list[RawSetting]] = _no_settings
+
+
+def _prepare(
+    name: str, arguments: ParsedArguments, cfg: CfgNode
+) -> tuple[CfgNode, Callable[[CfgNode, World, Signals], None]]:
+    """Return the settings that apply, and the work; torch is imported here, after all settings are validated."""
     try:
-        from reid.checkpoints import recorded_settings, weight_file
+        from reid.checkpoints import weight_file
+        from reid.checkpoints.recorded_settings import settings_of_checkpoint
         from reid.commands import embed, evaluate, export, search
         from reid.commands.preflight import report
         from reid.distributed import collectives
@@ -169,62 +210,61 @@ def _prepare(
         from reid.training.train import train
     except (ImportError, RuntimeError) as error:
         raise explain_import_error(error) from error
-    stories = {
+    work = {
         "train": _Work(train),
         "evaluate": _Work(evaluate.evaluate),
         "check": _Work(report.check),
-        "export": _Work(export.export, recorded_settings.settings_of_checkpoint),
-        "embed": _Work(embed.embed, recorded_settings.settings_of_checkpoint),
+        "export": _Work(export.export, settings_of_checkpoint),
+        "embed": _Work(embed.embed, settings_of_checkpoint),
         "search": _Work(search.search, search.recorded_settings),
-    }
-    recorded_by = _no_recorded_settings if arguments.config_file else stories[story].recorded
-    at_wandb = weight_file.is_at_wandb(cfg)  # fetched by one rank for all, which have to meet before
+    }[name]
+    command_args, fixed = arguments.command_args, COMMANDS[name].fixed
+    recorded_settings = _no_settings if arguments.config_file else work.recorded_settings
+    at_wandb = weight_file.is_at_wandb(cfg)  # then rank 0 downloads it, after the ranks have met
 
-    def settle(found: list[RawSetting]) -> CfgNode:
-        return load_config(arguments.config_file, [*arguments.overrides, *COMMANDS[story].fixed], recorded=found)
+    def with_recorded(cfg: CfgNode, recorded: list[RawSetting]) -> CfgNode:
+        if not recorded and not fixed:
+            return cfg
+        return load_config(arguments.config_file, [*arguments.overrides, *fixed], recorded=recorded)
 
-    found = [] if at_wandb else recorded_by(cfg, arguments.command_args)
-    if found or COMMANDS[story].fixed:
-        cfg = settle(found)
-
-    def run_story(cfg: CfgNode, world: World, signals: Signals) -> None:
+    def run(cfg: CfgNode, world: World, signals: Signals) -> None:
         try:
             with session(world, cfg) as accelerator:
-                # Not before: while ranks look for each other no handler of Python's would run.
+                # Not earlier: while ranks look for each other, no Python signal handler runs.
                 signals.install()
-                found = collectives.from_rank_zero(lambda: recorded_by(cfg, arguments.command_args)) if at_wandb else []
-                if found:
+                if at_wandb:
+                    recorded = collectives.from_rank_zero(lambda: recorded_settings(cfg, command_args))
                     with collectives.errors_shared():
-                        cfg = settle(found)
-                stories[story].work(cfg, accelerator, signals, **arguments.command_args)
+                        cfg = with_recorded(cfg, recorded)
+                work.run(cfg, accelerator, signals, **command_args)
         except RuntimeError as error:
             is_lost = world.num_ranks > 1 and collectives.is_lost_rank(error)
             raise explain_runtime_error(error, world.rank, lost_another=is_lost) from error
 
-    return cfg, run_story
+    return with_recorded(cfg, [] if at_wandb else recorded_settings(cfg, command_args)), run
 
 
 def explain_runtime_error(error: RuntimeError, rank: int, *, lost_another: bool) -> Exception:
-    """A sentence for what the world does to a run; else the error itself."""
+    """Translate a RuntimeError (lost rank, out of memory) into a user error; return any other unchanged."""
     first_line = (str(error).splitlines() or [""])[0]
     if lost_another:
         return WorldError(
-            f"rank {rank} has lost another rank: {first_line}; see what that one said; the same command goes on from "
-            "the last checkpoint"
+            f"rank {rank} has lost another rank: {first_line}. Fix: see the error of that rank; the same command "
+            "resumes from the last checkpoint."
         )
     if type(error).__name__ == "OutOfMemoryError":
         return WorldError(
-            f"rank {rank} has no GPU memory left: {first_line}; raise SOLVER.ACCUMULATE or the number of ranks, lower "
-            f"SOLVER.IMS_PER_BATCH or TEST.IMS_PER_BATCH, or use SOLVER.PRECISION bf16",
+            f"rank {rank} has no GPU memory left: {first_line}. Fix: raise SOLVER.ACCUMULATE or the number of ranks, "
+            "lower SOLVER.IMS_PER_BATCH or TEST.IMS_PER_BATCH, or use SOLVER.PRECISION bf16.",
             key="SOLVER.ACCUMULATE",
         )
     return error
 
 
 def explain_import_error(error: Exception) -> Exception:
-    """A sentence with the remedy for missing packages or a torchvision of another torch; else the error itself."""
+    """Translate a missing package or a torchvision of another torch into a user error; return any other unchanged."""
     if isinstance(error, ModuleNotFoundError):
-        return WorldError(f"the package {error.name} is not installed; install the project's packages with: uv sync")
+        return WorldError(f"the package {error.name} must be installed. Fix: install all packages with: uv sync")
     if "torchvision" not in str(error):
         return error
     try:
@@ -232,13 +272,14 @@ def explain_import_error(error: Exception) -> Exception:
     except PackageNotFoundError:
         return error
     return WorldError(
-        f"{pair} do not belong together ({error}); install a pair that does with: "
+        f"torch and torchvision must be a matching pair, got {pair} ({error}). Fix: "
         "uv sync --reinstall-package torch --reinstall-package torchvision"
     )
 
 
-def _report(error: Exception, *, speaks: bool) -> int:
-    if speaks:
+def _report(error: Exception, *, is_reporter: bool) -> int:
+    """Print the error, or wait until another process has; return the exit code."""
+    if is_reporter:
         logger.error("error: %s", error)
     else:
         time.sleep(_PATIENCE)

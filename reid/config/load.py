@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode
 
+from reid.config.bundled import find_config_file
 from reid.config.parsing import RawSetting, example, nearest, quoted, read_file, read_overrides
 from reid.config.rules import validate_combinations
 from reid.config.schema import NO_EFFECT, SECTIONS, SETTINGS
@@ -46,7 +47,7 @@ def load_config(
     values = {key: setting.default for key, setting in SETTINGS.items()}
     sources: dict[str, str] = {}
     unused = {}
-    from_file = read_file(str(config_file), SECTIONS) if config_file else ()
+    from_file = read_file(str(find_config_file(config_file)), SECTIONS) if config_file else ()
     for raw in chain(recorded, from_file, read_overrides(overrides, SETTINGS)):
         if raw.key in NO_EFFECT:
             unused[raw.key] = raw.source

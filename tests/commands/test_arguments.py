@@ -9,25 +9,25 @@ from reid.errors import SettingsError
 def test_settings_and_options_of_an_embedding_mix_in_any_order():
     arguments = ["TEST.WEIGHT", "w.pt", "--output", "out", "SEED=1"]
     command_args = {"folder": "photos", "output": "out", "strict": False}
-    assert parse_arguments("embed", "", ["photos", *arguments]) == ParsedArguments(
+    assert parse_arguments("embed", ["photos", *arguments]) == ParsedArguments(
         None, ["TEST.WEIGHT", "w.pt", "SEED=1"], command_args
     )
     arguments = ["--strict", "photos", "--config_file", "a.yml", "SEED=1"]
     command_args = {"folder": "photos", "output": None, "strict": True}
-    assert parse_arguments("embed", "", arguments) == ParsedArguments("a.yml", ["SEED=1"], command_args)
+    assert parse_arguments("embed", arguments) == ParsedArguments("a.yml", ["SEED=1"], command_args)
 
 
 def test_any_number_of_images_stands_before_the_settings():
     arguments = ["a.jpg", "--gallery", "g", "./TEST.JPG", "TEST.WEIGHT", "w.pt", "MODEL.DEVICE=cpu"]
     command_args = {"images": ["a.jpg", "./TEST.JPG"], "gallery": "g", "top": 10, "output": "search.jpg", "json": None}
-    assert parse_arguments("search", "", arguments) == ParsedArguments(
+    assert parse_arguments("search", arguments) == ParsedArguments(
         None, ["TEST.WEIGHT", "w.pt", "MODEL.DEVICE=cpu"], command_args
     )
 
 
 def test_formats_are_a_list():
-    assert parse_arguments("export", "", ["--to", "onnx, torch"]).command_args["to"] == ("onnx", "torch")
-    assert parse_arguments("export", "", []).command_args == {
+    assert parse_arguments("export", ["--to", "onnx, torch"]).command_args["to"] == ("onnx", "torch")
+    assert parse_arguments("export", []).command_args == {
         "to": ("onnx", "torch", "safetensors"),
         "output": None,
         "check": "evaluation",
@@ -36,7 +36,7 @@ def test_formats_are_a_list():
 
 
 def test_training_has_settings_only():
-    assert parse_arguments("train", "", ["--config-file", "a.yml", "SEED", "1"]) == ParsedArguments(
+    assert parse_arguments("train", ["--config-file", "a.yml", "SEED", "1"]) == ParsedArguments(
         "a.yml", ["SEED", "1"], {}
     )
 
@@ -60,4 +60,4 @@ def test_training_has_settings_only():
 )
 def test_another_form_is_answered_by_the_right_one(command, arguments, keyword):
     with pytest.raises(SettingsError, match=keyword):
-        parse_arguments(command, "", arguments)
+        parse_arguments(command, arguments)

@@ -63,7 +63,7 @@ def slow(*arguments):
     time.sleep(1)
     return original(*arguments)
 Criterion.__call__ = slow
-exit_process(main("train", "A test."))
+exit_process(main("train"))
 """
 
 

@@ -1,0 +1,6 @@
+"""Train: torchrun --nproc_per_node=N -m reid.commands.train --config_file FILE [KEY VALUE | KEY=VALUE ...]."""
+
+from reid.commands.main import exit_process, main
+
+if __name__ == "__main__":
+    exit_process(main("train"))
