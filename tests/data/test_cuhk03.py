@@ -305,7 +305,7 @@ def test_the_layout_of_cuhk03_np(tmp_path):
         assert (benchmark.query.pids.tolist(), benchmark.gallery.camids.tolist()) == ([3], [1])
         assert not benchmark.single_gallery_shot
     assert_refused(tmp_path, "lacks cuhk03_release/cuhk-03.mat ", options=CLASSIC)
-    assert prepare_cuhk03(tmp_path, DEFAULTS) is None
+    assert prepare_cuhk03(tmp_path, DEFAULTS) == tmp_path / "cuhk03-np" / "detected"
 
 
 def test_parts_of_cuhk03(root):

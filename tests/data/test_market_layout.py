@@ -1,5 +1,6 @@
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,13 @@ from hypothesis import strategies as st
 from refusals import refused
 
 from reid.config.benchmark_names import BenchmarkOptions
-from reid.data.benchmarks.market_layout import FOLDERS, dukemtmc, market1501, occluded_duke, parse_name, synthetic, veri
+from reid.data.benchmarks.market_layout import FOLDERS, parse_name, read_market_layout
 from reid.data.benchmarks.splits import fingerprint
 from reid.errors import DataError
+
+market1501, dukemtmc, veri, synthetic = (
+    partial(read_market_layout, name) for name in ("market1501", "dukemtmc", "veri", "synthetic")
+)
 
 TRAIN_NAMES = ("0007_c1s1_000001_00.jpg", "0007_c2s1_000001_00.jpg", "0002_c3s1_000001_00.jpg")
 QUERY_NAMES = ("0010_c1s1_000001_00.jpg", "0011_c2s1_000001_00.jpg")
@@ -206,22 +211,22 @@ def test_other_dataset_is_not_accepted_as_synthetic(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("reader", "folder"),
+    ("name", "folder"),
     [
-        (market1501, "market1501/Market-1501-v15.09.15"),
-        (dukemtmc, "dukemtmc-reid/DukeMTMC-reID"),
-        (dukemtmc, "DukeMTMC-reID"),
-        (dukemtmc, "dukemtmc"),
-        (dukemtmc, "."),
-        (occluded_duke, "Occluded_Duke"),
-        (occluded_duke, "."),
-        (synthetic, "synthetic"),
+        ("market1501", "market1501/Market-1501-v15.09.15"),
+        ("dukemtmc", "dukemtmc-reid/DukeMTMC-reID"),
+        ("dukemtmc", "DukeMTMC-reID"),
+        ("dukemtmc", "dukemtmc"),
+        ("dukemtmc", "."),
+        ("occluded_duke", "Occluded_Duke"),
+        ("occluded_duke", "."),
+        ("synthetic", "synthetic"),
     ],
 )
-def test_where_other_folders_may_lie(tmp_path, reader, folder):
+def test_each_benchmark_is_located_in_its_folders(tmp_path, name, folder):
     root = write(tmp_path / folder)
-    benchmark = reader(tmp_path)
-    assert (benchmark.name, benchmark.root) == (reader.__name__, root)
+    benchmark = read_market_layout(name, tmp_path)
+    assert (benchmark.name, benchmark.root) == (name, root)
     assert benchmark.gallery.pids.tolist() == [0, 10]
 
 
@@ -353,7 +358,7 @@ def test_unreadable_folder_is_reported_in_one_sentence(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("reid.data.benchmarks.splits.os.scandir", refuse)  # root may read everything
+    monkeypatch.setattr("reid.data.benchmarks.folders.os.scandir", refuse)  # root may read everything
     assert_refused(tmp_path, "Permission denied")
 
 

@@ -1,6 +1,6 @@
 """Tables of images: CSV and Parquet.
 
-Also covers reid.data.benchmarks.splits.
+Also covers reid.data.benchmarks.splits, reid.data.benchmarks.folders.
 """
 
 import csv
@@ -229,7 +229,7 @@ def test_columns(tmp_path):
     table = write(tmp_path, header=("path", "pid", "camid", "PID"))
     assert_refused(table, "lacks split ")
     rows = [(*row, row[1]) for row in ROWS]
-    assert_refused(write(tmp_path, rows, header=(*HEADER, "PID")), "has pid again")
+    assert_refused(write(tmp_path, rows, header=(*HEADER, "PID")), "repeats pid")
     assert_refused(write(tmp_path, header=("a", "b", "", "c"), separator="|"), "lacks path, pid, camid, split ")
     (tmp_path / "people.csv").write_text("")
     assert_refused(tmp_path / "people.csv", "lacks path, pid, camid, split ", "nothing")
@@ -266,7 +266,7 @@ def test_missing_images(tmp_path):
 
 
 def test_an_image_that_is_named_twice_in_a_split(tmp_path):
-    assert_refused(write(tmp_path, [*ROWS, (*ROWS[0][:1], "8", *ROWS[0][2:])]), "1 again", "7_a.jpg")
+    assert_refused(write(tmp_path, [*ROWS, (*ROWS[0][:1], "8", *ROWS[0][2:])]), "1 are repeated", "7_a.jpg")
     both = [*ROWS, ("q.jpg", "10", "0", "gallery")]  # in two splits it may be
     assert len(read_table(str(write(tmp_path, both)), tmp_path).gallery) == 3
 
