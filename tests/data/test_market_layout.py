@@ -24,7 +24,7 @@ GALLERY_NAMES = ("0010_c2s1_000001_00.jpg", "0000_c1s1_000001_00.jpg", "-1_c1s1_
 
 
 def write(root: Path, train=TRAIN_NAMES, query=QUERY_NAMES, gallery=GALLERY_NAMES) -> Path:
-    """A data set of empty files: nothing here opens an image."""
+    """Write a data set of empty files; the readers open no image."""
     for folder, names in zip(FOLDERS, (train, query, gallery), strict=True):
         (root / folder).mkdir(parents=True)
         for name in names:
@@ -37,7 +37,7 @@ def names_of(split) -> list[str]:
 
 
 def assert_refused(root_dir: Path, *keywords: str) -> None:
-    """The error is about the folder of the data sets, names it, and is one line."""
+    """Assert that the error is about the folder of the data sets, names it, and is one line."""
     with refused(DataError, "DATASETS.ROOT_DIR", "DATASETS.ROOT_DIR", str(root_dir), *keywords):
         market1501(root_dir)
 
@@ -90,7 +90,7 @@ def test_cameras_of_several_digits(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["market1501", "Market-1501-v15.09.15", "."])
-def test_where_the_folder_may_lie(tmp_path, folder):
+def test_folder_is_located(tmp_path, folder):
     root = write(tmp_path / folder)
     assert market1501(tmp_path).root == root
 
@@ -182,7 +182,7 @@ def test_no_match_at_all(tmp_path):
     assert_refused(tmp_path, "2 queries")
 
 
-def test_a_query_without_a_match_is_accepted_beside_others(tmp_path):
+def test_a_query_without_a_match_is_accepted_among_others(tmp_path):
     write(tmp_path, query=["0010_c2.jpg", "0044_c1.jpg", "0010_c1.jpg"])
     assert len(market1501(tmp_path).query) == 3
 
@@ -292,8 +292,8 @@ def test_a_benchmark_to_test_needs_no_training_folder(tmp_path):
 
 def test_folder_that_has_the_requested_part_is_used(tmp_path):
     shutil.rmtree(write(tmp_path / "market1501") / "bounding_box_train")
-    whole = write(tmp_path / "Market-1501-v15.09.15")
-    assert market1501(tmp_path, parts=["train"]).root == whole
+    complete = write(tmp_path / "Market-1501-v15.09.15")
+    assert market1501(tmp_path, parts=["train"]).root == complete
     assert market1501(tmp_path, parts=["test"]).root == tmp_path / "market1501"
 
 
@@ -303,7 +303,7 @@ WITH_DISTRACTORS = BenchmarkOptions(market1501_distractors=True)
 
 
 @pytest.mark.parametrize("folder", ["images", "distractors_500k", "distractors"])
-def test_distractors_join_the_gallery_as_nobody(tmp_path, folder):
+def test_distractors_join_the_gallery_as_pid_0(tmp_path, folder):
     root = write(tmp_path / "market1501")
     (root / folder).mkdir()
     for name in ("0000_c3s1_000001_00.jpg", "0010_c1s1_000002_00.jpg", "-1_c2s1_000003_00.jpg", "anything.jpg"):
