@@ -1,4 +1,4 @@
-"""Benchmarks by their names, in each of the folders in which they may lie.
+"""Benchmarks by their names, in each of the folders that may hold them.
 
 Also covers reid.config.benchmark_names, reid.data.benchmarks.sources.
 """
@@ -39,7 +39,7 @@ def test_every_name_has_a_reader_and_a_source():
 
 
 @pytest.mark.parametrize("name", ["market1501", "dukemtmc", "occluded_duke", "veri", "synthetic"])
-def test_benchmark_is_found_in_each_of_its_known_folders(tmp_path, name):
+def test_benchmark_is_located_in_each_of_its_folders(tmp_path, name):
     for number, home in enumerate(SOURCES[name].homes):
         root = write(tmp_path / str(number) / home, VERI_FOLDERS if name == "veri" else MARKET_FOLDERS)
         benchmark = load_benchmark(name, tmp_path / str(number))
@@ -103,11 +103,11 @@ def test_what_has_no_documented_numbers_is_not_compared(tmp_path, caplog):
 
 def test_complete_benchmark_passes_and_missing_image_is_counted(tmp_path):
     benchmark = load_benchmark("market1501", write(tmp_path / "market1501").parent)
-    whole = {"train": split_of(751, 12936), "query": split_of(750, 3368), "gallery": split_of(751, 15913)}
-    assert differences(replace(benchmark, **whole), DEFAULTS) == []
-    lacking = replace(benchmark, **{**whole, "train": split_of(751, 12935)})
+    complete = {"train": split_of(751, 12936), "query": split_of(750, 3368), "gallery": split_of(751, 15913)}
+    assert differences(replace(benchmark, **complete), DEFAULTS) == []
+    lacking = replace(benchmark, **{**complete, "train": split_of(751, 12935)})
     assert differences(lacking, DEFAULTS) == ["train has 12,935 of 12,936 images and 751 of 751 identities"]
-    lacking = replace(benchmark, **{**whole, "train": split_of(750, 12936)})
+    lacking = replace(benchmark, **{**complete, "train": split_of(750, 12936)})
     assert differences(lacking, DEFAULTS) == ["train has 12,936 of 12,936 images and 750 of 751 identities"]
 
 

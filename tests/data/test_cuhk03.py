@@ -15,7 +15,7 @@ from reid.data.benchmarks.cuhk03 import cuhk03, prepare_cuhk03
 from reid.data.benchmarks.splits import fingerprint
 from reid.errors import DataError, WorldError
 
-# (camera pair, person) -> places of its images, of ten; the first five are of view 1.
+# (camera pair, person) -> slots of its images, of ten; the first five are of view 1.
 PEOPLE = {(1, 1): (0, 1, 5), (1, 2): (0, 5, 6), (1, 3): (4, 9), (2, 1): (0, 5), (2, 2): (1, 2, 3, 5, 9), (2, 3): (5,)}
 TEST_SETS = [[(1, 2), (2, 2)], [(1, 1), (1, 3), (2, 1)]]
 NEW_TEST = {(1, 3): 3, (2, 1): 4, (2, 2): 5}  # with the pids of the configuration
@@ -23,18 +23,18 @@ NEW_TRAIN = {(2, 3): 6, (1, 1): 1, (1, 2): 2}
 CLASSIC = BenchmarkOptions(cuhk03_protocol="classic")
 
 
-def name_of(pair: int, person: int, place: int) -> str:
-    return f"{pair}_{person:03d}_{1 if place < 5 else 2}_{place + 1:02d}.png"
+def name_of(pair: int, person: int, slot: int) -> str:
+    return f"{pair}_{person:03d}_{1 if slot < 5 else 2}_{slot + 1:02d}.png"
 
 
-def pixels_of(pair: int, person: int, place: int) -> np.ndarray:
-    """Not square, and different everywhere, so that a wrong order of axes would be seen."""
-    rng = np.random.default_rng([pair, person, place])
-    return rng.integers(0, 256, (7 + person, 4 + place % 3, 3), dtype=np.uint8)
+def pixels_of(pair: int, person: int, slot: int) -> np.ndarray:
+    """Return pixels that are not square and all different, so that a wrong order of axes is noticed."""
+    rng = np.random.default_rng([pair, person, slot])
+    return rng.integers(0, 256, (7 + person, 4 + slot % 3, 3), dtype=np.uint8)
 
 
 def write_mat(file: Path, people: Mapping[tuple[int, int], tuple[int, ...]] = PEOPLE, test_sets=TEST_SETS) -> None:
-    """As MATLAB's `save -v7.3` does: cells are references into #refs#, axes are in Fortran's order."""
+    """Write as MATLAB's `save -v7.3` does: cells are references into #refs#, axes are in Fortran's order."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(file, "w") as content:
         held = content.create_group("#refs#")
@@ -43,7 +43,7 @@ def write_mat(file: Path, people: Mapping[tuple[int, int], tuple[int, ...]] = PE
             return held.create_dataset(f"r{len(held)}", data=array).ref
 
         def cell(references: list[list[h5py.Reference]]) -> np.ndarray:
-            """Rows of MATLAB, transposed."""
+            """Return the rows of a MATLAB cell, transposed."""
             array = np.empty((len(references), len(references[0])), dtype=h5py.ref_dtype)
             for i, row in enumerate(references):
                 for j, reference in enumerate(row):
@@ -60,8 +60,8 @@ def write_mat(file: Path, people: Mapping[tuple[int, int], tuple[int, ...]] = PE
                 numbers = sorted(person for of, person in people if of == pair)
                 rows = [
                     [
-                        hold(pixels_of(pair, person, place).T) if place in people[pair, person] else empty
-                        for place in range(10)
+                        hold(pixels_of(pair, person, slot).T) if slot in people[pair, person] else empty
+                        for slot in range(10)
                     ]
                     for person in numbers
                 ]
@@ -72,12 +72,12 @@ def write_mat(file: Path, people: Mapping[tuple[int, int], tuple[int, ...]] = PE
 
 
 def write_config(file: Path, **changes) -> None:
-    images = [(person, place) for person, places in PEOPLE.items() for place in places]
+    images = [(person, slot) for person, slots in PEOPLE.items() for slot in slots]
     pids = {**NEW_TRAIN, **NEW_TEST}
     test = [i for i, (person, _) in enumerate(images) if person in NEW_TEST]
     first = {(images[i][0], images[i][1] < 5): i for i in reversed(test)}  # one query of each person and view
     filelist = np.empty((len(images), 1), dtype=object)
-    filelist[:, 0] = [name_of(*person, place) for person, place in images]
+    filelist[:, 0] = [name_of(*person, slot) for person, slot in images]
     content = {
         "filelist": filelist,
         "labels": np.array([[pids[person]] for person, _ in images], dtype=np.uint16),
@@ -91,7 +91,7 @@ def write_config(file: Path, **changes) -> None:
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory) -> Path:
-    """What CUHK03 is given away as; only to be copied."""
+    """CUHK03 as it is released; tests work on copies."""
     root = tmp_path_factory.mktemp("release") / "cuhk03"
     write_mat(root / "cuhk03_release" / "cuhk-03.mat")
     for boxes in ("detected", "labeled"):
@@ -106,13 +106,13 @@ def root(tmp_path, release) -> Path:
 
 
 def images_of(people) -> list[tuple[tuple[int, int], int]]:
-    return [(person, place) for person in people for place in PEOPLE[person]]
+    return [(person, slot) for person in people for slot in PEOPLE[person]]
 
 
 def assert_refused(
     root_dir: Path, *keywords: str, options=DEFAULTS, key: str = "DATASETS.ROOT_DIR", kind=DataError
 ) -> None:
-    """The error is about this setting and is one line."""
+    """Assert that the error is about this setting and is one line."""
     with refused(kind, key, *keywords):
         cuhk03(root_dir, options)
 
@@ -120,7 +120,7 @@ def assert_refused(
 def test_images_are_extracted_once(root):
     benchmark = cuhk03(root.parent)
     folder = root / "images_detected"
-    names = {name_of(*person, place): pixels_of(*person, place) for person, place in images_of(PEOPLE)}
+    names = {name_of(*person, slot): pixels_of(*person, slot) for person, slot in images_of(PEOPLE)}
     assert sorted(file.name for file in folder.iterdir()) == sorted(names)
     for name, pixels in names.items():
         with Image.open(folder / name) as image:
@@ -134,11 +134,11 @@ def test_images_are_extracted_once(root):
 def test_the_new_protocol(root):
     benchmark = cuhk03(root.parent)
     assert (benchmark.name, benchmark.root, benchmark.single_gallery_shot) == ("cuhk03", root, False)
-    train = [(name_of(*person, place), person, place) for person, place in images_of(sorted(NEW_TRAIN))]
+    train = [(name_of(*person, slot), person, slot) for person, slot in images_of(sorted(NEW_TRAIN))]
     labels = {(1, 1): 0, (1, 2): 1, (2, 3): 2}  # of the pids 1, 2, 6
     assert [path.name for path in benchmark.train.paths] == [name for name, _, _ in train]
     assert benchmark.train.pids.tolist() == [labels[person] for _, person, _ in train]
-    assert benchmark.train.camids.tolist() == [0 if place < 5 else 1 for _, _, place in train]
+    assert benchmark.train.camids.tolist() == [0 if slot < 5 else 1 for _, _, slot in train]
     query = ["1_003_1_05.png", "1_003_2_10.png", "2_001_1_01.png", "2_001_2_06.png", "2_002_1_02.png", "2_002_2_06.png"]
     assert [path.name for path in benchmark.query.paths] == query
     assert benchmark.query.pids.tolist() == [3, 3, 4, 4, 5, 5]
@@ -160,14 +160,14 @@ def test_the_classic_protocol(root, split):
     test_set = set(TEST_SETS[split])
     everybody = sorted(PEOPLE)
     train_people = [person for person in everybody if person not in test_set]
-    train = [(person, place) for person in train_people for place in PEOPLE[person]]
-    assert [path.name for path in benchmark.train.paths] == [name_of(*person, place) for person, place in train]
+    train = [(person, slot) for person in train_people for slot in PEOPLE[person]]
+    assert [path.name for path in benchmark.train.paths] == [name_of(*person, slot) for person, slot in train]
     assert benchmark.train.pids.tolist() == [train_people.index(person) for person, _ in train]
-    test = [(person, place) for person in everybody if person in test_set for place in PEOPLE[person]]
+    test = [(person, slot) for person in everybody if person in test_set for slot in PEOPLE[person]]
     for images in (benchmark.query, benchmark.gallery):
-        assert [path.name for path in images.paths] == [name_of(*person, place) for person, place in test]
+        assert [path.name for path in images.paths] == [name_of(*person, slot) for person, slot in test]
         assert images.pids.tolist() == [everybody.index(person) for person, _ in test]
-        assert images.camids.tolist() == [0 if place < 5 else 1 for _, place in test]
+        assert images.camids.tolist() == [0 if slot < 5 else 1 for _, slot in test]
 
 
 def test_a_classic_split_that_is_not_there(root):
@@ -232,8 +232,8 @@ def test_another_file_of_this_kind(root):
 @pytest.mark.parametrize("image", [np.zeros((3, 4, 8)), np.zeros((1, 4, 8), dtype=np.uint8)])
 def test_images_of_another_kind(root, image):
     with h5py.File(root / "cuhk03_release" / "cuhk-03.mat", "r+") as content:
-        place = content[content["detected"][0][0]][0, 0]
-        name = content[place].name
+        slot = content[content["detected"][0][0]][0, 0]
+        name = content[slot].name
         del content[name]
         content[name] = image
         content[content["detected"][0][0]][0, 0] = content[name].ref
@@ -305,7 +305,7 @@ def test_the_layout_of_cuhk03_np(tmp_path):
         assert (benchmark.query.pids.tolist(), benchmark.gallery.camids.tolist()) == ([3], [1])
         assert not benchmark.single_gallery_shot
     assert_refused(tmp_path, "lacks cuhk03_release/cuhk-03.mat ", options=CLASSIC)
-    assert prepare_cuhk03(tmp_path, DEFAULTS) is None
+    assert prepare_cuhk03(tmp_path, DEFAULTS) == tmp_path / "cuhk03-np" / "detected"
 
 
 def test_parts_of_cuhk03(root):
@@ -322,7 +322,7 @@ def test_nothing_of_cuhk03(tmp_path):
 
 
 def test_no_path_of_this_machine_is_kept(root, tmp_path):
-    """Others keep their splits in a file of absolute paths, which a folder that was moved no longer fits."""
+    """Read a folder that was moved; other code keeps absolute paths of the splits in a file."""
     first = fingerprint(cuhk03(root.parent))
     moved = tmp_path / "elsewhere" / "CUHK03"
     moved.parent.mkdir()

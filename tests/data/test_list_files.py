@@ -18,9 +18,9 @@ V1, V2 = ("train", "test"), ("mask_train_v2", "mask_test_v2")
 
 def write_msmt17(root: Path, folders=V1, train=TRAIN, val=VAL, query=QUERY, gallery=GALLERY, end="\n") -> Path:
     lists = {"train": (0, train), "val": (0, val), "query": (1, query), "gallery": (1, gallery)}
-    for name, (place, lines) in lists.items():
+    for name, (index, lines) in lists.items():
         for line in lines:
-            file = root / folders[place] / line.split(" ")[0]
+            file = root / folders[index] / line.split(" ")[0]
             file.parent.mkdir(parents=True, exist_ok=True)
             file.touch()
         (root / f"list_{name}.txt").write_bytes(end.join([*lines, ""]).encode())
@@ -28,7 +28,7 @@ def write_msmt17(root: Path, folders=V1, train=TRAIN, val=VAL, query=QUERY, gall
 
 
 def assert_refused(reader, arguments: tuple, *keywords: str) -> None:
-    """The error is about the folder of the data sets and is one line."""
+    """Assert that the error is about the folder of the data sets and is one line."""
     with refused(DataError, "DATASETS.ROOT_DIR", "DATASETS.ROOT_DIR", *keywords):
         reader(*arguments)
 
@@ -40,7 +40,7 @@ def assert_refused(reader, arguments: tuple, *keywords: str) -> None:
     "folder", ["msmt17/MSMT17_V1", "MSMT17_V1", "msmt17/MSMT17_V2", "MSMT17_V2", "msmt17", "MSMT17", "."]
 )
 @pytest.mark.parametrize("folders", [V1, V2])
-def test_both_versions_are_recognised_by_what_is_there(tmp_path, folder, folders):
+def test_both_versions_are_recognized_by_their_folders(tmp_path, folder, folders):
     root = write_msmt17(tmp_path / folder, folders)
     benchmark = msmt17(tmp_path)
     assert (benchmark.name, benchmark.root) == ("msmt17", root)
@@ -112,8 +112,8 @@ def test_duplicate_line_counts_once_and_contradiction_is_error(tmp_path):
     write_msmt17(tmp_path, train=[*TRAIN, TRAIN[0]])
     assert len(msmt17(tmp_path).train) == 2
     write_msmt17(tmp_path / "b", train=[*TRAIN, TRAIN[0].replace(" 0", " 5")])
-    place = f"{tmp_path / 'b' / 'list_train.txt'}, line 3"
-    assert_refused(msmt17, (tmp_path / "b",), "0000_000_01_0303morning_0015_0.jpg", "0 and 5", place)
+    location = f"{tmp_path / 'b' / 'list_train.txt'}, line 3"
+    assert_refused(msmt17, (tmp_path / "b",), "0000_000_01_0303morning_0015_0.jpg", "0 and 5", location)
 
 
 @pytest.mark.parametrize(

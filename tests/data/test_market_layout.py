@@ -1,5 +1,6 @@
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,13 @@ from hypothesis import strategies as st
 from refusals import refused
 
 from reid.config.benchmark_names import BenchmarkOptions
-from reid.data.benchmarks.market_layout import FOLDERS, dukemtmc, market1501, occluded_duke, parse_name, synthetic, veri
+from reid.data.benchmarks.market_layout import FOLDERS, parse_name, read_market_layout
 from reid.data.benchmarks.splits import fingerprint
 from reid.errors import DataError
+
+market1501, dukemtmc, veri, synthetic = (
+    partial(read_market_layout, name) for name in ("market1501", "dukemtmc", "veri", "synthetic")
+)
 
 TRAIN_NAMES = ("0007_c1s1_000001_00.jpg", "0007_c2s1_000001_00.jpg", "0002_c3s1_000001_00.jpg")
 QUERY_NAMES = ("0010_c1s1_000001_00.jpg", "0011_c2s1_000001_00.jpg")
@@ -19,7 +24,7 @@ GALLERY_NAMES = ("0010_c2s1_000001_00.jpg", "0000_c1s1_000001_00.jpg", "-1_c1s1_
 
 
 def write(root: Path, train=TRAIN_NAMES, query=QUERY_NAMES, gallery=GALLERY_NAMES) -> Path:
-    """A data set of empty files: nothing here opens an image."""
+    """Write a data set of empty files; the readers open no image."""
     for folder, names in zip(FOLDERS, (train, query, gallery), strict=True):
         (root / folder).mkdir(parents=True)
         for name in names:
@@ -32,7 +37,7 @@ def names_of(split) -> list[str]:
 
 
 def assert_refused(root_dir: Path, *keywords: str) -> None:
-    """The error is about the folder of the data sets, names it, and is one line."""
+    """Assert that the error is about the folder of the data sets, names it, and is one line."""
     with refused(DataError, "DATASETS.ROOT_DIR", "DATASETS.ROOT_DIR", str(root_dir), *keywords):
         market1501(root_dir)
 
@@ -85,7 +90,7 @@ def test_cameras_of_several_digits(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["market1501", "Market-1501-v15.09.15", "."])
-def test_where_the_folder_may_lie(tmp_path, folder):
+def test_folder_is_located(tmp_path, folder):
     root = write(tmp_path / folder)
     assert market1501(tmp_path).root == root
 
@@ -177,7 +182,7 @@ def test_no_match_at_all(tmp_path):
     assert_refused(tmp_path, "2 queries")
 
 
-def test_a_query_without_a_match_is_accepted_beside_others(tmp_path):
+def test_a_query_without_a_match_is_accepted_among_others(tmp_path):
     write(tmp_path, query=["0010_c2.jpg", "0044_c1.jpg", "0010_c1.jpg"])
     assert len(market1501(tmp_path).query) == 3
 
@@ -206,22 +211,22 @@ def test_other_dataset_is_not_accepted_as_synthetic(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("reader", "folder"),
+    ("name", "folder"),
     [
-        (market1501, "market1501/Market-1501-v15.09.15"),
-        (dukemtmc, "dukemtmc-reid/DukeMTMC-reID"),
-        (dukemtmc, "DukeMTMC-reID"),
-        (dukemtmc, "dukemtmc"),
-        (dukemtmc, "."),
-        (occluded_duke, "Occluded_Duke"),
-        (occluded_duke, "."),
-        (synthetic, "synthetic"),
+        ("market1501", "market1501/Market-1501-v15.09.15"),
+        ("dukemtmc", "dukemtmc-reid/DukeMTMC-reID"),
+        ("dukemtmc", "DukeMTMC-reID"),
+        ("dukemtmc", "dukemtmc"),
+        ("dukemtmc", "."),
+        ("occluded_duke", "Occluded_Duke"),
+        ("occluded_duke", "."),
+        ("synthetic", "synthetic"),
     ],
 )
-def test_where_other_folders_may_lie(tmp_path, reader, folder):
+def test_each_benchmark_is_located_in_its_folders(tmp_path, name, folder):
     root = write(tmp_path / folder)
-    benchmark = reader(tmp_path)
-    assert (benchmark.name, benchmark.root) == (reader.__name__, root)
+    benchmark = read_market_layout(name, tmp_path)
+    assert (benchmark.name, benchmark.root) == (name, root)
     assert benchmark.gallery.pids.tolist() == [0, 10]
 
 
@@ -287,8 +292,8 @@ def test_a_benchmark_to_test_needs_no_training_folder(tmp_path):
 
 def test_folder_that_has_the_requested_part_is_used(tmp_path):
     shutil.rmtree(write(tmp_path / "market1501") / "bounding_box_train")
-    whole = write(tmp_path / "Market-1501-v15.09.15")
-    assert market1501(tmp_path, parts=["train"]).root == whole
+    complete = write(tmp_path / "Market-1501-v15.09.15")
+    assert market1501(tmp_path, parts=["train"]).root == complete
     assert market1501(tmp_path, parts=["test"]).root == tmp_path / "market1501"
 
 
@@ -298,7 +303,7 @@ WITH_DISTRACTORS = BenchmarkOptions(market1501_distractors=True)
 
 
 @pytest.mark.parametrize("folder", ["images", "distractors_500k", "distractors"])
-def test_distractors_join_the_gallery_as_nobody(tmp_path, folder):
+def test_distractors_join_the_gallery_as_pid_0(tmp_path, folder):
     root = write(tmp_path / "market1501")
     (root / folder).mkdir()
     for name in ("0000_c3s1_000001_00.jpg", "0010_c1s1_000002_00.jpg", "-1_c2s1_000003_00.jpg", "anything.jpg"):
@@ -353,7 +358,7 @@ def test_unreadable_folder_is_reported_in_one_sentence(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("reid.data.benchmarks.splits.os.scandir", refuse)  # root may read everything
+    monkeypatch.setattr("reid.data.benchmarks.folders.os.scandir", refuse)  # root may read everything
     assert_refused(tmp_path, "Permission denied")
 
 

@@ -1,6 +1,6 @@
 """Tables of images: CSV and Parquet.
 
-Also covers reid.data.benchmarks.splits.
+Also covers reid.data.benchmarks.splits, reid.data.benchmarks.folders.
 """
 
 import csv
@@ -26,7 +26,7 @@ ROWS = [
     ("q.jpg", "10", "0", "query"),
     ("test/g.jpg", "10", "3", "gallery"),
     ("test/junk.jpg", "-1", "3", "gallery"),
-    ("test/nobody.jpg", "0", "3", "gallery"),
+    ("test/stranger.jpg", "0", "3", "gallery"),
 ]
 HEADER = ("path", "pid", "camid", "split")
 
@@ -39,7 +39,7 @@ def touch(folder: Path, rows=ROWS) -> Path:
 
 
 def write(folder: Path, rows=ROWS, header=HEADER, name="people.csv", separator=",", end="\n", start="") -> Path:
-    """The table and its images, empty files."""
+    """Write the table and its images, which are empty files."""
     touch(folder, rows)
     lines = [separator.join(cells) for cells in (header, *rows)]
     (folder / name).write_bytes((start + end.join([*lines, ""])).encode("utf-8"))
@@ -52,7 +52,7 @@ def write_parquet(folder: Path, columns: dict, name="people.parquet") -> Path:
 
 
 def assert_refused(table: Path, *keywords: str, kind=DataError) -> None:
-    """The error is about the setting that names tables, names this one, and is one line."""
+    """Assert that the error is about the setting that names tables, names this one, and is one line."""
     with refused(kind, "DATASETS.NAMES", str(table), *keywords):
         read_table(str(table), Path("nowhere"))
 
@@ -216,8 +216,8 @@ def test_images_of_another_part_need_not_be_there(tmp_path):
 
 def test_pids_do_not_depend_on_the_part(tmp_path):
     table = write(tmp_path, relabelled({"7": "Zoë", "10": "Bob"}))
-    whole, part = read_table(str(table), tmp_path), read_table(str(table), tmp_path, ["test"])
-    assert whole.query.pids.tolist() == part.query.pids.tolist()
+    both, part = read_table(str(table), tmp_path), read_table(str(table), tmp_path, ["test"])
+    assert both.query.pids.tolist() == part.query.pids.tolist()
 
 
 # ---- what is wrong ----
@@ -229,7 +229,7 @@ def test_columns(tmp_path):
     table = write(tmp_path, header=("path", "pid", "camid", "PID"))
     assert_refused(table, "lacks split ")
     rows = [(*row, row[1]) for row in ROWS]
-    assert_refused(write(tmp_path, rows, header=(*HEADER, "PID")), "has pid again")
+    assert_refused(write(tmp_path, rows, header=(*HEADER, "PID")), "repeats pid")
     assert_refused(write(tmp_path, header=("a", "b", "", "c"), separator="|"), "lacks path, pid, camid, split ")
     (tmp_path / "people.csv").write_text("")
     assert_refused(tmp_path / "people.csv", "lacks path, pid, camid, split ", "nothing")
@@ -266,7 +266,7 @@ def test_missing_images(tmp_path):
 
 
 def test_an_image_that_is_named_twice_in_a_split(tmp_path):
-    assert_refused(write(tmp_path, [*ROWS, (*ROWS[0][:1], "8", *ROWS[0][2:])]), "1 again", "7_a.jpg")
+    assert_refused(write(tmp_path, [*ROWS, (*ROWS[0][:1], "8", *ROWS[0][2:])]), "1 are repeated", "7_a.jpg")
     both = [*ROWS, ("q.jpg", "10", "0", "gallery")]  # in two splits it may be
     assert len(read_table(str(write(tmp_path, both)), tmp_path).gallery) == 3
 
@@ -293,7 +293,7 @@ def test_queries_that_have_no_match(tmp_path):
 
 
 def columns(**changes) -> dict:
-    return {**{name: [row[place] for row in ROWS] for place, name in enumerate(HEADER)}, **changes}
+    return {**{name: [row[index] for row in ROWS] for index, name in enumerate(HEADER)}, **changes}
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_what_is_wrong_with_a_parquet_table(tmp_path):
     touch(tmp_path)
     without = {name: values for name, values in columns().items() if name != "camid"}
     assert_refused(write_parquet(tmp_path, without), "lacks camid ")
-    gaps = [int(row[1]) if place else None for place, row in enumerate(ROWS)]
+    gaps = [int(row[1]) if index else None for index, row in enumerate(ROWS)]
     assert_refused(write_parquet(tmp_path, columns(pid=gaps)), "a pid", "(row 1)")
     nan = [float("nan"), *range(6)]
     assert_refused(write_parquet(tmp_path, columns(pid=nan)), "a pid", "(row 1)")

@@ -1,4 +1,7 @@
-"""Benchmarks that keep each split in a folder and say in a file's name who it shows and which camera took it."""
+"""Benchmarks with one folder for each split and file names that state the identity and the camera.
+
+These are Market-1501, DukeMTMC-reID, Occluded-Duke, VeRi-776, CUHK03-NP and the generated one.
+"""
 
 from __future__ import annotations
 
@@ -7,34 +10,31 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from reid.config.benchmark_names import DEFAULTS, PARTS, BenchmarkOptions, Part
-from reid.data.benchmarks.sources import SOURCES
+from reid.data.benchmarks.folders import find_root, list_names
 from reid.data.benchmarks.splits import (
-    CORRECT_ROOT,
     DISTRACTOR_PID,
     IMAGE_SUFFIXES,
     INT64_MAX,
-    JUNK_PID,
     Benchmark,
-    Layout,
-    Split,
+    Row,
     build_benchmark,
-    find_layout,
+    data_error,
     is_folder,
-    list_names,
-    make_split,
     shown,
     splits_of,
-    without,
 )
-from reid.errors import DataError
 
-TRAIN, QUERY, GALLERY = "bounding_box_train", "query", "bounding_box_test"
-FOLDERS = (TRAIN, QUERY, GALLERY)
+TRAIN, QUERY, GALLERY = FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
 MARKET_FOLDERS = {"train": TRAIN, "query": QUERY, "gallery": GALLERY}
 VERI_FOLDERS = {"train": "image_train", "query": "image_query", "gallery": "image_test"}
+FOLDERS_OF = {
+    "market1501": MARKET_FOLDERS,
+    "dukemtmc": MARKET_FOLDERS,  # 408 identities of the gallery have no query
+    "occluded_duke": MARKET_FOLDERS,  # DukeMTMC-reID, split again so that the queries are occluded
+    "veri": VERI_FOLDERS,
+    "synthetic": MARKET_FOLDERS,
+}
 DISTRACTOR_FOLDERS = ("images", "distractors_500k", "distractors")
 
 _NAME = re.compile(r"(-1|\d+)_c(\d+)", re.ASCII)
@@ -42,105 +42,48 @@ _NAME = re.compile(r"(-1|\d+)_c(\d+)", re.ASCII)
 logger = logging.getLogger(__name__)
 
 
-def market1501(root_dir: Path, options: BenchmarkOptions = DEFAULTS, parts: Sequence[Part] = PARTS) -> Benchmark:
-    """Market-1501: 12,936 training images of 751 people, 3,368 queries, 15,913 gallery images, six cameras.
+def read_market_layout(
+    name: str, root_dir: Path, options: BenchmarkOptions = DEFAULTS, parts: Sequence[Part] = PARTS
+) -> Benchmark:
+    """Return a benchmark of `FOLDERS_OF`.
 
-    Only the file name of an image says who and where, `PID_cCAMERA...`; the folders above it say nothing.
-    Junk (pid -1) is dropped everywhere, as every published number assumes. Distractors (pid 0) stay in the gallery,
-    where they can only be mistakes. In the training folder, where the official archive has none, they are dropped
-    with a warning: they are many people, and as one class they would teach that strangers look alike.
-
-    The 500,000 further distractors (Market-1501+500k) join the gallery as pid 0, whatever their names say.
+    Only the name of an image's file, `PID_cCAMERA...`, states its identity and camera; folder names are ignored.
+    Junk (pid -1) is dropped from all splits, as every published number assumes. Distractors (pid 0) stay in the
+    gallery, where they can only be mistakes. They are dropped from the training folder with a warning (the archive of
+    Market-1501 has none there): they are many people, and as one class they would teach that strangers look alike.
 
     Args:
-        root_dir: holds `market1501/` or `Market-1501-v15.09.15/` (the official archive's name), also one in the other,
-            or is that folder itself.
-        options: `market1501_distractors` wants a folder of them beside the three.
-        parts: what to read.
+        name: Key of `FOLDERS_OF`.
+        root_dir: Folder that holds one of the benchmark's folders (see `SOURCES`), or is it.
+        options: Options, of which `market1501_distractors` adds the 500,000 distractors of Market-1501+500k to the
+            gallery, with pid 0 whatever their names state.
+        parts: Parts to read.
 
     Raises:
-        DataError: a folder is missing or holds no usable image, a file name has another form, there are fewer than
+        DataError: A folder is missing or holds no usable image, a file name has another form, there are fewer than
             two identities to train, or no query has a match in the gallery.
-
-    Source: Zheng et al., Scalable Person Re-identification: A Benchmark, ICCV 2015.
     """
-    root = _find_root("market1501", root_dir, MARKET_FOLDERS, parts)
-    raw = _read_folders(root, MARKET_FOLDERS, parts)
-    if options.market1501_distractors and "gallery" in raw:
-        raw["gallery"] = _joined(raw["gallery"], _read_distractors(root))
-    return build_benchmark("market1501", root, raw, _places(root, MARKET_FOLDERS))
+    folders = FOLDERS_OF[name]
+    root = find_root(name, root_dir, [folders[split] for split in splits_of(parts)])
+    has_distractors = name == "market1501" and options.market1501_distractors
+    return read_folders(name, root, folders, parts, has_distractors=has_distractors)
 
 
-def dukemtmc(root_dir: Path, options: BenchmarkOptions = DEFAULTS, parts: Sequence[Part] = PARTS) -> Benchmark:
-    """DukeMTMC-reID: 16,522 training images of 702 people, 2,228 queries, 17,661 gallery images, eight cameras.
-
-    Names are as `0001_c2_f0046182.jpg`; else as `market1501`. The gallery holds 408 people that nobody asks for.
-
-    Args:
-        root_dir: holds `dukemtmc-reid/DukeMTMC-reID/`, `DukeMTMC-reID/` or `dukemtmc/`, or is that folder itself.
-        options: none is about it.
-        parts: what to read.
-
-    Raises:
-        DataError: as `market1501`.
-
-    Source: Zheng et al., Unlabeled Samples Generated by GAN Improve the Person Re-identification Baseline in Vitro,
-    ICCV 2017; the images are from Ristani et al., ECCV workshops 2016.
-    """
-    del options
-    return _read_benchmark("dukemtmc", root_dir, MARKET_FOLDERS, parts)
-
-
-def occluded_duke(root_dir: Path, options: BenchmarkOptions = DEFAULTS, parts: Sequence[Part] = PARTS) -> Benchmark:
-    """Occluded-Duke: DukeMTMC-reID split anew so that queries are occluded: 15,618, 2,210 and 17,661 images.
-
-    Args:
-        root_dir: holds `Occluded_Duke/` or `Occluded-DukeMTMC-reID/`, or is that folder itself.
-        options: none is about it.
-        parts: what to read.
-
-    Raises:
-        DataError: as `market1501`.
-
-    Source: Miao et al., Pose-Guided Feature Alignment for Occluded Person Re-Identification, ICCV 2019.
-    """
-    del options
-    return _read_benchmark("occluded_duke", root_dir, MARKET_FOLDERS, parts)
-
-
-def veri(root_dir: Path, options: BenchmarkOptions = DEFAULTS, parts: Sequence[Part] = PARTS) -> Benchmark:
-    """VeRi-776: vehicles; 37,746 training images of 576, 1,678 queries, 11,579 gallery images of 200, 20 cameras.
-
-    Names are as `0001_c001_00016450_0.jpg`; else as `market1501`.
-
-    Args:
-        root_dir: holds `veri/` or `VeRi/`, or is that folder itself.
-        options: none is about it.
-        parts: what to read.
-
-    Raises:
-        DataError: as `market1501`.
-
-    Source: Liu et al., A Deep Learning-Based Approach to Progressive Vehicle Re-identification for Urban
-    Surveillance, ECCV 2016.
-    """
-    del options
-    return _read_benchmark("veri", root_dir, VERI_FOLDERS, parts)
-
-
-def synthetic(root_dir: Path, options: BenchmarkOptions = DEFAULTS, parts: Sequence[Part] = PARTS) -> Benchmark:
-    """Generated people, in the layout of Market-1501 in `root_dir/synthetic`; raises what `market1501` raises."""
-    del options
-    return _read_benchmark("synthetic", root_dir, MARKET_FOLDERS, parts)
-
-
-def read_market_like(name: str, root: Path, parts: Sequence[Part]) -> Benchmark:
-    """The three folders of Market-1501's layout in `root`; raises what `market1501` raises."""
-    return build_benchmark(name, root, _read_folders(root, MARKET_FOLDERS, parts), _places(root, MARKET_FOLDERS))
+def read_folders(
+    name: str, root: Path, folders: Mapping[str, str], parts: Sequence[Part], *, has_distractors: bool = False
+) -> Benchmark:
+    """Return the benchmark in `root`; see `read_market_layout`."""
+    sources = {split: root / folder for split, folder in folders.items()}
+    rows = {split: _read_folder(sources[split]) for split in splits_of(parts)}
+    if "train" in rows:
+        rows["train"] = _without_distractors(rows["train"], sources["train"])
+    if has_distractors and "gallery" in rows:
+        rows["gallery"] += _read_distractors(root)
+    return build_benchmark(name, root, rows, sources)
 
 
 def parse_name(name: str) -> tuple[int, int] | None:
-    """The pid and the camera, counted from 0, that a file name states; None where it has another form.
+    """Return the pid and the camera, counted from 0, that a file name states; None if it has another form.
 
     The names count cameras from 1: `0002_c1s1_000451_03.jpg` is (2, 0). A camera 0 is another form.
     """
@@ -148,91 +91,52 @@ def parse_name(name: str) -> tuple[int, int] | None:
     if match is None:
         return None
     pid, camera = int(match[1]), int(match[2])
-    if camera < 1 or max(pid, camera) > INT64_MAX:
-        return None
-    return pid, camera - 1
+    return None if camera < 1 or max(pid, camera) > INT64_MAX else (pid, camera - 1)
 
 
-def _read_benchmark(name: str, root_dir: Path, folders: Mapping[str, str], parts: Sequence[Part]) -> Benchmark:
-    root = _find_root(name, root_dir, folders, parts)
-    return build_benchmark(name, root, _read_folders(root, folders, parts), _places(root, folders))
-
-
-def _find_root(name: str, root_dir: Path, folders: Mapping[str, str], parts: Sequence[Part]) -> Path:
-    needs = tuple(folders[split] for split in splits_of(parts))
-    homes = [root_dir / home for home in SOURCES[name].homes]
-    if name != "synthetic":  # whatever else lies in the folder itself, nobody generated it
-        homes.append(root_dir)
-    return find_layout(root_dir, [Layout(home, needs) for home in homes]).root
-
-
-def _places(root: Path, folders: Mapping[str, str]) -> dict[str, Path]:
-    return {split: root / folder for split, folder in folders.items()}
-
-
-def _read_folders(root: Path, folders: Mapping[str, str], parts: Sequence[Part]) -> dict[str, Split]:
-    raw = {split: _read_folder(root / folders[split]) for split in splits_of(parts)}
-    if "train" in raw:
-        raw["train"] = _without_distractors(raw["train"], root / folders["train"])
-    return raw
-
-
-def _read_folder(folder: Path) -> Split:
-    """All images that lie directly in `folder`, sorted by name, with raw pids."""
-    names = _image_names(folder)
-    parsed = {name: parse_name(name) for name in names}
+def _read_folder(folder: Path) -> list[Row]:
+    """Return all images directly in `folder`, with pids as in their names."""
+    parsed = {name: parse_name(name) for name in _image_names(folder)}
     misnamed = [name for name, ids in parsed.items() if ids is None]
     if misnamed:
-        raise DataError(
+        raise data_error(
             f"images in {folder} must be named PID_cCAMERA..., such as 0002_c1s1_000451_03.jpg, with cameras counted "
-            f"from 1, but {len(misnamed)} of {len(names)} are not ({shown(misnamed)}); "
+            f"from 1, but {len(misnamed)} of {len(parsed)} are not ({shown(misnamed)})",
             "rename or remove them, or correct DATASETS.ROOT_DIR",
-            key="DATASETS.ROOT_DIR",
         )
-    return make_split((folder / name, *ids) for name, ids in parsed.items() if ids is not None)
+    return [(folder / name, *ids) for name, ids in parsed.items() if ids is not None]
 
 
 def _image_names(folder: Path) -> list[str]:
     names = list_names(folder, images_only=True)
     if not names:
-        raise DataError(
-            f"{folder} must hold images ({', '.join(sorted(IMAGE_SUFFIXES))}), but has none "
-            f"(it holds {shown(list_names(folder))}); {CORRECT_ROOT}",
-            key="DATASETS.ROOT_DIR",
+        raise data_error(
+            f"{folder} must hold images ({', '.join(sorted(IMAGE_SUFFIXES))}), got none (it holds "
+            f"{shown(list_names(folder))})"
         )
     return names
 
 
-def _without_distractors(train: Split, folder: Path) -> Split:
-    num_distractors = int(np.sum(train.pids == DISTRACTOR_PID))
-    if num_distractors:
+def _without_distractors(rows: Sequence[Row], folder: Path) -> list[Row]:
+    kept = [row for row in rows if row[1] != DISTRACTOR_PID]
+    if len(kept) < len(rows):
         logger.warning(
-            "%s: the %d images of pid 0 are distractors (many people) and are left out; "
-            "if they show one person, give that person another number",
+            "%s: the %d images of pid 0 are dropped as distractors (many people); if they show one person, give it "
+            "another pid",
             folder,
-            num_distractors,
+            len(rows) - len(kept),
         )
-    return without(train, DISTRACTOR_PID)
+    return kept
 
 
-def _read_distractors(root: Path) -> Split:
-    """Images of nobody who is asked for; where a name states no camera, camera 0, as nothing depends on it."""
+def _read_distractors(root: Path) -> list[Row]:
+    """Return the further distractors; if a name states no camera, camera 0, since no score depends on it."""
     folder = next((root / name for name in DISTRACTOR_FOLDERS if is_folder(root / name)), None)
     if folder is None:
-        raise DataError(
-            f"{root} must hold the 500,000 distractors in one of the folders {', '.join(DISTRACTOR_FOLDERS)} when "
-            f"DATASETS.MARKET1501.DISTRACTORS is yes (it holds {shown(list_names(root))}); unpack them there, or use "
-            "DATASETS.MARKET1501.DISTRACTORS no",
-            key="DATASETS.MARKET1501.DISTRACTORS",
+        raise data_error(
+            f"{root} must hold the 500,000 distractors in one of the folders {', '.join(DISTRACTOR_FOLDERS)} if "
+            f"DATASETS.MARKET1501.DISTRACTORS is yes (it holds {shown(list_names(root))})",
+            "unpack them there, or use DATASETS.MARKET1501.DISTRACTORS no",
+            "DATASETS.MARKET1501.DISTRACTORS",
         )
-    return make_split(
-        (folder / name, DISTRACTOR_PID, (parse_name(name) or (JUNK_PID, 0))[1]) for name in _image_names(folder)
-    )
-
-
-def _joined(first: Split, second: Split) -> Split:
-    return Split(
-        first.paths + second.paths,
-        np.concatenate([first.pids, second.pids]),
-        np.concatenate([first.camids, second.camids]),
-    )
+    return [(folder / name, DISTRACTOR_PID, (parse_name(name) or (0, 0))[1]) for name in _image_names(folder)]

@@ -1,4 +1,4 @@
-"""What every benchmark is: train, query and gallery; and what its readers share."""
+"""Splits and benchmarks: the types, how readers build them, and their fingerprint."""
 
 from __future__ import annotations
 
@@ -8,32 +8,36 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from reid.config.benchmark_names import Part
+from reid.config.benchmark_names import PARTS, Part
 from reid.errors import DataError
 from reid.process.files import printable
 
+Row = tuple[Path, int, int]  # path, pid and camid of an image
+
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp"})
+INT64_MAX = int(np.iinfo(np.int64).max)
 
 JUNK_PID = -1  # a bad detection: counts neither as a match nor as a mistake
-DISTRACTOR_PID = 0  # in the layout of Market-1501, somebody who is no query: always a mistake
+DISTRACTOR_PID = 0  # in the layout of Market-1501, a person that no query shows: always a mistake
 
 CORRECT_ROOT = "unpack the data set again or correct DATASETS.ROOT_DIR"
 _NUM_SHOWN = 8  # names in a message
-INT64_MAX = int(np.iinfo(np.int64).max)
+# Unlike the methods of Path, these return False if a folder above may not be entered.
+is_folder, is_file = os.path.isdir, os.path.isfile
+_SPLITS_OF: dict[Part, tuple[str, ...]] = {"train": ("train",), "test": ("query", "gallery")}
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """One set of images; position i of each field is about the same image.
+    """A set of images; index i of each field is about the same image.
 
     Attributes:
-        paths: N files, sorted by name.
-        pids: [N] int64, identity of the person.
-        camids: [N] int64, camera, counted from 0.
+        paths: Paths of N files, sorted.
+        pids: [N] int64, identities.
+        camids: [N] int64, cameras, counted from 0.
     """
 
     paths: tuple[Path, ...]
@@ -46,15 +50,15 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Benchmark:
-    """A data set with its evaluation protocol.
+    """A data set with its evaluation protocol. Splits that were not requested are empty.
 
     Attributes:
-        name: its key in `BENCHMARKS`, or the name of its table without the suffix.
-        root: the folder that holds all of it; of a table, the table.
-        train: pids are labels 0..C-1, in the order of the sorted pids on disk; empty where it was not asked for.
-        query: pids as on disk; empty where it was not asked for, as the gallery then is.
-        gallery: pids as on disk.
-        single_gallery_shot: the published protocol draws one gallery image of each identity, many times.
+        name: Key of `BENCHMARKS`, or the name of a table without its suffix.
+        root: Folder that holds all of it, or the table.
+        train: Training images; pids are labels 0..C-1, in the order of the sorted pids on disk.
+        query: Query images, with pids as on disk.
+        gallery: Gallery images, with pids as on disk.
+        single_gallery_shot: Whether the published protocol draws one gallery image of each identity, many times.
     """
 
     name: str
@@ -71,11 +75,11 @@ class Benchmark:
 
     @property
     def splits(self) -> dict[str, Split]:
-        """By name: train, query, gallery."""
+        """Splits by name: train, query, gallery."""
         return {"train": self.train, "query": self.query, "gallery": self.gallery}
 
     def statistics(self) -> str:
-        """A table of identities, images and cameras for each split that was read."""
+        """Return a table of identities, images and cameras for each split that was read."""
         rows = [f"{self.name:<12}{'ids':>8}{'images':>10}{'cameras':>10}"]
         for name, split in self.splits.items():
             if len(split):
@@ -84,26 +88,16 @@ class Benchmark:
         return "\n".join(rows)
 
 
-class Layout(NamedTuple):
-    """A folder and what must be in it: files have a suffix, folders have none."""
-
-    root: Path
-    needs: tuple[str, ...]
-
-    def missing(self) -> list[str]:
-        return [name for name in self.needs if not (is_file if Path(name).suffix else is_folder)(self.root / name)]
-
-
 def splits_of(parts: Iterable[Part]) -> tuple[str, ...]:
-    """The names of the splits that the parts consist of."""
-    asked = set(parts)
-    return (("train",) if "train" in asked else ()) + (("query", "gallery") if "test" in asked else ())
+    """Return the names of the splits that the parts consist of."""
+    requested = set(parts)
+    return tuple(split for part in PARTS if part in requested for split in _SPLITS_OF[part])
 
 
 def fingerprint(data: Split | Benchmark) -> str:
-    """SHA-256 (hex) over relative names, pids and camids: equal data anywhere on any machine, equal fingerprint.
+    """Return a SHA-256 (hex) over relative names, pids and camids.
 
-    It does not depend on where the folder lies, on times of modification or on what is in the images.
+    It depends neither on the folder's location, nor on modification times, nor on the content of the images.
     """
     if isinstance(data, Split):
         return _fingerprint(data, "")
@@ -115,7 +109,7 @@ def fingerprint(data: Split | Benchmark) -> str:
 
 
 def _fingerprint(split: Split, above: str) -> str:
-    """Names are relative to `above` where the image lies below it, else to the folder above the image's own."""
+    """Return the fingerprint of one split, with names relative to `above`; outside of it, FOLDER/FILE."""
     digest = hashlib.sha256()
     for path in split.paths:
         is_below = above and str(path).startswith(above)
@@ -126,180 +120,85 @@ def _fingerprint(split: Split, above: str) -> str:
     return digest.hexdigest()
 
 
-# ---- from raw splits to a benchmark ----
+# ---- from rows to a benchmark ----
 
 
-def make_split(rows: Iterable[tuple[Path, int, int]]) -> Split:
-    """Rows of path, pid and camid, sorted by path: the order of a list or of a listing means nothing."""
+def make_split(rows: Iterable[Row]) -> Split:
+    """Return the rows as a split, sorted by path: the order of a list or folder listing has no meaning."""
     ordered = sorted(rows, key=lambda row: str(row[0]))
     ids = np.array([row[1:] for row in ordered], dtype=np.int64).reshape(-1, 2)
     return Split(tuple(row[0] for row in ordered), ids[:, 0].copy(), ids[:, 1].copy())
 
 
-def without(split: Split, pid: int) -> Split:
-    keep = np.flatnonzero(split.pids != pid)
-    return Split(tuple(split.paths[i] for i in keep), split.pids[keep], split.camids[keep])
-
-
 def build_benchmark(
     name: str,
     root: Path,
-    raw: Mapping[str, Split],
-    places: Mapping[str, object],
+    rows: Mapping[str, Iterable[Row]],
+    sources: Mapping[str, object],
     *,
-    remedy: str = CORRECT_ROOT,
+    fix: str = CORRECT_ROOT,
     key: str = "DATASETS.ROOT_DIR",
     single_gallery_shot: bool = False,
 ) -> Benchmark:
-    """Drops junk (pid -1) everywhere, numbers the identities to train, and checks what will be used.
+    """Drop junk (pid -1) from all splits, number the training identities, and verify that the splits can be used.
 
     Args:
-        name: of the benchmark.
-        root: of the benchmark.
-        raw: the splits that were read, with the pids on disk; those not read are missing.
-        places: where each of them was read, for messages.
-        remedy: what to do about a split that cannot be used.
+        name: Name of the benchmark.
+        root: Root of the benchmark.
+        rows: Images of each split that was read, with pids as on disk.
+        sources: Files or folders from which each split was read, for messages.
+        fix: Remedy for a split that cannot be used.
         key: Setting that the errors are about.
-        single_gallery_shot: of the benchmark.
+        single_gallery_shot: Whether the protocol draws one gallery image of each identity.
 
     Raises:
-        DataError: a split has no image of a person, there are fewer than two identities to train, or no query has a
+        DataError: A split has no image of a person, there are fewer than two identities to train, or no query has a
             match in the gallery.
     """
-    splits = {split: without(images, JUNK_PID) for split, images in raw.items()}
+    splits = {split: make_split(row for row in images if row[1] != JUNK_PID) for split, images in rows.items()}
     for split, images in splits.items():
         if len(images) == 0:
-            raise DataError(
-                f"{places[split]} must hold images of people, but has none: junk (pid -1) does not count, "
-                f"nor do distractors in training; {remedy}",
-                key=key,
+            raise data_error(
+                f"{sources[split]} must hold images of people, got none (junk, pid -1, does not count, nor do "
+                "distractors in training)",
+                fix,
+                key,
             )
     if "train" in splits:
         train = splits["train"]
         pids, labels = np.unique(train.pids, return_inverse=True)
         if len(pids) < 2:
-            raise DataError(f"{places['train']} must hold at least 2 identities, got {len(pids)}; {remedy}", key=key)
+            raise data_error(f"{sources['train']} must hold at least 2 identities, got {len(pids)}", fix, key)
         splits["train"] = Split(train.paths, labels.astype(np.int64), train.camids)
     if "query" in splits and not _any_match(splits["query"], splits["gallery"]):
-        raise DataError(
-            f"a query in {places['query']} must have a match in {places['gallery']} (same pid, another camera), "
-            f"but none of the {len(splits['query'])} queries has one; {remedy}",
-            key=key,
+        raise data_error(
+            f"a query in {sources['query']} must have a match in {sources['gallery']} (same pid, another camera), got "
+            f"none for any of {len(splits['query'])} queries",
+            fix,
+            key,
         )
-    nothing = make_split(())
-    train, query, gallery = (splits.get(split, nothing) for split in ("train", "query", "gallery"))
+    train, query, gallery = (splits.get(split) or make_split(()) for split in ("train", "query", "gallery"))
     return Benchmark(name, root, train, query, gallery, single_gallery_shot)
 
 
 def _any_match(query: Split, gallery: Split) -> bool:
-    """Whether any query's identity was seen in the gallery by another camera."""
-    seen_by: dict[int, set[int]] = {}
-    for pid, camid in zip(gallery.pids.tolist(), gallery.camids.tolist(), strict=True):
-        seen_by.setdefault(pid, set()).add(camid)
-    return any(
-        seen_by.get(pid, set()) - {camid} for pid, camid in zip(query.pids.tolist(), query.camids.tolist(), strict=True)
-    )
+    """Return whether another camera saw the identity of any query in the gallery."""
+    of_pid = Counter(gallery.pids.tolist())
+    of_pid_and_camera = Counter(zip(gallery.pids.tolist(), gallery.camids.tolist(), strict=True))
+    pairs = zip(query.pids.tolist(), query.camids.tolist(), strict=True)
+    return any(of_pid[pair[0]] > of_pid_and_camera[pair] for pair in pairs)
 
 
-# ---- files ----
+# ---- messages ----
 
 
-def find_layout(root_dir: Path, layouts: Sequence[Layout]) -> Layout:
-    """The first layout of which all is there.
-
-    Raises:
-        DataError: none is; the message is about the one that lacks the least.
-    """
-    if not is_folder(root_dir):
-        raise DataError(
-            f"DATASETS.ROOT_DIR must be a folder that can be read, got {root_dir}; point it at your data sets",
-            key="DATASETS.ROOT_DIR",
-        )
-    for layout in layouts:
-        if not layout.missing():
-            return layout
-    present = [layout for layout in layouts if is_folder(layout.root)]
-    nearest = min(present, key=lambda layout: len(layout.missing())) if present else Layout(root_dir, layouts[0].needs)
-    raise DataError(
-        f"{nearest.root} must hold {', '.join(nearest.needs)}, but lacks {', '.join(nearest.missing())} "
-        f"(it holds {shown(list_names(nearest.root))}); unpack the data set to {layouts[0].root} "
-        f"or point DATASETS.ROOT_DIR at the folder that holds {layouts[0].root.name}",
-        key="DATASETS.ROOT_DIR",
-    )
-
-
-def is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except PermissionError:  # a folder above it may not be entered
-        return False
-
-
-def is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except PermissionError:
-        return False
-
-
-def list_names(folder: Path, *, images_only: bool = False) -> list[str]:
-    """Sorted names in `folder`, without hidden ones (macOS writes a `._x.jpg` for each `x.jpg`).
-
-    A broken link with an image's name is listed, so that it is reported as unreadable and not passed over.
-    """
-    try:
-        with os.scandir(folder) as entries:
-            visible = [entry for entry in entries if not entry.name.startswith(".")]
-            if images_only:
-                visible = [e for e in visible if Path(e.name).suffix.lower() in IMAGE_SUFFIXES and not e.is_dir()]
-            return sorted(entry.name for entry in visible)
-    except OSError as error:
-        raise DataError(
-            f"{folder} must be readable, but is not ({error.strerror}); change its permissions or DATASETS.ROOT_DIR",
-            key="DATASETS.ROOT_DIR",
-        ) from error
-
-
-def require_present(
-    source: object, paths: Sequence[Path], remedy: str = CORRECT_ROOT, *, key: str = "DATASETS.ROOT_DIR"
-) -> None:
-    """Refuses a list of images when some of them are not on disk; each folder is listed once.
-
-    Raises:
-        DataError: naming the first ones.
-    """
-    names: dict[Path, set[str]] = {}
-    for folder in {path.parent for path in paths}:
-        try:
-            with os.scandir(folder) as entries:
-                names[folder] = {entry.name for entry in entries}
-        except (OSError, ValueError):  # ValueError: a NUL in the name
-            names[folder] = set()
-    missing = [str(path) for path in paths if path.name not in names[path.parent]]
-    if missing:
-        raise DataError(
-            f"the images that {source} lists must be there, but {len(missing)} of {len(paths)} are not "
-            f"({shown(missing)}); {remedy}",
-            key=key,
-        )
-
-
-def require_distinct(source: object, paths: Sequence[Path], remedy: str, *, key: str) -> None:
-    """Refuses a split that names an image twice.
-
-    Raises:
-        DataError: naming the first ones.
-    """
-    twice = [str(path) for path, times in Counter(paths).items() if times > 1]
-    if twice:
-        raise DataError(
-            f"{source} must name an image of a split once, but names {len(twice)} again ({shown(twice)}); {remedy}",
-            key=key,
-        )
+def data_error(problem: str, fix: str = CORRECT_ROOT, key: str = "DATASETS.ROOT_DIR") -> DataError:
+    """Return an error about data on disk, in the form `PROBLEM. Fix: FIX.`"""
+    return DataError(f"{problem}. Fix: {fix}.", key=key)
 
 
 def shown(names: Sequence[str]) -> str:
-    """The first names, for a message."""
+    """Return the first names, for a message."""
     text = printable(", ".join(names[:_NUM_SHOWN]))
     more = f" and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else ""
     return f"{text}{more}" if names else "nothing"
