@@ -1,4 +1,4 @@
-"""Looks at the benchmarks on this machine: where they come from, how they must lie, and what is wrong with yours."""
+"""Describe the benchmarks, and verify those on this machine: source, folder layout, what is missing or wrong."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,31 +32,31 @@ from reid.process.text_tables import format_table
 if TYPE_CHECKING:
     from yacs.config import CfgNode
 
-FINE, WRONG = 0, 2  # exit codes
-
 _SETTING = re.compile(r"[A-Z][A-Z0-9_.]*=")
 _EPILOG = """\
-Without NAME, every benchmark whose folder is found is checked, and the others are described.
-Exit code 0: all that was asked for is fine; 2: something is missing or wrong."""
+Without NAME, every benchmark whose folder exists is verified, and the others are described.
+Exit code 0: nothing is wrong; 2: something is missing or wrong."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line `check [NAME ...] [--root DIR] [--images] [KEY=VALUE ...]`; returns the exit code."""
-    given = _build_parser().parse_intermixed_args(arguments)
-    overrides = [item for item in given.items if _SETTING.match(item)]
-    names = [item for item in given.items if item not in overrides]
-    if given.root is not None:
-        overrides.append(f"DATASETS.ROOT_DIR={given.root}")
+    """Run `check [NAME ...] [--root DIR] [--images] [KEY=VALUE ...]` and return its exit code."""
+    parsed = _build_parser().parse_intermixed_args(arguments)
+    overrides = [item for item in parsed.items if _SETTING.match(item)]
+    names = [item for item in parsed.items if item not in overrides]
+    if parsed.root is not None:
+        overrides.append(f"DATASETS.ROOT_DIR={parsed.root}")
     if names:
         overrides.append(f"DATASETS.NAMES={names}")
     try:
-        cfg = load_config(given.config_file, overrides)
+        cfg = load_config(parsed.config_file, overrides)
     except SettingsError as error:
         sys.stderr.write(f"error: {error}\n")
-        return WRONG
-    asked = cfg.DATASETS.NAMES if names else NAMES
-    are_fine = [_check(name, cfg, is_asked_for=bool(names), open_images=given.images) for name in asked]
-    return FINE if all(are_fine) else WRONG
+        return 2
+    results = [
+        _verify(name, cfg, is_required=bool(names), open_images=parsed.images)
+        for name in (cfg.DATASETS.NAMES if names else NAMES)
+    ]
+    return 0 if all(results) else 2
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -66,53 +67,51 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "items", nargs="*", metavar="NAME | KEY=VALUE", help=f"{', '.join(NAMES)}, a .csv or .parquet table; a setting"
     )
-    parser.add_argument("--root", metavar="DIR", help="the folder of the benchmarks' folders (DATASETS.ROOT_DIR)")
+    parser.add_argument("--root", metavar="DIR", help="folder of the benchmarks' folders (DATASETS.ROOT_DIR)")
     parser.add_argument("--config_file", "--config-file", metavar="FILE", help="YAML file with settings")
     parser.add_argument("--images", action="store_true", help="open every image too")
     return parser
 
 
-def _check(name: str, cfg: CfgNode, *, is_asked_for: bool, open_images: bool) -> bool:
-    """Says all about one benchmark; returns whether there is nothing wrong."""
+def _verify(name: str, cfg: CfgNode, *, is_required: bool, open_images: bool) -> bool:
+    """Print a report on one benchmark; return whether nothing is wrong."""
     root_dir, options = Path(cfg.DATASETS.ROOT_DIR), benchmark_options(cfg)
-    _describe(name, root_dir)
-    if not is_asked_for and not any(is_folder(root_dir / home) for home in SOURCES[name].homes):
-        _say("  yours: absent", "")
+    _print(name, *_description(name, root_dir))
+    if not is_required and not any(is_folder(root_dir / home) for home in SOURCES[name].homes):
+        _print("  yours: absent", "")
         return True
     try:
         benchmark = read_benchmark(name, root_dir, options, PARTS)
     except ReidError as error:
-        _say(f"  wrong: {error}")
-        _describe_parts(name, root_dir, options)
-        _say("")
+        _print(f"  wrong: {error}", *_usable_parts(name, root_dir, options), "")
         return False
-    _say(f"  yours: {benchmark.root}", *_rows(benchmark, options))
-    faults = differences(benchmark, options)
-    if open_images:
-        faults += _unreadable_images(benchmark)
-    _say(*(f"  wrong: {fault}" for fault in faults), *([] if faults else ["  fine"]), "")
+    _print(f"  yours: {benchmark.root}", *_rows(benchmark, options))
+    faults = differences(benchmark, options) + (_unreadable_images(benchmark) if open_images else [])
+    _print(*([f"  wrong: {fault}" for fault in faults] or ["  fine"]), "")
     return not faults
 
 
-def _describe(name: str, root_dir: Path) -> None:
-    _say(name)
+def _description(name: str, root_dir: Path) -> list[str]:
     if is_table(name):
-        _say(f"  layout: a table with the columns {', '.join(COLUMNS)}; split is one of {', '.join(SPLITS)}")
-        return
+        return [f"  layout: a table with the columns {', '.join(COLUMNS)}; split is one of {', '.join(SPLITS)}"]
     source = SOURCES[name]
-    _say(f"  paper: {source.paper}", f"  get it: {source.get}", f"  layout, below DATASETS.ROOT_DIR ({root_dir}):")
-    _say(f"    {' or '.join(f'{home}/' for home in source.homes)}")
-    _say(*(f"      {line}" for line in source.tree.splitlines()))
+    return [
+        f"  paper: {source.paper}",
+        f"  get it: {source.get}",
+        f"  layout, below DATASETS.ROOT_DIR ({root_dir}):",
+        f"    {' or '.join(f'{home}/' for home in source.homes)}",
+        *(f"      {line}" for line in source.tree.splitlines()),
+    ]
 
 
-def _describe_parts(name: str, root_dir: Path, options: BenchmarkOptions) -> None:
-    """What can be used of a benchmark that is not whole."""
+def _usable_parts(name: str, root_dir: Path, options: BenchmarkOptions) -> list[str]:
+    """Return lines on the parts of an incomplete benchmark that can still be used."""
+    lines = []
     for part in PARTS:
-        try:
+        with suppress(ReidError):
             benchmark = read_benchmark(name, root_dir, options, [part])
-        except ReidError:
-            continue
-        _say(f"  but what {part} needs is in {benchmark.root}:", *_rows(benchmark, options))
+            lines += [f"  but complete for {part}: {benchmark.root}", *_rows(benchmark, options)]
+    return lines
 
 
 def _rows(benchmark: Benchmark, options: BenchmarkOptions) -> list[str]:
@@ -131,15 +130,12 @@ def _rows(benchmark: Benchmark, options: BenchmarkOptions) -> list[str]:
 
 def _unreadable_images(benchmark: Benchmark) -> list[str]:
     paths = sorted({path for split in benchmark.splits.values() for path in split.paths})
-    Image.init()  # before there are threads, as in the store
+    Image.init()  # loads the plug-ins of PIL, which two threads must not do at once
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        reasons = list(
-            tqdm(pool.map(fault_of_image, paths), total=len(paths), unit="img", disable=not sys.stderr.isatty())
-        )
-    bad = [f"{path} ({reason})" for path, reason in zip(paths, reasons, strict=True) if reason is not None]
-    return [f"{len(bad)} of {len(paths)} images cannot be read: {shown(bad)}"] if bad else []
+        progress = tqdm(pool.map(fault_of_image, paths), total=len(paths), unit="img", disable=not sys.stderr.isatty())
+        unreadable = [f"{path} ({reason})" for path, reason in zip(paths, progress, strict=True) if reason is not None]
+    return [f"{len(unreadable)} of {len(paths)} images cannot be read: {shown(unreadable)}"] if unreadable else []
 
 
-def _say(*lines: str) -> None:
-    for line in lines:
-        write_output(printable(line) + "\n")
+def _print(*lines: str) -> None:
+    write_output("".join(f"{printable(line)}\n" for line in lines))

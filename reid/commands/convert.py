@@ -1,8 +1,8 @@
-"""Extraction of the weights of a pickled model, without running code of the file.
+"""The command `convert`: extract the weights of a pickled model without running code of the file.
 
 Ignite 0.1.2, which reid-strong-baseline pins, saves live objects. Loading such a file imports its classes and calls
-whatever it names. Here no class or function of the file is looked up: an inert object that keeps its state takes its
-place, and the weights are read from that state.
+whatever it names. Here an inert object that keeps its state replaces every class and function of the file, and the
+weights are read from that state.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import logging
 import pickle
-import sys
 import tarfile
 import warnings
 import zipfile
@@ -26,17 +25,18 @@ from torch._utils import _rebuild_parameter, _rebuild_tensor, _rebuild_tensor_v2
 from reid.checkpoints.save import save_atomically
 from reid.checkpoints.state_dicts import is_optimizer, likely_backbone
 from reid.errors import WorldError
-from reid.process.logs import Console
+from reid.process.logs import set_up_console
+from reid.process.side_effects import first_line
 
 logger = logging.getLogger(__name__)
 
 
 class _Inert:
-    """Replacement for any class or function that the file names; it keeps its state and does nothing else."""
+    """Replacement for any class or function that the file names; it only keeps its state."""
 
     origin = ""  # name in the file
     state: Any = None
-    dump_patches = False  # torch reads it of a class whose source code differs from the file's
+    dump_patches = False  # read by torch if the source code of the class differs from the file's
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         del arguments, options
@@ -54,7 +54,7 @@ class _Inert:
         return _Inert()
 
 
-# Everything that a file can reach. None of it calls its arguments.
+# All that a file can name. None of it calls its arguments.
 _REAL: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     **{(module, "set"): set for module in ("builtins", "__builtin__")},  # the latter in protocol 2
@@ -97,10 +97,7 @@ def extract_weights(path: Path) -> tuple[str, dict[str, Tensor]]:
         WorldError: The file is missing, damaged, or does not hold a model.
     """
     if not path.is_file():
-        raise WorldError(
-            f"IN must be a file that torch.save wrote, got {path}, which does not exist. Fix: correct the path.",
-            key="IN",
-        )
+        raise _invalid(path, "which does not exist", "correct the path")
     try:
         _reject_other_archives(path)
         with warnings.catch_warnings():
@@ -110,12 +107,12 @@ def extract_weights(path: Path) -> tuple[str, dict[str, Tensor]]:
     except WorldError:
         raise
     except Exception as error:  # a damaged file makes the unpickler raise nearly anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise WorldError(
-            f"IN must be a file that torch.save wrote, got {path}, which is damaged or another: {reason}. Fix: give "
-            "another file.",
-            key="IN",
-        ) from error
+        reason = (first_line(error) or type(error).__name__).rstrip(".")
+        raise _invalid(path, f"which is damaged or of another format ({reason})") from error
+
+
+def _invalid(path: Path, got: str, fix: str = "give another file") -> WorldError:
+    return WorldError(f"IN must hold a model that torch.save wrote, got {path}, {got}. Fix: {fix}.", key="IN")
 
 
 def _reject_other_archives(path: Path) -> None:
@@ -125,10 +122,7 @@ def _reject_other_archives(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             is_scripted = any(Path(name).name == "constants.pkl" for name in archive.namelist())
     if is_scripted or tarfile.is_tarfile(path):
-        kind = "TorchScript" if is_scripted else "an archive of PyTorch 0.1"
-        raise WorldError(
-            f"IN must be a file that torch.save wrote, got {path}, {kind}. Fix: give another file.", key="IN"
-        )
+        raise _invalid(path, "TorchScript" if is_scripted else "an archive of PyTorch 0.1")
 
 
 def _model_in(content: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
@@ -136,11 +130,7 @@ def _model_in(content: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
     if isinstance(content, _Inert):
         name, state = content.origin, content.state
     if isinstance(state, dict) and ("param_groups" in state or is_optimizer(state)):
-        raise WorldError(
-            f"IN={path} must hold a model, got an optimizer ({name or 'state dict'}); training resumes with a new "
-            "optimizer. Fix: give the file with the model, NAME_model_N.pth.",
-            key="IN",
-        )
+        raise _invalid(path, f"an optimizer ({name or 'state dict'})", "give the file of the model, NAME_model_N.pth")
     if isinstance(content, _Inert) and isinstance(state, dict) and "_modules" in state:
         return name, {key.removeprefix("module."): value for key, value in _entries(content)}
     if isinstance(content, dict):
@@ -150,9 +140,7 @@ def _model_in(content: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
         entries = {key: value for key, value in content.items() if isinstance(value, Tensor) and isinstance(key, str)}
         if entries:
             return "state dict", {key.removeprefix("module."): value.clone() for key, value in entries.items()}
-    raise WorldError(
-        f"IN={path} must hold a model, got {name or type(content).__name__}. Fix: give another file.", key="IN"
-    )
+    raise _invalid(path, f"content of type {name or type(content).__name__}")
 
 
 def _entries(module: _Inert, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -184,7 +172,10 @@ def convert(source: Path, target: Path) -> None:
     backbone, classifier = likely_backbone(state), state.get("classifier.weight")
     logger.info(
         "%s: state dict with %d entries of %s (MODEL.NAME %s%s), for MODEL.PRETRAIN_PATH and TEST.WEIGHT",
-        *(target, len(state), name, backbone or "unknown"),
+        target,
+        len(state),
+        name,
+        backbone or "unknown",
         f", {len(classifier)} identities" if classifier is not None else "",
     )
 
@@ -195,10 +186,10 @@ def main() -> int:
     parser.add_argument("source", metavar="IN", type=Path, help="file that torch.save wrote, as NAME_model_N.pth")
     parser.add_argument("target", metavar="OUT", type=Path, help="new file; keep the name to resume after epoch N")
     arguments = parser.parse_args()
-    logging.basicConfig(handlers=[Console(sys.stdout)], level=logging.INFO, format="%(message)s")
+    set_up_console()
     try:
         convert(arguments.source, arguments.target)
     except WorldError as error:
-        sys.stderr.write(f"error: {error}\n")
+        logger.error("error: %s", error)
         return 1
     return 0

@@ -1,4 +1,4 @@
-"""Embeddings of image files, and the story of a folder that becomes a gallery, on all ranks."""
+"""The command `embed`: turn a folder of images into a gallery of embeddings, on all ranks."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from tqdm import tqdm
 from reid.checkpoints.trained import TrainedModel, load_trained
 from reid.commands.gallery import EmbeddingFile, Metadata, write_gallery, write_unreadable, writing_embeddings
 from reid.config.load import dump
-from reid.data.benchmarks.splits import IMAGE_SUFFIXES
+from reid.data.benchmarks.splits import IMAGE_SUFFIXES, shown
 from reid.distributed import collectives
 from reid.distributed.watchdog import Watchdog
 from reid.errors import DataError
 from reid.evaluation.embedder import ImageEmbedder, distance_of
-from reid.process.files import printable
 from reid.process.signals import Signals
 
 if TYPE_CHECKING:
@@ -35,28 +34,26 @@ T = TypeVar("T")
 
 SUFFIXES = IMAGE_SUFFIXES | {".webp"}
 
-_BATCHES_PER_ROUND = 64  # embedded by all ranks, then gathered and written: what is in memory at any time
-_AHEAD = 2  # batches that are decoded while one is embedded
-_NUM_SHOWN = 5  # unreadable images in a message
+_BATCHES_PER_ROUND = 64  # embedded by all ranks, then gathered and written; limits the memory in use
 
 
 def embed(
     cfg: CfgNode, accelerator: Accelerator, signals: Signals, *, folder: str, output: str | None, strict: bool
 ) -> None:
-    """Writes the embeddings of all images in a folder; called by all ranks, the same files for any number of them.
+    """Write the embeddings of all images in a folder; called by all ranks, whose number does not change the files.
 
     Args:
-        cfg: the whole configuration.
-        accelerator: whose precision is used.
-        signals: there is nothing to save: the first one ends it.
-        folder: of images, with all folders in it.
-        output: the gallery's folder; by default in OUTPUT_DIR.
-        strict: whether an image that cannot be read is an error, and not left out.
+        cfg: All settings.
+        accelerator: Accelerator used for autocast.
+        signals: Received signals; unused, as there is nothing to save.
+        folder: Folder of images, searched recursively.
+        output: Folder of the gallery; None for OUTPUT_DIR/galleries/FOLDER.
+        strict: Whether an unreadable image is an error instead of being left out.
 
     Raises:
-        DataError: the folder has no images that can be read.
-        WorldError: the checkpoint does not fit, or the gallery cannot be written.
-        FloatingPointError: an embedding is not finite.
+        DataError: The folder has no readable image.
+        WorldError: The checkpoint does not fit, or the gallery cannot be written.
+        NonFiniteError: An embedding is not finite.
     """
     del signals
     root = Path(folder)
@@ -75,7 +72,7 @@ def embed(
         unreadable = _embed_all(embedder, root, names, file)
         _on_rank_zero(lambda: _report_unreadable(out, folder, names, unreadable, strict=strict))
         _on_rank_zero(files.close)
-    readable = [name for place, name in enumerate(names) if place not in unreadable]
+    readable = [name for index, name in enumerate(names) if index not in unreadable]
     metadata = _metadata(cfg, trained, root, len(readable), len(unreadable))
     _on_rank_zero(lambda: write_gallery(out, readable, metadata))
     seconds = time.monotonic() - start
@@ -83,44 +80,45 @@ def embed(
 
 
 def list_images(root: Path) -> list[str]:
-    """The images in a folder and all folders in it: their paths below it, with slashes, sorted.
+    """Return the images in a folder, recursively: sorted paths relative to the folder, with slashes.
 
-    Hidden files and folders are left out; a folder that several links lead to is entered once.
+    Hidden files and folders are left out. A folder that several links lead to is entered once.
 
     Raises:
-        DataError: there is no such folder, it holds no images, or one in it may not be listed.
+        DataError: The folder is missing or holds no images, or a folder in it cannot be listed.
     """
 
     def fail(error: OSError) -> NoReturn:
         raise DataError(
-            f"FOLDER must be a folder of images that can be read, got {error.filename} ({error.strerror}); correct the "
-            "path or its permissions",
+            f"FOLDER must be a readable folder of images, got {error.filename} ({error.strerror}). Fix: correct the "
+            "path or its permissions.",
             key="FOLDER",
         ) from error
 
-    found, entered = [], set()
+    names, entered = [], set()
     for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
-        here = os.path.relpath(folder, root)
+        relative = os.path.relpath(folder, root)
         entered.add(os.path.realpath(folder))
         folders[:] = [name for name in sorted(folders) if not name.startswith(".")]
         folders[:] = [name for name in folders if os.path.realpath(Path(folder, name)) not in entered]
         images = [name for name in files if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")]
-        found += [Path(here, name).as_posix() for name in images]
-    if not found:
+        names += [Path(relative, name).as_posix() for name in images]
+    if not names:
         raise DataError(
-            f"{root} must hold images ({', '.join(sorted(SUFFIXES))}), but has none; give another FOLDER", key="FOLDER"
+            f"FOLDER must hold images ({', '.join(sorted(SUFFIXES))}), got {root} without any. Fix: give another one.",
+            key="FOLDER",
         )
-    return sorted(found)
+    return sorted(names)
 
 
 def _on_rank_zero(work: Callable[[], T]) -> T | None:
-    """Runs the work on rank 0; its errors reach all ranks."""
+    """Run the work on rank 0; unlike `collectives.from_rank_zero`, share only its errors, not its result."""
     with collectives.errors_shared():
         return work() if collectives.is_main() else None
 
 
 def _embed_all(embedder: ImageEmbedder, root: Path, names: Sequence[str], file: EmbeddingFile | None) -> dict[int, str]:
-    """Writes the embeddings of all images that can be read; returns position -> reason of the others."""
+    """Write the embeddings of the readable images; return index -> reason of the others."""
     num_images = _BATCHES_PER_ROUND * embedder.batch_size
     unreadable: dict[int, str] = {}
     is_shown = collectives.is_main() and sys.stderr.isatty()
@@ -128,7 +126,7 @@ def _embed_all(embedder: ImageEmbedder, root: Path, names: Sequence[str], file: 
         for start in range(0, len(names), num_images):
             part = names[start : start + num_images]
             rows = embedder.embed([root / name for name in part])
-            unreadable |= {start + place: reason for place, reason in rows.unreadable.items()}
+            unreadable |= {start + index: reason for index, reason in rows.unreadable.items()}
             readable = rows.readable().float().cpu().numpy()
             with collectives.errors_shared():
                 if file:
@@ -140,25 +138,22 @@ def _embed_all(embedder: ImageEmbedder, root: Path, names: Sequence[str], file: 
 def _report_unreadable(
     out: Path, folder: str, names: Sequence[str], unreadable: dict[int, str], *, strict: bool
 ) -> None:
-    lines = [f"{names[place]} ({unreadable[place]})" for place in sorted(unreadable)]
+    lines = [f"{names[index]} ({unreadable[index]})" for index in sorted(unreadable)]
     file = write_unreadable(out, lines)
     if not lines:
         return
-    shown = printable(", ".join(lines[:_NUM_SHOWN]))
-    more = f" and {len(lines) - _NUM_SHOWN} more" if len(lines) > _NUM_SHOWN else ""
-    words = f"{len(lines)} of {len(names)} images in {folder} cannot be read: {shown}{more}, all listed in {file}"
+    outcome = f"{len(lines)} of {len(names)} images in {folder} cannot be read: {shown(lines)}, all listed in {file}"
     if strict or len(lines) == len(names):
-        raise DataError(
-            f"{words}; copy them again or remove them{', or leave --strict out' if strict else ''}", key="FOLDER"
-        )
-    logger.warning("warning: %s; they are left out", words)
+        remedy = "copy them again or remove them" + (", or omit --strict" if strict else "")
+        raise DataError(f"{outcome}. Fix: {remedy}.", key="FOLDER")
+    logger.warning("warning: %s; they are left out", outcome)
 
 
 def _metadata(cfg: CfgNode, trained: TrainedModel, root: Path, num_images: int, num_unreadable: int) -> Metadata:
     weight = str(trained.file.resolve())
     settings = cfg.clone()
     settings.defrost()
-    settings.TEST.WEIGHT = weight  # found from any folder
+    settings.TEST.WEIGHT = weight  # valid in any working directory
     return Metadata(
         folder=str(root.resolve()),
         num_images=num_images,

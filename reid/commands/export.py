@@ -1,4 +1,4 @@
-"""The story of an export: a trained model for other programs, each file compared with the model before it appears."""
+"""The command `export`: write a trained model for other programs; each file is first compared with the model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -52,25 +52,25 @@ def export(
     check: str,
     uint8: bool,
 ) -> None:
-    """Writes TEST.WEIGHT in other formats; one process, on the CPU, in float32.
+    """Write TEST.WEIGHT in other formats; runs in one process, on the CPU, in float32.
 
     Args:
-        cfg: the whole configuration.
-        accelerator: of the evaluation that the files are compared by.
-        signals: there is nothing to save: the first one ends it.
-        to: the formats, of `commands.FORMATS`.
-        output: the folder for the files; by default that of TEST.WEIGHT.
-        check: one of `commands.CHECKS`.
-        uint8: whether the model takes images as they are and normalises them itself.
+        cfg: All settings.
+        accelerator: Accelerator used for autocast in the evaluation.
+        signals: Received signals; unused, as there is nothing to save.
+        to: Formats of `arguments.FORMATS`.
+        output: Folder of the files; None for that of TEST.WEIGHT.
+        check: Data to compare on, one of `arguments.CHECKS`.
+        uint8: Whether the exported model takes uint8 pixels and normalizes them.
 
     Raises:
         SettingsError: TEST.WEIGHT would be overwritten.
-        WorldError: a package is missing, the checkpoint does not fit, a file cannot be written, or a model came out as
-            another one.
+        WorldError: A package is missing, the checkpoint does not fit, a file cannot be written, or an exported model
+            computes something else.
     """
     del signals
     if "onnx" in to:
-        _check_packages()
+        _require_onnx()
     trained = load_trained(cfg, accelerator)
     weight = trained.file
     folder = Path(output) if output else weight.parent
@@ -79,30 +79,27 @@ def export(
     metadata = describe(cfg, trained)
     if "safetensors" in to:
         _write_weights(folder / f"{weight.stem}.safetensors", weight, trained, metadata)
-    writers = [writer for writer in _WRITERS if writer.name in to]
-    if not writers:
+    if not set(_WRITERS) & set(to):
         return
-    comparison = _build_comparison(cfg, accelerator, trained.model, check)
-    for name in ("classifier", "centers"):  # for training only, and large where there are many identities
+    comparison = _build_comparison(cfg, accelerator, trained.model, check, uint8=uint8)
+    for name in ("classifier", "centers"):  # used by training only, and large if there are many identities
         if hasattr(trained.model, name):
             delattr(trained.model, name)
     with _quiet(f"MODEL.NAME {cfg.MODEL.NAME} cannot be exported by torch {torch.__version__}"):
         program = trace(trained.model, cfg, uint8=uint8)
-    undo = _to_pixels(cfg) if uint8 else nn.Identity()
-    for writer in writers:
-        file = folder / f"{weight.stem}{writer.suffix}"
+    for name in [name for name in _WRITERS if name in to]:
+        suffix, library, write = _WRITERS[name]
+        file = folder / f"{weight.stem}{suffix}"
         with atomic_write(file, key="--output") as temporary:
-            with _quiet(f"{file} cannot be made by torch {torch.__version__}"):
-                run = writer.write(temporary, program, metadata | {"input": _INPUTS[uint8]})
-            told = "not checked"
-            if comparison:
-                told = comparison.check(file.name, writer.library, lambda images, run=run: run(undo(images)))  # type: ignore[misc]
+            with _quiet(f"{file} cannot be written by torch {torch.__version__}"):
+                run = write(temporary, program, metadata | {"input": _INPUTS[uint8]})
+            result = comparison.check(file.name, library, run) if comparison else "not checked"
             size = temporary.stat().st_size
-        logger.info("%s: %.1f MB, %s", file, size / 1e6, told)
+        logger.info("%s: %.1f MB, %s", file, size / 1e6, result)
 
 
 def describe(cfg: CfgNode, trained: TrainedModel) -> dict[str, str]:
-    """What a user of the weights has to know; texts, and JSON for everything else."""
+    """Return what a user of the weights has to know: strings, and JSON for other types."""
     mean, std = normalization(cfg)
     known = {
         "num_pids": num_pids_of(trained.content),
@@ -112,8 +109,8 @@ def describe(cfg: CfgNode, trained: TrainedModel) -> dict[str, str]:
         "pixel_std": list(std),
         "last_stride": cfg.MODEL.LAST_STRIDE,
         "stem_relu": cfg.MODEL.STEM_RELU,
-        "feat_norm": cfg.TEST.FEAT_NORM,  # compare by cosine
-        "flip": cfg.TEST.FLIP,  # what is compared is the mean of this embedding and that of the mirror image
+        "feat_norm": cfg.TEST.FEAT_NORM,  # whether embeddings are compared by cosine
+        "flip": cfg.TEST.FLIP,  # whether the embedding to compare is the mean over image and mirror image
     }
     epoch = trained.content.get("epoch")
     return {
@@ -129,12 +126,12 @@ def describe(cfg: CfgNode, trained: TrainedModel) -> dict[str, str]:
 
 
 class FromPixels(nn.Module):
-    """The model with the normalisation of its images: uint8 [B, H, W, 3] in RGB to an embedding [B, D].
+    """Model that also normalizes its images: uint8 RGB [B, H, W, 3] -> embedding [B, D].
 
     Args:
-        model: of normalised images.
-        mean: [3] in 0..1.
-        std: [3] in 0..1.
+        model: Model of normalized images.
+        mean: Mean [3] of the pixels, in 0..1.
+        std: Standard deviation [3] of the pixels, in 0..1.
     """
 
     mean: Tensor
@@ -152,11 +149,11 @@ class FromPixels(nn.Module):
 
 
 def trace(model: ReIDModel, cfg: CfgNode, *, uint8: bool) -> torch.export.ExportedProgram:
-    """The graph of the model in evaluation mode, for any number of images of INPUT.SIZE_TEST."""
+    """Return the graph of the model in evaluation mode, for any number of images of INPUT.SIZE_TEST."""
     height, width = cfg.INPUT.SIZE_TEST
     example = torch.zeros((2, height, width, 3), dtype=torch.uint8) if uint8 else torch.zeros((2, 3, height, width))
-    whole: nn.Module = FromPixels(model, *_mean_and_std(cfg)).eval() if uint8 else model
-    return torch.export.export(whole, (example,), dynamic_shapes=({0: _BATCH},))
+    traced: nn.Module = FromPixels(model, *_mean_and_std(cfg)).eval() if uint8 else model
+    return torch.export.export(traced, (example,), dynamic_shapes=({0: _BATCH},))
 
 
 def _mean_and_std(cfg: CfgNode) -> tuple[Tensor, Tensor]:
@@ -165,27 +162,29 @@ def _mean_and_std(cfg: CfgNode) -> tuple[Tensor, Tensor]:
 
 
 def _to_pixels(cfg: CfgNode) -> Embed:
-    """Takes back the normalisation of an evaluation's images, exactly, as pixels are whole numbers."""
+    """Return a function that undoes the normalization, exactly, as pixels are integers."""
     mean, std = (values[:, None, None] for values in _mean_and_std(cfg))
     return lambda images: ((images * std + mean) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def _build_comparison(cfg: CfgNode, accelerator: Accelerator, model: ReIDModel, check: str) -> Comparison | None:
+def _build_comparison(
+    cfg: CfgNode, accelerator: Accelerator, model: ReIDModel, check: str, *, uint8: bool
+) -> Comparison | None:
     if check == "none":
         return None
-    images = random_pass(cfg)
+    run_pass = random_pass(cfg)
     if check == "evaluation":
         try:
-            images = evaluation_pass(cfg, accelerator, model)
+            run_pass = evaluation_pass(cfg, accelerator, model)
         except DataError as error:
-            logger.warning("warning: no evaluation is possible here (%s); comparing on random images instead", error)
-    return Comparison(model, images)
+            logger.warning("warning: no evaluation is possible (%s); comparing on random images instead", error)
+    return Comparison(model, run_pass, _to_pixels(cfg) if uint8 else None)
 
 
 def _write_weights(file: Path, weight: Path, trained: TrainedModel, metadata: dict[str, str]) -> None:
     if file.resolve() == weight.resolve():
         raise SettingsError(
-            f"{file} must be another file than TEST.WEIGHT, which would be overwritten; add --output FOLDER",
+            f"--output must be another folder than that of TEST.WEIGHT, got {file} for both. Fix: add --output FOLDER.",
             key="--output",
         )
     with atomic_write(file, key="--output") as temporary:
@@ -193,8 +192,8 @@ def _write_weights(file: Path, weight: Path, trained: TrainedModel, metadata: di
         checksum = checksum_of(weights.read_file(temporary, "the file", key="--output"))
         if checksum != trained.checksum:
             raise WorldError(
-                f"{file} must hold what was written, checksum {trained.checksum}, but came back with {checksum}; "
-                "choose another disk by --output",
+                f"{file} must have the checksum {trained.checksum} after writing, got {checksum}. Fix: choose another "
+                "disk by --output.",
                 key="--output",
             )
         size = temporary.stat().st_size
@@ -210,7 +209,7 @@ def _write_program(file: Path, program: torch.export.ExportedProgram, metadata: 
 def _write_onnx(file: Path, program: torch.export.ExportedProgram, metadata: dict[str, str]) -> Embed:
     import onnxruntime
 
-    made = torch.onnx.export(
+    onnx_program = torch.onnx.export(
         program,
         dynamo=True,
         input_names=["images"],
@@ -218,27 +217,27 @@ def _write_onnx(file: Path, program: torch.export.ExportedProgram, metadata: dic
         dynamic_shapes=({0: _BATCH},),
         verbose=False,
     )
-    assert made is not None
-    made.model.metadata_props.update(metadata)
-    made.save(file, external_data=False)
+    assert onnx_program is not None
+    onnx_program.model.metadata_props.update(metadata)
+    onnx_program.save(file, external_data=False)
     onnxruntime.disable_telemetry_events()
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def _check_packages() -> None:
+def _require_onnx() -> None:
     missing = [name for name in _ONNX_PACKAGES if find_spec(name) is None]
     if missing:
         raise WorldError(
-            f"--to onnx needs {', '.join(_ONNX_PACKAGES)}, but {', '.join(missing)} is missing; install them with: "
-            "uv sync --extra export",
+            f"--to onnx requires the packages {', '.join(_ONNX_PACKAGES)}, but {', '.join(missing)} is missing. Fix: "
+            "install them with: uv sync --extra export",
             key="--to",
         )
 
 
 @contextlib.contextmanager
 def _quiet(failure: str) -> Iterator[None]:
-    """Keeps the exporter's words from the console, and says in a sentence when it fails."""
+    """Suppress the output of the exporter and translate its errors."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -253,21 +252,13 @@ def _quiet(failure: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise WorldError(f"{failure}: {reason}; choose other formats by --to", key="--to") from error
+        raise WorldError(f"{failure}: {reason}. Fix: choose other formats by --to.", key="--to") from error
     finally:
         logging.disable(disabled)
 
 
-class _Writer(NamedTuple):
-    """A format of models, not of weights alone."""
-
-    name: str
-    suffix: str
-    library: str  # that runs it
-    write: Callable[[Path, torch.export.ExportedProgram, dict[str, str]], Embed]  # gives what runs the file
-
-
-_WRITERS = (
-    _Writer("torch", ".pt2", "torch.export", _write_program),
-    _Writer("onnx", ".onnx", "onnxruntime", _write_onnx),
-)
+# Formats that hold the model and not only its weights: suffix, library that runs the file, function that writes it.
+_WRITERS: dict[str, tuple[str, str, Callable[[Path, torch.export.ExportedProgram, dict[str, str]], Embed]]] = {
+    "torch": (".pt2", "torch.export", _write_program),
+    "onnx": (".onnx", "onnxruntime", _write_onnx),
+}

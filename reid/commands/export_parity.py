@@ -1,4 +1,4 @@
-"""Whether an exported model computes what the model itself does: in an evaluation, or on random images."""
+"""Comparison of an exported model with the model itself, on an evaluation or on random images."""
 
 from __future__ import annotations
 
@@ -20,52 +20,53 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from yacs.config import CfgNode
 
-# An exported model may differ by this much from the model itself.
+# Allowed differences between an exported model and the model itself.
 TOLERANCE = 1e-3  # of an embedding, in units of the largest value of all
 MAP_TOLERANCE = 1e-3  # of the mAP, a fraction
 
 _RANDOM_BATCHES = (1, 2, 5)  # images in each
 
-Embed = Callable[[Tensor], Tensor]  # normalised images [B, 3, H, W] -> embedding [B, D]
-# Has all images embedded, in the same batches every time; gives the mAP of each benchmark.
+Embed = Callable[[Tensor], Tensor]  # normalized images [B, 3, H, W] -> embedding [B, D]
+# Function that embeds all images, always in the same batches, and returns the mAP of each benchmark.
 Pass = Callable[[Embed], dict[str, float]]
 
 
-class StandIn(nn.Module):
-    """Takes the model's place in an evaluation.
+class Substitute(nn.Module):
+    """Module that an evaluation runs in place of the model.
 
     Args:
-        model: whose place it takes.
-        embed: what it computes.
+        model: Model to replace.
+        embed: Function that computes the embeddings.
     """
 
     def __init__(self, model: ReIDModel, embed: Embed) -> None:
         super().__init__()
         self.num_features, self._embed = model.num_features, embed
-        self.register_parameter("of_the_same_type", nn.Parameter(next(model.parameters()).new_zeros(())))
+        # An evaluation reads dtype and device of the first parameter.
+        self.register_parameter("example", nn.Parameter(next(model.parameters()).new_zeros(())))
 
     def forward(self, images: Tensor) -> Tensor:
         return self._embed(images)
 
 
 def evaluation_pass(cfg: CfgNode, accelerator: Accelerator, model: ReIDModel) -> Pass:
-    """Query and gallery of the benchmarks to test on.
+    """Return a pass over query and gallery of the test benchmarks.
 
     Raises:
-        DataError: they are not on this machine.
+        DataError: The benchmarks are not on this machine.
     """
     data = open_data_sets(cfg, train=False)
     build_stores(cfg, data)
 
     def embed_all(embed: Embed) -> dict[str, float]:
-        stand_in = cast("ReIDModel", StandIn(model, embed))
-        return {name: scores.mAP for name, scores in EvaluatorGroup(data, stand_in, accelerator, cfg).run().items()}
+        substitute = cast("ReIDModel", Substitute(model, embed))
+        return {name: scores.mAP for name, scores in EvaluatorGroup(data, substitute, accelerator, cfg).run().items()}
 
     return embed_all
 
 
 def random_pass(cfg: CfgNode) -> Pass:
-    """A few images of random pixels."""
+    """Return a pass over a few images of random pixels."""
     mean, std = (torch.tensor(values) for values in normalization(cfg))
     generator = torch.Generator().manual_seed(0)
     shape = (*cfg.INPUT.SIZE_TEST, 3)
@@ -83,54 +84,56 @@ def random_pass(cfg: CfgNode) -> Pass:
 
 
 class Comparison:
-    """Compares exported models with the model itself.
+    """Comparison of exported models with the model itself.
 
     Args:
-        model: in evaluation mode.
-        images: what they are compared on.
+        model: Model in evaluation mode.
+        run_pass: Pass over the images to compare on.
+        to_input: Function that turns normalized images into the input of an exported model; None if it takes them.
     """
 
-    def __init__(self, model: ReIDModel, images: Pass) -> None:
-        self._images, self._expected = images, list[Tensor]()
+    def __init__(self, model: ReIDModel, run_pass: Pass, to_input: Embed | None = None) -> None:
+        self._pass, self._to_input, self._expected = run_pass, to_input or nn.Identity(), list[Tensor]()
 
         def remember(batch: Tensor) -> Tensor:
             self._expected.append(model(batch))
             return self._expected[-1]
 
         with torch.no_grad():
-            self._scores = images(remember)
+            self._scores = run_pass(remember)
         self._largest = max(float(embedding.abs().max()) for embedding in self._expected)
 
     def check(self, name: str, library: str, embed: Embed) -> str:
-        """What the comparison has shown, for people.
+        """Return the result of a comparison as text.
 
         Args:
-            name: of the exported file.
-            library: that runs it.
-            embed: runs it.
+            name: Name of the exported file.
+            library: Library that runs the file.
+            embed: Function that runs the file.
 
         Raises:
-            WorldError: it computes something else.
+            WorldError: The exported model computes something else.
         """
         expected, differences = iter(self._expected), list[float]()
 
         def compare(batch: Tensor) -> Tensor:
-            embedding = embed(batch)
+            embedding = embed(self._to_input(batch))
             differences.append(float((embedding - next(expected)).abs().max()))
             return embedding
 
         with torch.no_grad():
-            scores = self._images(compare)
+            scores = self._pass(compare)
         difference = max(differences)
-        words = [f"largest difference {difference:.1e} of values up to {self._largest:.3g}"]
+        results = [f"largest difference {difference:.1e} of values up to {self._largest:.3g}"]
         for benchmark, mAP in scores.items():
             before = self._scores[benchmark]
-            words.append(f"{benchmark} mAP {100 * before:.2f} % by torch and {100 * mAP:.2f} % by {library}")
-        is_close = difference <= TOLERANCE * self._largest  # not for NaN
+            results.append(f"{benchmark} mAP {100 * before:.2f} % by torch and {100 * mAP:.2f} % by {library}")
+        is_close = difference <= TOLERANCE * self._largest  # false for NaN
         if not is_close or any(abs(mAP - self._scores[key]) > MAP_TOLERANCE for key, mAP in scores.items()):
             raise WorldError(
                 f"{name} must compute what the model does, to {TOLERANCE:g} of its values and {100 * MAP_TOLERANCE:g} "
-                f"points of mAP, but: {', '.join(words)}; it is not kept; use another format or version of torch",
+                f"points of mAP, got: {', '.join(results)}. The file is removed. Fix: use another "
+                "format or version of torch.",
                 key="--to",
             )
-        return ", ".join(words)
+        return ", ".join(results)

@@ -17,17 +17,18 @@ from numpy.typing import NDArray
 from reid.data.benchmarks.market_layout import parse_name
 from reid.errors import DataError
 from reid.process.files import atomic_write, disk_errors, write_text
+from reid.process.side_effects import error_summary
 
 FORMAT_VERSION = 1
 EMBEDDINGS, IMAGES, METADATA, UNREADABLE = "embeddings.npy", "images.csv", "gallery.json", "unreadable.txt"
 
 _COLUMNS = ("path", "pid", "camid")
-_REMEDY = "make the gallery with launch/embed.py"
+_FIX = "Fix: make the gallery with launch/embed.py."
 _WRITTEN_BY, _READ_BY = "--output", "--gallery"  # options that name the folder
 
 
 class GalleryImage(NamedTuple):
-    """One image; identity and camera are None unless its file name states them."""
+    """Image of a gallery; pid and camid are None unless the file name states them."""
 
     path: str  # relative to the folder of images, with slashes
     pid: int | None
@@ -49,7 +50,7 @@ class Metadata:
         num_features: Length D of an embedding.
         num_unreadable: Number of images left out because they cannot be read.
         distance: Distance between embeddings.
-        normalised: Whether embeddings have length 1, so that their inner product is the cosine.
+        normalised: Whether embeddings have length 1 (spelling of the file format).
         weight: Absolute path of the checkpoint.
         checksum: Checksum of the weights.
         config: All settings, as YAML.
@@ -131,7 +132,7 @@ def writing_embeddings(folder: Path, num_features: int) -> Iterator[EmbeddingFil
 
 
 def write_gallery(folder: Path, paths: Sequence[str], metadata: Metadata) -> None:
-    """Write the paths and the metadata of a gallery beside its embeddings.
+    """Write the paths and the metadata of a gallery next to its embeddings.
 
     Raises:
         WorldError: The folder cannot be written to.
@@ -161,23 +162,14 @@ def read_metadata(folder: Path) -> Metadata:
     Raises:
         DataError: The file is missing, damaged or of another format.
     """
-    file = folder / METADATA
-    try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    with _translated_errors(folder):
+        content: dict[str, Any] = json.loads((folder / METADATA).read_text(encoding="utf-8"))
         if content["format_version"] != FORMAT_VERSION:
             raise DataError(
-                f"{file} must be of format {FORMAT_VERSION}, got {content['format_version']}; {_REMEDY}", key=_READ_BY
+                f"{folder / METADATA} must be of format {FORMAT_VERSION}, got {content['format_version']}. {_FIX}",
+                key=_READ_BY,
             )
         return Metadata(**{field.name: content[field.name] for field in fields(Metadata)})
-    except OSError as error:
-        reason = f"{file} cannot be read ({error.strerror})"
-        raise DataError(f"{folder} must hold a gallery, but {reason}; {_REMEDY}", key=_READ_BY) from error
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(
-            f"{file} must be what launch/embed.py wrote, but it is damaged ({error}); {_REMEDY}", key=_READ_BY
-        ) from error
 
 
 def read_gallery(folder: Path) -> Gallery:
@@ -187,29 +179,35 @@ def read_gallery(folder: Path) -> Gallery:
         DataError: Its files are missing, damaged or do not belong together.
     """
     metadata = read_metadata(folder)
-    try:
+    with _translated_errors(folder):
         embedding = np.load(folder / EMBEDDINGS, mmap_mode="c")
         with _open_text(folder / IMAGES, "r") as stream:
             rows = list(csv.DictReader(stream))
-        images = tuple(GalleryImage(row["path"], _number(row["pid"]), _number(row["camid"])) for row in rows)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise DataError(
-            f"{folder} must hold a complete gallery, but is damaged ({error}); {_REMEDY}", key=_READ_BY
-        ) from error
+        ids = [[int(row[name]) if row[name] else None for name in ("pid", "camid")] for row in rows]
+        images = tuple(GalleryImage(row["path"], *pair) for row, pair in zip(rows, ids, strict=True))
     shape = (metadata.num_images, metadata.num_features)
     if embedding.shape != shape or embedding.dtype != np.float32 or len(images) != len(embedding):
         raise DataError(
-            f"{folder} must hold {shape[0]} embeddings (float32) of {shape[1]} features and as many images, but holds "
-            f"{embedding.dtype} {list(embedding.shape)} and {len(images)} images; {_REMEDY}",
+            f"{folder} must hold {shape[0]} embeddings (float32) of {shape[1]} features and as many images, got "
+            f"{embedding.dtype} {list(embedding.shape)} and {len(images)} images. {_FIX}",
             key=_READ_BY,
         )
     return Gallery(metadata, embedding, images)
 
 
+@contextmanager
+def _translated_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except DataError:
+        raise
+    except (OSError, EOFError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise DataError(
+            f"--gallery must be a folder that launch/embed.py wrote, got {folder}: {error_summary(error)}. {_FIX}",
+            key=_READ_BY,
+        ) from error
+
+
 def _open_text(file: Path, mode: Literal["r", "w"]) -> Any:
     """Open a file so that names that are not valid text are read as they were written."""
     return file.open(mode, encoding="utf-8", errors="surrogateescape", newline="")
-
-
-def _number(text: str) -> int | None:
-    return int(text) if text else None

@@ -40,10 +40,10 @@ _MOST_ROWS, _MOST_COLUMNS = 100, 50  # limits of the picture, as a JPEG has at m
 
 
 class Match(NamedTuple):
-    """One gallery image returned for one query."""
+    """Gallery image returned for a query."""
 
     number: int  # rank from 1, nearest first
-    distance: float
+    measure: float  # cosine similarity or Euclidean distance
     image: GalleryImage
     is_match: bool | None  # None if a file name does not state the identity
     same_camera: bool
@@ -80,19 +80,20 @@ def search(
     del signals
     opened = read_gallery(Path(gallery))
     metadata = opened.metadata
-    _check_settings(cfg, metadata, f"--gallery {gallery}")
+    _validate_settings(cfg, metadata, f"--gallery {gallery}")
     trained = load_trained(cfg, accelerator)
     if trained.checksum != metadata.checksum:
         raise WorldError(
-            f"{trained.source} must hold the weights that the gallery {gallery} was made with (checksum "
-            f"{metadata.checksum}), but holds others ({trained.checksum}); give that file, or make the gallery anew",
+            f"{trained.source} must hold the weights of the gallery {gallery} (checksum {metadata.checksum}), got "
+            f"{trained.checksum}. Fix: give the file of those weights, or make the gallery again.",
             key="TEST.WEIGHT",
         )
     queries = _embed_queries(ImageEmbedder(trained.model, accelerator, cfg), images)
     distances, positions = nearest_in_gallery(
         queries, torch.from_numpy(opened.embedding), top, distance=metadata.distance
     )
-    results = [_matches(*row, opened) for row in zip(images, distances.tolist(), positions.tolist(), strict=True)]
+    measures = 1 - distances.double() if metadata.distance == "cosine" else distances
+    results = [_matches(*row, opened) for row in zip(images, measures.tolist(), positions.tolist(), strict=True)]
     for image, matches in zip(images, results, strict=True):
         logger.info("%s", _table(image, matches, metadata))
     if command_args["json"]:
@@ -113,7 +114,7 @@ def recorded_settings(cfg: CfgNode, command_args: dict[str, Any]) -> list[RawSet
     return settings_in(read_metadata(Path(folder)).config, f"--gallery {folder}", key="--gallery")
 
 
-def _check_settings(cfg: CfgNode, metadata: Metadata, source: str) -> None:
+def _validate_settings(cfg: CfgNode, metadata: Metadata, source: str) -> None:
     """Reject settings that change the embeddings; those of the machine may differ."""
     weights.verify_settings({"config": metadata.config}, cfg, source, key="--gallery")
     made_with, used_with = yaml.safe_load(metadata.config), as_plain_dict(cfg)
@@ -122,7 +123,7 @@ def _check_settings(cfg: CfgNode, metadata: Metadata, source: str) -> None:
         before, now = made_with[section][name], used_with[section][name]
         if before != now:
             raise SettingsError(
-                f"{key} must be {example(before)} as in {source}, got {example(now)}; leave it out", key=key
+                f"{key} must be {example(before)} as in {source}, got {example(now)}. Fix: leave it out.", key=key
             )
 
 
@@ -131,29 +132,25 @@ def _embed_queries(embedder: ImageEmbedder, images: Sequence[str]) -> torch.Tens
     if rows.unreadable:
         bad = ", ".join(f"{images[index]} ({reason})" for index, reason in sorted(rows.unreadable.items()))
         raise DataError(
-            f"every IMAGE must be readable, but {len(rows.unreadable)} of {len(images)} are not: {bad}; leave them out",
+            f"every IMAGE must be readable, got {len(rows.unreadable)} of {len(images)} that are not: {bad}. Fix: omit "
+            "them.",
             key="IMAGE",
         )
     return rows.embedding.float().cpu()
 
 
-def _matches(query: str, distances: list[float], positions: list[int], gallery: Gallery) -> list[Match]:
-    """Return the matches of one query, and whether they are right as far as the file names state it."""
+def _matches(query: str, measures: list[float], positions: list[int], gallery: Gallery) -> list[Match]:
+    """Return the matches of one query, with the identity and camera that the file names state."""
     query_image = GalleryImage.of(Path(query).name)
     matches = []
-    for number, (distance, position) in enumerate(zip(distances, positions, strict=True), start=1):
+    for number, (measure, position) in enumerate(zip(measures, positions, strict=True), start=1):
         image = gallery.images[position]
         is_match = None
         if (query_image.pid or 0) > DISTRACTOR_PID and image.pid is not None and image.pid != JUNK_PID:
             is_match = image.pid == query_image.pid
         same_camera = query_image.camid is not None and image.camid == query_image.camid
-        matches.append(Match(number, distance, image, is_match, same_camera))
+        matches.append(Match(number, measure, image, is_match, same_camera))
     return matches
-
-
-def _measure(distance: float, metadata: Metadata) -> float:
-    """Return the reported number: the cosine, or the Euclidean distance."""
-    return 1 - distance if metadata.distance == "cosine" else distance
 
 
 def _name_of_measure(metadata: Metadata) -> str:
@@ -165,7 +162,7 @@ def _table(query: str, matches: Sequence[Match], metadata: Metadata) -> str:
     for match in matches:
         remarks = ", ".join(_remarks(match))
         path = printable(match.image.path) + (f" ({remarks})" if remarks else "")
-        rows.append([str(match.number), f"{_measure(match.distance, metadata):.4f}", path])
+        rows.append([str(match.number), f"{match.measure:.4f}", path])
     return f"{printable(query)}\n{format_table(rows, '>><')}"
 
 
@@ -175,25 +172,17 @@ def _remarks(match: Match) -> list[str]:
 
 
 def _report(images: Sequence[str], results: Sequence[Sequence[Match]], metadata: Metadata) -> dict[str, Any]:
+    measure = _name_of_measure(metadata)
+
+    def entry(match: Match) -> dict[str, Any]:
+        verdict = {"match": match.is_match, "same_camera": match.same_camera}
+        return {"rank": match.number, measure: match.measure, **match.image._asdict(), **verdict}
+
     return {
-        "folder": metadata.folder,
-        "weight": metadata.weight,
-        "checksum": metadata.checksum,
-        "measure": _name_of_measure(metadata),
+        **{name: getattr(metadata, name) for name in ("folder", "weight", "checksum")},
+        "measure": measure,
         "results": [
-            {
-                "image": image,
-                "found": [
-                    {
-                        "rank": match.number,
-                        _name_of_measure(metadata): _measure(match.distance, metadata),
-                        **match.image._asdict(),
-                        "match": match.is_match,
-                        "same_camera": match.same_camera,
-                    }
-                    for match in matches
-                ],
-            }
+            {"image": image, "found": [entry(match) for match in matches]}
             for image, matches in zip(images, results, strict=True)
         ],
     }
@@ -208,7 +197,7 @@ def _draw(images: Sequence[str], results: Sequence[Sequence[Match]], metadata: M
 
 
 def _cell(match: Match, metadata: Metadata) -> GalleryCell:
-    lines = (f"{_measure(match.distance, metadata):.4f}", *_remarks(match))
+    lines = (f"{match.measure:.4f}", *_remarks(match))
     return GalleryCell(_pixels(Path(metadata.folder, match.image.path)), lines, match.same_camera)
 
 

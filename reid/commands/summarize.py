@@ -14,21 +14,19 @@ from reid.process.logs import write_output
 from reid.process.text_tables import format_table
 
 _METRICS = ("mAP", "mINP", "rank-1", "rank-5", "rank-10")
-INCOMPLETE = 1  # exit code: a run has no result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command `summarize OUTPUT_DIR...` and return its exit code."""
+    """Run the command `summarize OUTPUT_DIR...` and return its exit code: 1 if a run has no result."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, metavar="OUTPUT_DIR", help="folder of a run")
-    runs = parser.parse_args(arguments).runs
-    results = {run: read_result(run) for run in runs}
-    existing = {str(run): result for run, result in results.items() if result is not None}
-    for missing in (run for run in runs if results[run] is None):
+    results = {str(run): read_result(run) for run in parser.parse_args(arguments).runs}
+    existing = {run: result for run, result in results.items() if result is not None}
+    for missing in sorted(results.keys() - existing.keys()):
         sys.stderr.write(f"warning: {missing}/result.json does not exist or is no result; the run is left out\n")
     if existing:
         write_output(table(existing) + "\n")
-    return 0 if len(existing) == len(results) else INCOMPLETE
+    return 0 if len(existing) == len(results) else 1
 
 
 def read_result(run: Path) -> dict[str, Any] | None:
@@ -47,14 +45,11 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         results: Content of result.json by run; it holds the scores of the first test set, and with several test sets
             those of each by name.
     """
-    sets = sorted({name for result in results.values() for name in result.get("datasets", {})})
-    if not sets:
-        return _block("run", results)
-    parts = {
-        name: {run: result["datasets"][name] for run, result in results.items() if name in result.get("datasets", {})}
-        for name in sets
-    }
-    return "\n\n".join(_block(name, part) for name, part in parts.items())
+    by_set: dict[str, dict[str, dict[str, Any]]] = {}
+    for run, result in results.items():
+        for name, scores in result.get("datasets", {}).items():
+            by_set.setdefault(name, {})[run] = scores
+    return "\n\n".join(_block(name, by_set[name]) for name in sorted(by_set)) or _block("run", results)
 
 
 def _block(title: str, results: dict[str, dict[str, Any]]) -> str:

@@ -16,7 +16,7 @@ IMAGES = {
     "query": ["0003_c1.jpg"],
     "bounding_box_test": ["0003_c2.jpg", "0000_c1.jpg", "-1_c1.jpg"],
 }
-WHOLE = {"train": Count(2, 2), "query": Count(1, 1), "gallery": Count(2, 2)}
+COUNTS = {"train": Count(2, 2), "query": Count(1, 1), "gallery": Count(2, 2)}
 
 
 def write(root: Path) -> Path:
@@ -28,9 +28,9 @@ def write(root: Path) -> Path:
 
 
 @pytest.fixture
-def whole(tmp_path, monkeypatch) -> Path:
-    """A folder of benchmarks with Market-1501 as documented, for which the documented numbers are made small."""
-    monkeypatch.setitem(DOCUMENTED, "market1501", WHOLE)
+def root_dir(tmp_path, monkeypatch) -> Path:
+    """Return a folder of benchmarks in which Market-1501 has the documented numbers, made small."""
+    monkeypatch.setitem(DOCUMENTED, "market1501", COUNTS)
     write(tmp_path / "market1501")
     return tmp_path
 
@@ -41,29 +41,29 @@ def check(capsys, *arguments) -> tuple[int, str]:
 
 
 def section(out: str, name: str) -> list[str]:
-    """What is said about one benchmark, without the indentation."""
+    """Return the lines on one benchmark without their indentation."""
     lines = out.splitlines()
     start = lines.index(name)
     return [line.strip() for line in lines[start + 1 : lines.index("", start)]]
 
 
-def test_all_benchmarks_are_described_and_present_ones_checked(whole, capsys):
-    code, out = check(capsys, "--root", whole)
+def test_all_benchmarks_are_described_and_present_ones_checked(root_dir, capsys):
+    code, out = check(capsys, "--root", root_dir)
     assert code == 0
     for name in NAMES:
-        said = section(out, name)
-        assert said[0] == f"paper: {SOURCES[name].paper}"
-        assert said[1] == f"get it: {SOURCES[name].get}"
-        assert all(line.strip() in said for line in SOURCES[name].tree.splitlines())
-        assert said[-1] == ("fine" if name == "market1501" else "yours: absent")
+        lines = section(out, name)
+        assert lines[0] == f"paper: {SOURCES[name].paper}"
+        assert lines[1] == f"get it: {SOURCES[name].get}"
+        assert all(line.strip() in lines for line in SOURCES[name].tree.splitlines())
+        assert lines[-1] == ("fine" if name == "market1501" else "yours: absent")
 
 
-def test_what_is_found(whole, capsys):
-    code, out = check(capsys, "market1501", f"DATASETS.ROOT_DIR={whole}")
+def test_numbers_of_a_complete_benchmark(root_dir, capsys):
+    code, out = check(capsys, "market1501", f"DATASETS.ROOT_DIR={root_dir}")
     assert code == 0
-    said = section(out, "market1501")
-    found = said[said.index(f"yours: {whole / 'market1501'}") :]
-    assert [line.split() for line in found[1:-1]] == [
+    lines = section(out, "market1501")
+    rows = lines[lines.index(f"yours: {root_dir / 'market1501'}") :]
+    assert [line.split() for line in rows[1:-1]] == [
         ["ids", "images", "cameras", "documented"],
         ["train", "2", "2", "2", "2", "ids,", "2", "images"],
         ["query", "1", "1", "1", "1", "ids,", "1", "images"],
@@ -72,13 +72,13 @@ def test_what_is_found(whole, capsys):
     assert "veri" not in out.splitlines()
 
 
-def test_what_is_missing(whole, capsys):
-    (whole / "market1501" / "bounding_box_train" / "0001_c1.jpg").rename(
-        whole / "market1501" / "bounding_box_train" / "0002_c1.jpg"
+def test_missing_images_are_reported(root_dir, capsys):
+    (root_dir / "market1501" / "bounding_box_train" / "0001_c1.jpg").rename(
+        root_dir / "market1501" / "bounding_box_train" / "0002_c1.jpg"
     )
-    (whole / "market1501" / "bounding_box_train" / "0004_c1.jpg").touch()
-    (whole / "market1501" / "bounding_box_test" / "0000_c1.jpg").unlink()
-    code, out = check(capsys, "market1501", "--root", whole)
+    (root_dir / "market1501" / "bounding_box_train" / "0004_c1.jpg").touch()
+    (root_dir / "market1501" / "bounding_box_test" / "0000_c1.jpg").unlink()
+    code, out = check(capsys, "market1501", "--root", root_dir)
     assert code == 2
     assert section(out, "market1501")[-2:] == [
         "wrong: train has 3 of 2 images and 2 of 2 identities",
@@ -86,42 +86,42 @@ def test_what_is_missing(whole, capsys):
     ]
 
 
-def test_a_benchmark_that_is_asked_for_must_be_there(whole, capsys):
-    code, out = check(capsys, "market1501", "veri", "--root", whole)
+def test_a_named_benchmark_must_exist(root_dir, capsys):
+    code, out = check(capsys, "market1501", "veri", "--root", root_dir)
     assert code == 2
     assert section(out, "market1501")[-1] == "fine"
     wrong = section(out, "veri")[-1]
-    assert wrong.startswith(f"wrong: {whole} ")
+    assert wrong.startswith(f"wrong: {root_dir} ")
     assert "image_train, image_query, image_test" in wrong
     assert "DATASETS.ROOT_DIR" in wrong
 
 
-def test_complete_part_of_incomplete_benchmark_is_reported(whole, capsys):
-    (whole / "market1501" / "query").rename(whole / "away")
-    code, out = check(capsys, "--root", whole)  # found without being asked for
+def test_complete_part_of_incomplete_benchmark_is_reported(root_dir, capsys):
+    (root_dir / "market1501" / "query").rename(root_dir / "away")
+    code, out = check(capsys, "--root", root_dir)  # verified without being named
     assert code == 2
-    said = section(out, "market1501")
-    wrong = next(place for place, line in enumerate(said) if line.startswith("wrong:"))
-    assert "lacks query " in said[wrong]
-    assert said[wrong + 1] == f"but what train needs is in {whole / 'market1501'}:"
-    assert said[-1].split()[:3] == ["train", "2", "2"]
+    lines = section(out, "market1501")
+    wrong = next(index for index, line in enumerate(lines) if line.startswith("wrong:"))
+    assert "lacks query " in lines[wrong]
+    assert lines[wrong + 1] == f"but complete for train: {root_dir / 'market1501'}"
+    assert lines[-1].split()[:3] == ["train", "2", "2"]
 
 
-def test_images_are_opened_only_when_asked(whole, capsys):
-    bad = whole / "market1501" / "query" / "0003_c1.jpg"
+def test_images_are_opened_only_when_asked(root_dir, capsys):
+    bad = root_dir / "market1501" / "query" / "0003_c1.jpg"
     bad.write_bytes(bad.read_bytes()[:-200])
-    assert check(capsys, "market1501", "--root", whole)[0] == 0
-    code, out = check(capsys, "market1501", "--root", whole, "--images")
+    assert check(capsys, "market1501", "--root", root_dir)[0] == 0
+    code, out = check(capsys, "market1501", "--root", root_dir, "--images")
     assert code == 2
     (fault,) = [line for line in section(out, "market1501") if line.startswith("wrong:")]
     assert "1 of 5" in fault
     assert f"{bad} (" in fault
     Image.new("RGB", (4, 8)).save(bad)
-    assert check(capsys, "market1501", "--images", "--root", whole)[0] == 0
+    assert check(capsys, "market1501", "--images", "--root", root_dir)[0] == 0
 
 
 def test_a_table(tmp_path, capsys):
-    table = tmp_path / "my, own.csv"
+    table = tmp_path / "my, table.csv"
     rows = ["path,pid,camid,split", "a.png,x,1,train", "b.png,y,1,train", "c.png,z,1,query", "d.png,z,2,gallery"]
     table.write_text("\n".join(rows))
     for name in "abcd":
@@ -165,11 +165,11 @@ def test_invalid_command_line_is_reported_in_one_sentence(capsys, arguments, key
     assert captured.err.count("\n") == 1
 
 
-def test_the_program_needs_no_torch(whole):
-    # Neither the program nor what it imports; and the numbers are the true ones again.
+def test_the_program_does_not_import_torch(root_dir):
+    # The fixture's numbers do not reach the other process, which compares with the real ones.
     code = f"""
 import runpy, sys
-sys.argv = [{str(LAUNCHER)!r}, "check", "market1501", "--root", {str(whole)!r}]
+sys.argv = [{str(LAUNCHER)!r}, "check", "market1501", "--root", {str(root_dir)!r}]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as end:

@@ -1,4 +1,4 @@
-"""Whole pickled models: their weights are taken out, and nothing of theirs is run."""
+"""The weights of pickled models are extracted without running code of the file."""
 
 import importlib
 import pickle
@@ -22,7 +22,7 @@ from reid.models.reid_model import build_model
 CONVERT = REPOSITORY / "launch" / "convert.py"
 FORMATS = {"since PyTorch 1.6": True, "before PyTorch 1.6": False}
 
-# As reid-strong-baseline has it: classes in a package of its own, which is not there any more when the file is read.
+# As in reid-strong-baseline: classes of a package that is missing when the file is read.
 PACKAGE = """
 import torch
 from torch import nn
@@ -52,7 +52,7 @@ class Baseline(nn.Module):
 
 @pytest.fixture
 def baseline(tmp_path, monkeypatch):
-    """A live model of a package that can be imported until this function is asked to forget it."""
+    """Yield a model of a package that can be imported until `forget` is called."""
     (tmp_path / "package" / "modeling").mkdir(parents=True)
     (tmp_path / "package" / "modeling" / "__init__.py").touch()
     (tmp_path / "package" / "modeling" / "baseline.py").write_text(PACKAGE)
@@ -78,7 +78,7 @@ def saved(file, content, *, in_zip):
 
 @pytest.mark.parametrize("in_zip", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("wrapped", ["alone", "by DataParallel", "in a dict"])
-def test_the_weights_are_those_that_the_model_itself_would_give(tmp_path, capfd, baseline, in_zip, wrapped):
+def test_extracted_weights_equal_the_state_dict(tmp_path, capfd, baseline, in_zip, wrapped):
     expected = {name: value.clone() for name, value in baseline.state_dict().items()}
     content = {"alone": baseline, "by DataParallel": nn.DataParallel(baseline), "in a dict": {"model": baseline}}[
         wrapped
@@ -108,7 +108,7 @@ def malicious():
         "eval of an import": Malicious(eval, "__import__('pathlib').Path('executed').touch()"),
         "an import": Malicious(importlib.import_module, "antigravity"),
         "a method": Malicious(getattr, "text", "join"),
-        "torch's own loader": Malicious(torch.load, "other.pth"),
+        "the loader of torch": Malicious(torch.load, "other.pth"),
     }
 
 
@@ -142,7 +142,7 @@ def test_pickle_of_only_a_malicious_call_is_rejected(tmp_path, monkeypatch, kind
 
 
 @pytest.mark.parametrize("in_zip", FORMATS.values(), ids=FORMATS)
-def test_an_optimiser_is_rejected_as_one(tmp_path, in_zip):
+def test_an_optimizer_is_rejected(tmp_path, in_zip):
     optimizer = torch.optim.Adam(nn.Linear(2, 2).parameters())
     for content in (optimizer, optimizer.state_dict()):
         file = saved(tmp_path / "resnet50_optimizer_2.pth", content, in_zip=in_zip)
@@ -152,18 +152,18 @@ def test_an_optimiser_is_rejected_as_one(tmp_path, in_zip):
 
 def test_a_plain_state_dict_comes_out_as_it_is(tmp_path):
     state = nn.Linear(2, 2).state_dict()
-    what, found = extract_weights(saved(tmp_path / "w.pth", {"state_dict": state, "best": 0.5}, in_zip=True))
+    what, extracted = extract_weights(saved(tmp_path / "w.pth", {"state_dict": state, "best": 0.5}, in_zip=True))
     assert what == "state dict"
-    assert all(torch.equal(found[name], state[name]) for name in state)
+    assert all(torch.equal(extracted[name], state[name]) for name in state)
 
 
 @pytest.mark.parametrize("content", [torch.zeros(2), [1, 2], {"a": 1}, {}, random.Random(0), None])
-def test_what_is_no_model_is_rejected(tmp_path, content):
+def test_content_without_a_model_is_rejected(tmp_path, content):
     with refused(WorldError, "IN", "w.pth", type(content).__name__):
         extract_weights(saved(tmp_path / "w.pth", content, in_zip=True))
 
 
-def test_archives_that_another_reader_would_take_are_rejected(tmp_path):
+def test_archives_for_another_unpickler_are_rejected(tmp_path):
     with zipfile.ZipFile(tmp_path / "scripted.pt", "w") as archive:
         archive.writestr("scripted/constants.pkl", b"")
     with refused(WorldError, "IN", "scripted.pt", "TorchScript"):
@@ -194,13 +194,13 @@ def test_a_file_is_never_overwritten(tmp_path, baseline):
 def test_error_names_convert_command_whose_output_can_be_loaded(place):
     model = build_model(load_config(str(place.folder / "tiny.yml"), []), 8)
     torch.save(model, place.folder / "resnet18_model_120.pth", _use_new_zipfile_serialization=False)
-    said = place.refusal("evaluate", "OUTPUT_DIR", "old", "TEST.WEIGHT", "resnet18_model_120.pth", code=1)
-    assert "TEST.WEIGHT" in said
-    assert "python launch/convert.py resnet18_model_120.pth OUT.pth" in said
+    message = place.refusal("evaluate", "OUTPUT_DIR", "old", "TEST.WEIGHT", "resnet18_model_120.pth", code=1)
+    assert "TEST.WEIGHT" in message
+    assert "python launch/convert.py resnet18_model_120.pth OUT.pth" in message
     done = place.command(sys.executable, CONVERT, "resnet18_model_120.pth", "plain.pth")
     assert (done.code, done.err) == (0, "")
-    facts = ("plain.pth", "126 entries", "reid.models.reid_model.ReIDModel", "MODEL.NAME resnet18", "8 identities")
-    assert all(fact in done.out for fact in facts), done.out
+    keywords = ("plain.pth", "126 entries", "reid.models.reid_model.ReIDModel", "MODEL.NAME resnet18", "8 identities")
+    assert all(keyword in done.out for keyword in keywords), done.out
     assert done.out.count("\n") == 1
     (evaluated,) = place.run("evaluate", "OUTPUT_DIR", "old", "TEST.WEIGHT", "plain.pth")
     assert evaluated.code == 0, evaluated

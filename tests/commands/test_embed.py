@@ -1,4 +1,4 @@
-"""Folders of images that become galleries."""
+"""Folders of images are turned into galleries."""
 
 import re
 import shutil
@@ -30,7 +30,7 @@ def photograph(file, seed, size=(20, 50)):
 
 @pytest.fixture(scope="module")
 def photos(place):
-    """37 images in several folders and formats, and what is none; in batches of 8, that is four and a rest."""
+    """Return a folder of 37 images in several folders and formats, and other files; in batches of 8 a rest remains."""
     folder = place.folder / "photos"
     for seed, name in enumerate([*PHOTOS, *(f"many/{number:02d}.png" for number in range(32))]):
         photograph(folder / name, seed)
@@ -45,29 +45,29 @@ def weight(place):
     return untrained(place.folder / "untrained.pt")
 
 
-def run(place, *words, code=0, num_ranks=1):
-    first, *others = place.run("embed", *words, bare=True, num_ranks=num_ranks)
+def run(place, *arguments, code=0, num_ranks=1):
+    first, *others = place.run("embed", *arguments, bare=True, num_ranks=num_ranks)
     assert [rank.code for rank in (first, *others)] == [code] * num_ranks, (first, *others)
     return first
 
 
 @pytest.fixture(scope="module")
-def said(place, photos, weight):
-    """What the program says when it makes the gallery `out` from a checkpoint alone."""
+def output(place, photos, weight):
+    """Make the gallery `out` from a checkpoint alone; return the stdout of the program."""
     return run(place, photos, "TEST.WEIGHT", weight, "--output", "out").out
 
 
 @pytest.fixture(scope="module")
-def gallery(place, said):
+def gallery(place, output):
     return read_gallery(place.folder / "out")
 
 
-def test_number_of_images_and_speed_are_reported(said):
-    assert re.search(r"^out: .*\b37 images\b.* [\d.]+ s .*\d+ images/s", said, re.MULTILINE)
-    assert "warning" not in said
+def test_number_of_images_and_speed_are_reported(output):
+    assert re.search(r"^out: .*\b37 images\b.* [\d.]+ s .*\d+ images/s", output, re.MULTILINE)
+    assert "warning" not in output
 
 
-def test_all_images_of_all_folders_are_in_it_in_order(gallery):
+def test_gallery_holds_the_images_of_all_folders_in_order(gallery):
     names = [image.path for image in gallery.images]
     assert names == sorted([*PHOTOS, *(f"many/{number:02d}.png" for number in range(32))])
     ids = {image.path: (image.pid, image.camid) for image in gallery.images}
@@ -84,21 +84,21 @@ def model_of(weight):
 
 
 def images_of(gallery, photos):
-    """Normalised, [N, 3, H, W]."""
+    """Return the normalized images [N, 3, H, W]."""
     pixels = [np.frombuffer(decode(photos / image.path, (32, 16)), np.uint8) for image in gallery.images]
     images = torch.from_numpy(np.stack(pixels).reshape(-1, 32, 16, 3)).float() / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     return ((images - mean) / std).permute(0, 3, 1, 2)
 
 
-def test_the_embeddings_are_the_models(gallery, photos, weight):
+def test_the_embeddings_equal_those_of_the_model(gallery, photos, weight):
     with torch.no_grad():
         expected = model_of(weight)(images_of(gallery, photos))
     expected = expected / expected.norm(dim=1, keepdim=True)
     torch.testing.assert_close(torch.from_numpy(np.array(gallery.embedding)), expected, atol=1e-5, rtol=0)
 
 
-def test_it_knows_what_it_was_made_with(gallery, photos, weight):
+def test_metadata_describe_how_the_gallery_was_made(gallery, photos, weight):
     metadata = gallery.metadata
     assert (metadata.folder, metadata.weight) == (str(photos), str(weight))
     assert (metadata.num_images, metadata.num_features, metadata.num_unreadable) == (37, 512, 0)
@@ -110,7 +110,7 @@ def files_of(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def test_it_is_the_same_to_the_bit_on_any_number_of_ranks(place, photos, weight, gallery):
+def test_gallery_is_identical_on_any_number_of_ranks(place, photos, weight, gallery):
     run(place, photos, "TEST.WEIGHT", weight, "--output", "out3", num_ranks=3)
     assert files_of(place.folder / "out3") == files_of(place.folder / "out")
 
@@ -139,76 +139,76 @@ def damaged(place, photos):
     return folder
 
 
-def test_they_are_left_out_listed_and_counted(place, damaged, weight, gallery):
-    told = run(place, damaged, "TEST.WEIGHT", weight, "--output", "rest", num_ranks=2).out
+def test_unreadable_images_are_left_out_listed_and_counted(place, damaged, weight, gallery):
+    message = run(place, damaged, "TEST.WEIGHT", weight, "--output", "rest", num_ranks=2).out
     assert re.search(
-        r"^warning: 3 of 38 .*b/gone\.jpg \(No such file or directory\), many/03\.png \(", told, re.MULTILINE
+        r"^warning: 3 of 38 .*b/gone\.jpg \(No such file or directory\), many/03\.png \(", message, re.MULTILINE
     )
     lines = (place.folder / "rest" / "unreadable.txt").read_text().splitlines()
     assert [line.partition(" ")[0] for line in lines] == ["b/gone.jpg", "many/03.png", "many/20.png"]
     rest = read_gallery(place.folder / "rest")
     assert rest.metadata.num_unreadable == 3
-    places = [i for i, image in enumerate(gallery.images) if image.path not in ("many/03.png", "many/20.png")]
-    assert rest.images == tuple(gallery.images[i] for i in places)
-    np.testing.assert_allclose(rest.embedding, gallery.embedding[places], atol=1e-6)
+    kept = [i for i, image in enumerate(gallery.images) if image.path not in ("many/03.png", "many/20.png")]
+    assert rest.images == tuple(gallery.images[i] for i in kept)
+    np.testing.assert_allclose(rest.embedding, gallery.embedding[kept], atol=1e-6)
 
 
 def test_strict_rejects_unreadable_images_and_keeps_old_gallery(place, damaged, weight, gallery):
     shutil.copytree(place.folder / "out", place.folder / "strict")
-    words = (damaged, "--strict", "TEST.WEIGHT", weight, "--output", "strict")
-    told = place.refusal("embed", *words, bare=True, num_ranks=2, code=2)
-    facts = ("3 of 38", str(damaged), "b/gone.jpg", "strict/unreadable.txt", "--strict")
-    assert all(fact in told for fact in facts), told
+    arguments = (damaged, "--strict", "TEST.WEIGHT", weight, "--output", "strict")
+    message = place.refusal("embed", *arguments, bare=True, num_ranks=2, code=2)
+    keywords = ("3 of 38", str(damaged), "b/gone.jpg", "strict/unreadable.txt", "--strict")
+    assert all(keyword in message for keyword in keywords), message
     assert np.array_equal(read_gallery(place.folder / "strict").embedding, gallery.embedding)
 
 
-def test_a_folder_of_which_nothing_can_be_read_is_an_error(place, weight):
+def test_a_folder_without_a_readable_image_is_rejected(place, weight):
     (place.folder / "ruins").mkdir()
     (place.folder / "ruins" / "a.jpg").touch()
-    told = place.refusal("embed", "ruins", "TEST.WEIGHT", weight, bare=True, code=2)
-    assert all(fact in told for fact in ("1 of 1", "ruins", "a.jpg (")), told
+    message = place.refusal("embed", "ruins", "TEST.WEIGHT", weight, bare=True, code=2)
+    assert all(keyword in message for keyword in ("1 of 1", "ruins", "a.jpg (")), message
 
 
-# ---- what is answered in a sentence ----
+# ---- errors ----
 
 
-def test_without_a_weight_it_is_asked_for(place, photos):
-    told = place.refusal("embed", photos, bare=True, num_ranks=2, code=2)
-    assert "TEST.WEIGHT" in told
-    assert "got ''" in told
+def test_a_missing_weight_is_reported(place, photos):
+    message = place.refusal("embed", photos, bare=True, num_ranks=2, code=2)
+    assert "TEST.WEIGHT" in message
+    assert "got ''" in message
 
 
-def test_a_folder_that_is_missing_is_named(place, weight):
-    told = place.refusal("embed", "nowhere", "TEST.WEIGHT", weight, bare=True, num_ranks=2, code=2)
-    assert "FOLDER" in told
-    assert "nowhere (No such file" in told
+def test_a_missing_folder_is_reported(place, weight):
+    message = place.refusal("embed", "nowhere", "TEST.WEIGHT", weight, bare=True, num_ranks=2, code=2)
+    assert "FOLDER" in message
+    assert "nowhere (No such file" in message
 
 
-def test_an_output_that_is_a_file_is_named(place, photos, weight):
-    words = (photos, "TEST.WEIGHT", weight, "--output", "tiny.yml")
-    told = place.refusal("embed", *words, bare=True, num_ranks=2, code=1)
-    assert "tiny.yml" in told
-    assert "File exists" in told
+def test_an_output_that_is_a_file_is_reported(place, photos, weight):
+    arguments = (photos, "TEST.WEIGHT", weight, "--output", "tiny.yml")
+    message = place.refusal("embed", *arguments, bare=True, num_ranks=2, code=1)
+    assert "tiny.yml" in message
+    assert "File exists" in message
 
 
-def test_weights_that_are_broken_are_named(place, photos):
+def test_weights_that_give_nan_are_reported(place, photos):
     weight = untrained(place.folder / "nan.pt")
     content = torch.load(weight)
     content["model"]["bottleneck.running_var"].fill_(torch.nan)
     torch.save(content, weight)
-    told = place.refusal("embed", photos, "TEST.WEIGHT", weight, bare=True, num_ranks=2, code=1)
-    assert "embeddings" in told
-    assert "BatchNorm" in told
+    message = place.refusal("embed", photos, "TEST.WEIGHT", weight, bare=True, num_ranks=2, code=1)
+    assert "embeddings" in message
+    assert "BatchNorm" in message
 
 
 def test_a_config_file_of_another_model_is_rejected(place, photos, weight):
-    words = (photos, "--config_file", "tiny.yml", "TEST.WEIGHT", weight, "MODEL.LAST_STRIDE", 2)
-    told = place.refusal("embed", *words, bare=True, code=1)
-    assert "TEST.WEIGHT" in told
-    assert re.search(r"MODEL\.LAST_STRIDE\D*1\D*2\D", told), told
+    arguments = (photos, "--config_file", "tiny.yml", "TEST.WEIGHT", weight, "MODEL.LAST_STRIDE", 2)
+    message = place.refusal("embed", *arguments, bare=True, code=1)
+    assert "TEST.WEIGHT" in message
+    assert re.search(r"MODEL\.LAST_STRIDE\D*1\D*2\D", message), message
 
 
-# ---- which images a folder holds ----
+# ---- list_images ----
 
 
 def test_links_to_folders_are_followed_once(tmp_path):
@@ -225,7 +225,7 @@ def test_a_folder_without_images_is_rejected(tmp_path):
         list_images(tmp_path)
 
 
-def test_an_image_is_no_folder(tmp_path):
+def test_a_file_instead_of_a_folder_is_rejected(tmp_path):
     photograph(tmp_path / "a.jpg", 0)
     with refused(DataError, "FOLDER", "a.jpg", "Not a directory"):
         list_images(tmp_path / "a.jpg")
@@ -234,7 +234,7 @@ def test_an_image_is_no_folder(tmp_path):
 @pytest.mark.slow
 def test_the_real_command_under_torchrun(place, photos, weight, gallery):
     script = REPOSITORY / "launch" / "embed.py"
-    words = (
+    arguments = (
         "torchrun",
         "--standalone",
         "--nproc_per_node=2",
@@ -245,6 +245,6 @@ def test_the_real_command_under_torchrun(place, photos, weight, gallery):
         "TEST.WEIGHT",
         weight,
     )
-    ended = place.command(*words)
+    ended = place.command(*arguments)
     assert (ended.code, ended.err) == (0, ""), ended
     assert files_of(place.folder / "real") == files_of(place.folder / "out")

@@ -1,4 +1,4 @@
-"""Models that leave for other programs, from the command line to what those programs compute.
+"""Models are exported for other programs, from the command line to what those programs compute.
 
 Also covers reid.commands.export_parity.
 """
@@ -31,7 +31,7 @@ MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.2
 
 @pytest.fixture(scope="module")
 def folder(place):
-    """With a checkpoint `w.pt`, whose settings name the benchmark of the place."""
+    """Return a folder with a checkpoint `w.pt` whose settings name an existing benchmark."""
     made = place.folder / "export"
     made.mkdir()
     untrained(
@@ -40,14 +40,14 @@ def folder(place):
     return made
 
 
-def run(place, folder, *words):
-    (ended,) = place.run("export", *words, bare=True, folder=folder)
+def run(place, folder, *arguments):
+    (ended,) = place.run("export", *arguments, bare=True, folder=folder)
     assert (ended.code, ended.err) == (0, ""), ended
     return ended.out
 
 
 @pytest.fixture(scope="module")
-def said(place, folder):
+def output(place, folder):
     return run(place, folder, "TEST.WEIGHT", "w.pt")
 
 
@@ -66,20 +66,20 @@ def images(num):
     return normalize(pixels(num), MEAN, STD).contiguous()
 
 
-def test_export_reports_comparison_on_evaluation_for_each_file(said, folder):
-    told = r"MB, .*difference [\d.e+-]+ .*synthetic mAP ([\d.]+) % .*torch .*\1 % .*"
-    assert re.search(rf"^w.pt2: [\d.]+ {told}torch.export$", said, re.MULTILINE)
-    assert re.search(rf"^w.onnx: [\d.]+ {told}onnxruntime$", said, re.MULTILINE)
-    assert re.search(r"^w.safetensors: [\d.]+ MB, checksum \w{16}\b", said, re.MULTILINE)
+def test_export_reports_comparison_on_evaluation_for_each_file(output, folder):
+    result = r"MB, .*difference [\d.e+-]+ .*synthetic mAP ([\d.]+) % .*torch .*\1 % .*"
+    assert re.search(rf"^w.pt2: [\d.]+ {result}torch.export$", output, re.MULTILINE)
+    assert re.search(rf"^w.onnx: [\d.]+ {result}onnxruntime$", output, re.MULTILINE)
+    assert re.search(r"^w.safetensors: [\d.]+ MB, checksum \w{16}\b", output, re.MULTILINE)
     assert sorted(file.name for file in folder.glob("*w.*")) == ["w.onnx", "w.pt", "w.pt2", "w.safetensors"]
 
 
-def test_the_exporter_makes_no_noise(said):
-    assert not re.search(r"\[torch|warning|✅|W\d{4}", said)
+def test_output_of_the_exporter_is_suppressed(output):
+    assert not re.search(r"\[torch|warning|✅|W\d{4}", output)
 
 
 @pytest.mark.parametrize("num", [1, 3, 8])
-def test_onnx_embedding_equals_model_for_any_batch_size(said, folder, model, num):
+def test_onnx_embedding_equals_model_for_any_batch_size(output, folder, model, num):
     session = onnxruntime.InferenceSession(folder / "w.onnx", providers=["CPUExecutionProvider"])
     (given,), (made,) = session.get_inputs(), session.get_outputs()
     assert (given.name, given.shape, given.type) == ("images", ["batch", 3, *SIZE], "tensor(float)")
@@ -91,32 +91,32 @@ def test_onnx_embedding_equals_model_for_any_batch_size(said, folder, model, num
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11
 @pytest.mark.parametrize("num", [1, 3])
-def test_the_program_computes_what_the_model_does(said, folder, model, num):
-    found = {"metadata.json": ""}
-    program = torch.export.load(folder / "w.pt2", extra_files=found)
+def test_the_program_computes_what_the_model_does(output, folder, model, num):
+    extra_files = {"metadata.json": ""}
+    program = torch.export.load(folder / "w.pt2", extra_files=extra_files)
     with torch.no_grad():
         torch.testing.assert_close(program.module()(images(num)), model(images(num)), atol=1e-5, rtol=1e-5)
-    assert json.loads(found["metadata.json"])["model_name"] == "resnet18"
+    assert json.loads(extra_files["metadata.json"])["model_name"] == "resnet18"
     assert not [name for name in program.state_dict if "classifier" in name]
 
 
-def test_onnx_metadata_describes_preprocessing_and_output(said, folder):
+def test_onnx_metadata_describes_preprocessing_and_output(output, folder):
     session = onnxruntime.InferenceSession(folder / "w.onnx", providers=["CPUExecutionProvider"])
-    known = session.get_modelmeta().custom_metadata_map
-    assert json.loads(known["pixel_mean"]) == [0.485, 0.456, 0.406]
-    assert json.loads(known["pixel_std"]) == [0.229, 0.224, 0.225]
-    assert json.loads(known["size"]) == [*SIZE]
-    assert json.loads(known["num_pids"]) == 8
-    assert json.loads(known["feat_norm"]) is True
-    assert known["neck_feat"] == "after"
-    assert known["input"].startswith("float32 [B, 3, H, W]: RGB")
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["pixel_mean"]) == [0.485, 0.456, 0.406]
+    assert json.loads(metadata["pixel_std"]) == [0.229, 0.224, 0.225]
+    assert json.loads(metadata["size"]) == [*SIZE]
+    assert json.loads(metadata["num_pids"]) == 8
+    assert json.loads(metadata["feat_norm"]) is True
+    assert metadata["neck_feat"] == "after"
+    assert metadata["input"].startswith("float32 [B, 3, H, W]: RGB")
 
 
-def test_safetensors_are_a_checkpoint_of_the_same_model(said, place, folder):
+def test_safetensors_are_a_checkpoint_of_the_same_model(output, place, folder):
     content = read_file(folder / "w.safetensors", "TEST.WEIGHT")
     assert content["epoch"] == 3
-    known = content["metadata"]
-    assert (known["model_name"], known["neck"], known["last_stride"], known["stem_relu"]) == (
+    metadata = content["metadata"]
+    assert (metadata["model_name"], metadata["neck"], metadata["last_stride"], metadata["stem_relu"]) == (
         "resnet18",
         "bnneck",
         "1",
@@ -129,9 +129,9 @@ def test_safetensors_are_a_checkpoint_of_the_same_model(said, place, folder):
 
 
 @pytest.mark.slow
-def test_pixels_can_go_in_as_they_are(place, folder, model):
-    words = ("--uint8", "--to", "onnx", "--check", "random", "--output", "u8", "TEST.NECK_FEAT=before")
-    assert "largest difference" in run(place, folder, "TEST.WEIGHT", "w.pt", *words)
+def test_exported_model_can_take_uint8_pixels(place, folder, model):
+    arguments = ("--uint8", "--to", "onnx", "--check", "random", "--output", "u8", "TEST.NECK_FEAT=before")
+    assert "largest difference" in run(place, folder, "TEST.WEIGHT", "w.pt", *arguments)
     session = onnxruntime.InferenceSession(folder / "u8" / "w.onnx", providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape == ["batch", *SIZE, 3]
     (embedding,) = session.run(None, {"images": pixels(5).numpy()})
@@ -143,21 +143,21 @@ def test_pixels_can_go_in_as_they_are(place, folder, model):
 
 def test_export_without_benchmark_compares_random_images(place, folder):
     settings = ("DATASETS.NAMES", "market1501", "DATASETS.ROOT_DIR", "nowhere")
-    told = run(place, folder, "TEST.WEIGHT", "w.pt", "--to", "torch", "--output", "random", *settings)
-    assert re.search(r"^warning: .*DATASETS\.ROOT_DIR.*nowhere", told, re.MULTILINE)
-    (line,) = re.findall(r"\bw\.pt2: [\d.]+ MB, .*difference [\d.e+-]+ .*$", told, re.MULTILINE)
+    out = run(place, folder, "TEST.WEIGHT", "w.pt", "--to", "torch", "--output", "random", *settings)
+    assert re.search(r"^warning: .*DATASETS\.ROOT_DIR.*nowhere", out, re.MULTILINE)
+    (line,) = re.findall(r"\bw\.pt2: [\d.]+ MB, .*difference [\d.e+-]+ .*$", out, re.MULTILINE)
     assert "mAP" not in line
 
 
-# ---- what is answered in a sentence ----
+# ---- errors ----
 
 
-def test_the_weights_themselves_are_never_overwritten(said, place, folder):
+def test_the_weights_themselves_are_never_overwritten(output, place, folder):
     before = (folder / "w.safetensors").read_bytes()
-    told = place.refusal(
+    message = place.refusal(
         "export", "TEST.WEIGHT", "w.safetensors", "--to", "safetensors", bare=True, folder=folder, code=2
     )
-    assert all(fact in told for fact in ("w.safetensors", "TEST.WEIGHT", "--output")), told
+    assert all(keyword in message for keyword in ("w.safetensors", "TEST.WEIGHT", "--output")), message
     assert (folder / "w.safetensors").read_bytes() == before
 
 
@@ -168,11 +168,11 @@ def onnx_is_missing():
 
 
 def test_a_missing_package_is_named_with_its_extra(place, folder):
-    words = ("TEST.WEIGHT", "w.pt", "--output", "none")
-    told = place.refusal("export", *words, bare=True, folder=folder, before=onnx_is_missing, code=1)
-    assert "--to onnx" in told
-    assert re.search(r"onnxscript\b[^,]* missing", told), told
-    assert "uv sync --extra export" in told
+    arguments = ("TEST.WEIGHT", "w.pt", "--output", "none")
+    message = place.refusal("export", *arguments, bare=True, folder=folder, before=onnx_is_missing, code=1)
+    assert "--to onnx" in message
+    assert re.search(r"onnxscript\b[^,]* missing", message), message
+    assert "uv sync --extra export" in message
 
 
 def export_fails():
@@ -183,11 +183,11 @@ def export_fails():
 
 
 def test_a_model_that_torch_cannot_export_is_named(place, folder):
-    words = ("TEST.WEIGHT", "w.pt", "--to", "torch", "--check", "none", "--output", "none")
-    told = place.refusal("export", *words, bare=True, folder=folder, before=export_fails, code=1)
-    assert all(fact in told for fact in ("MODEL.NAME resnet18", f"torch {torch.__version__}", "--to")), told
-    assert "this operator" in told
-    assert "is unknown" not in told
+    arguments = ("TEST.WEIGHT", "w.pt", "--to", "torch", "--check", "none", "--output", "none")
+    message = place.refusal("export", *arguments, bare=True, folder=folder, before=export_fails, code=1)
+    assert all(keyword in message for keyword in ("MODEL.NAME resnet18", f"torch {torch.__version__}", "--to")), message
+    assert "this operator" in message
+    assert "is unknown" not in message
 
 
 def exported_model_is_another():
@@ -201,16 +201,16 @@ def exported_model_is_another():
 
 
 @pytest.mark.slow
-def test_a_model_that_came_out_as_another_one_is_not_kept(place, folder):
-    words = ("TEST.WEIGHT", "w.pt", "--uint8", "--to", "torch", "--check", "random", "--output", "wrong")
-    told = place.refusal("export", *words, bare=True, folder=folder, before=exported_model_is_another, code=1)
-    assert all(fact in told for fact in ("w.pt2", "0.001", "difference")), told
+def test_an_export_that_computes_something_else_is_removed(place, folder):
+    arguments = ("TEST.WEIGHT", "w.pt", "--uint8", "--to", "torch", "--check", "random", "--output", "wrong")
+    message = place.refusal("export", *arguments, bare=True, folder=folder, before=exported_model_is_another, code=1)
+    assert all(keyword in message for keyword in ("w.pt2", "0.001", "difference")), message
     assert list((folder / "wrong").iterdir()) == []
 
 
-def test_it_is_work_for_one_process(place, folder):
-    told = place.refusal("export", "TEST.WEIGHT", "w.pt", bare=True, folder=folder, num_ranks=2, code=2)
-    assert all(fact in told for fact in ("launch/export.py", "got 2", "torchrun")), told
+def test_export_runs_in_one_process_only(place, folder):
+    message = place.refusal("export", "TEST.WEIGHT", "w.pt", bare=True, folder=folder, num_ranks=2, code=2)
+    assert all(keyword in message for keyword in ("launch/export.py", "got 2", "torchrun")), message
 
 
 # ---- the comparison ----
@@ -237,7 +237,7 @@ def test_a_comparison_allows_rounding_but_neither_more_nor_nan():
         comparison.check("F", "L", lambda batch: batch.mean((2, 3)) * torch.nan)
 
 
-def test_a_comparison_fails_where_the_map_is_another():
+def test_a_comparison_fails_if_the_map_differs():
     calls = iter([{"market1501": 0.5}, {"market1501": 0.5008}, {"market1501": 0.4985}])
 
     def embed_one(embed):
@@ -251,16 +251,16 @@ def test_a_comparison_fails_where_the_map_is_another():
         comparison.check("F", "L", model)
 
 
-def test_pixels_are_normalised_as_evaluation_does():
-    found = FromPixels(nn.Identity(), MEAN, STD)(pixels(2))
-    assert torch.equal(found, images(2))
+def test_pixels_are_normalized_as_in_evaluation():
+    normalized = FromPixels(nn.Identity(), MEAN, STD)(pixels(2))
+    assert torch.equal(normalized, images(2))
 
 
-@pytest.mark.parametrize("story", ["export", "embed", "search"])
-def test_the_real_commands_explain_themselves(story):
-    script = REPOSITORY / "launch" / f"{story}.py"
+@pytest.mark.parametrize("command", ["export", "embed", "search"])
+def test_the_real_commands_have_help(command):
+    script = REPOSITORY / "launch" / f"{command}.py"
     done = subprocess.run(
         [sys.executable, script, "--help"], capture_output=True, text=True, check=True, timeout=TIMEOUT
     )
-    assert f"{story}.py" in done.stdout
+    assert f"{command}.py" in done.stdout
     assert "settings over those of the file" in done.stdout

@@ -51,7 +51,7 @@ def embedding():
     return np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
 
 
-def test_what_is_written_in_parts_comes_back_as_one(tmp_path, embedding):
+def test_embeddings_written_in_parts_are_read_as_one_array(tmp_path, embedding):
     write(tmp_path / "new" / "out", embedding[:1], embedding[1:1], embedding[1:])
     gallery = read_gallery(tmp_path / "new" / "out")
     assert gallery.metadata == METADATA
@@ -64,7 +64,7 @@ def test_what_is_written_in_parts_comes_back_as_one(tmp_path, embedding):
     )
 
 
-def test_the_embeddings_lie_aligned_for_any_number_of_rows(tmp_path):
+def test_header_has_the_same_size_for_any_number_of_rows(tmp_path):
     for num in (0, 9, 10, 99_999, 100_000):
         with writing_embeddings(tmp_path, 1) as file:
             file.append(np.ones((num, 1), dtype=np.float32))
@@ -73,7 +73,7 @@ def test_the_embeddings_lie_aligned_for_any_number_of_rows(tmp_path):
 
 
 @given(st.lists(st.text(st.characters(exclude_characters="\0/"), min_size=1), min_size=3, max_size=3))
-def test_any_file_name_comes_back(tmp_path_factory, names):
+def test_any_file_name_is_restored(tmp_path_factory, names):
     folder = tmp_path_factory.mktemp("names")
     names = [*names, b"\xff\n\r\"',.jpg".decode("utf-8", "surrogateescape")]
     metadata = replace(METADATA, num_images=4)
@@ -89,13 +89,13 @@ def test_failed_write_keeps_the_old_gallery(tmp_path, embedding):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_what_a_killed_process_has_left_is_removed(tmp_path, embedding):
+def test_temporary_files_of_a_killed_process_are_removed(tmp_path, embedding):
     (tmp_path / ".embeddings.4711.tmp.npy").write_bytes(b"half")
     write(tmp_path, embedding)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["embeddings.npy", "gallery.json", "images.csv"]
 
 
-def test_between_two_galleries_there_is_none(tmp_path, embedding):
+def test_gallery_is_invalid_until_its_metadata_are_written(tmp_path, embedding):
     write(tmp_path, embedding)
     with writing_embeddings(tmp_path, 4) as file:
         file.append(embedding[:2])
@@ -103,7 +103,7 @@ def test_between_two_galleries_there_is_none(tmp_path, embedding):
         read_gallery(tmp_path)
 
 
-def test_the_list_of_unreadable_images_goes_with_its_reason(tmp_path):
+def test_the_list_of_unreadable_images_is_removed_when_empty(tmp_path):
     assert write_unreadable(tmp_path, ["a (b)", "c (d)"]).read_text() == "a (b)\nc (d)\n"
     assert not write_unreadable(tmp_path, []).exists()
 
@@ -114,17 +114,17 @@ def test_a_folder_without_a_gallery_is_rejected(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "keywords"),
     [
         ({"format_version": 2}, ("gallery.json", "format 1", "got 2")),
         ({"num_images": 4}, ("4 embeddings", "4 features", "[3, 4]", "3 images")),
     ],
 )
-def test_metadata_that_do_not_fit_are_rejected(tmp_path, embedding, change, words):
+def test_metadata_that_do_not_fit_are_rejected(tmp_path, embedding, change, keywords):
     write(tmp_path, embedding)
     file = tmp_path / "gallery.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with refused(DataError, "--gallery", *words):
+    with refused(DataError, "--gallery", *keywords):
         read_gallery(tmp_path)
 
 

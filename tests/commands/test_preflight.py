@@ -1,4 +1,4 @@
-"""The check story: what it reports of a healthy world, and what it calls a problem.
+"""The command `check` reports the figures of healthy ranks, and problems.
 
 Also covers reid.commands.preflight.report and reid.commands.preflight.trial.
 """
@@ -13,8 +13,8 @@ from reid.commands.preflight.report import Report, _duration, _links, _node, _si
 from reid.distributed.link_speed import Link
 from reid.errors import WorldError, shared
 
-# Speeds are of this machine and hour.
-OF_THE_HOUR = re.compile(r"problem \d+: .*(DATALOADER\.NUM_WORKERS|GB/s)")
+# Problems that depend on the present load of this machine.
+SPEED = re.compile(r"problem \d+: .*(DATALOADER\.NUM_WORKERS|GB/s)")
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def place(small_place: Place) -> Place:
 
 def problems(ended):
     lines = [line for line in ended.out.splitlines() if line.startswith("problem ")]
-    return [line for line in lines if not OF_THE_HOUR.match(line)]
+    return [line for line in lines if not SPEED.match(line)]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def healthy(place):
     return place.run("check", "OUTPUT_DIR", "checked/run", "TEST.IMS_PER_BATCH", 4, num_ranks=2)
 
 
-def test_a_healthy_world_has_no_problems(healthy):
+def test_healthy_ranks_have_no_problems(healthy):
     first, second = healthy
     assert problems(first) == []
     assert first.code in (0, 1)
@@ -54,20 +54,20 @@ def test_a_healthy_world_has_no_problems(healthy):
         r"             \S+ \w+ for an epoch of 2 steps, \S+ \w+ for 2 epochs, without evaluations",
         r"memory       [\d.]+ [MG]iB of the process at most, of [\d.]+ GiB",
         r"OUTPUT_DIR   checked/run: [\d.]+ GiB free, about [\d.]+ MiB needed, 16 MiB written in \d+\.\d\d s",
-        r"             a training would begin anew",
+        r"             a training would start at epoch 1",
     ],
 )
-def test_it_is_described(healthy, line):
+def test_ranks_data_speed_and_disk_are_reported(healthy, line):
     assert re.search(f"^{line}$", healthy[0].out, re.MULTILINE), healthy[0].out
 
 
-def test_nothing_is_left_where_the_run_will_be(healthy, place):
+def test_nothing_is_left_in_output_dir(healthy, place):
     assert "checked" not in names(place.folder)
     assert not [name for name in names(place.folder) if "write_test" in name]
 
 
 def other_torchvision_on_rank_1():
-    """To be done before the program starts."""
+    """Run before the program starts."""
     import reid.commands.preflight.report
 
     if os.environ.get("RANK") == "1":
@@ -76,7 +76,7 @@ def other_torchvision_on_rank_1():
 
 
 def another_seed_on_rank_1():
-    """To be done before the program starts."""
+    """Run before the program starts."""
     import sys
 
     if os.environ.get("RANK") == "1":
@@ -89,12 +89,12 @@ def test_differing_ranks_are_reported_first_and_other_checks_run(place):
     (problem,) = problems(first)
     assert re.search(r"versions.*torchvision 0\.1, .*ranks 1\b", problem)
     assert "step " in first.out
-    assert re.fullmatch(r"error: \d problems? [^\n]*\n", first.err)
+    assert re.fullmatch(r"error: [^\n]* \d problems?\. [^\n]*\n", first.err)
     report = first.out[first.out.index("problem 1") :]
     assert report.index("problem 1") < report.index("ranks   ")
 
 
-def test_what_a_training_refuses_is_a_problem(place):
+def test_errors_of_a_training_are_problems(place):
     (place.folder / "a_file").touch()
     settings = ("OUTPUT_DIR", "a_file/run", "DATASETS.SYNTHETIC.NUM_TRAIN_PIDS", 9)
     first, _ = place.run("check", *settings, num_ranks=2, before=another_seed_on_rank_1)
@@ -115,8 +115,8 @@ def test_an_output_dir_that_cannot_be_written_to_is_a_problem(place, num_ranks):
     assert re.search("OUTPUT_DIR=.*/b_file/run", problem)
 
 
-def test_all_that_is_wrong_is_found_at_once(place):
-    """A batch that the ranks cannot share, and a folder; what can be measured all the same is."""
+def test_all_problems_are_reported_at_once(place):
+    """Two problems, of batch and folder, do not keep the rest from being measured."""
     (place.folder / "c_file").touch()
     first, _ = place.run("check", "SOLVER.IMS_PER_BATCH", 12, "OUTPUT_DIR", "c_file/run", num_ranks=2)
     assert first.code == 1
@@ -128,13 +128,13 @@ def test_all_that_is_wrong_is_found_at_once(place):
         assert f"\n{title} " in first.out
 
 
-# ---- what is called a problem ----
+# ---- problems ----
 
 NODE = {"host": "n1", "num_gpus": 4, "num_cpus": 16, "num_threads": 4, "gpu_used": 0.0}
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "keywords"),
     [
         ({}, ()),
         ({"num_gpus": 8}, ("n1", "8 GPUs", "4 ranks")),
@@ -142,11 +142,11 @@ NODE = {"host": "n1", "num_gpus": 4, "num_cpus": 16, "num_threads": 4, "gpu_used
         ({"gpu_used": 0.25}, ("n1", "GPU", "25 %")),
     ],
 )
-def test_problems_of_a_node(change, words):
+def test_problems_of_a_node(change, keywords):
     report = Report()
     _node(report, {**NODE, **change}, num_ranks=4)
-    assert len(report.problems) == bool(words)
-    assert all(word in problem for problem in report.problems for word in words), report.problems
+    assert len(report.problems) == bool(keywords)
+    assert all(keyword in problem for problem in report.problems for keyword in keywords), report.problems
 
 
 def test_a_link_slower_than_half_of_the_others_is_named():
@@ -156,10 +156,10 @@ def test_a_link_slower_than_half_of_the_others_is_named():
     assert report.problems == []
     _links(report, [*links, Link("c - a", 2, 1e-4, 2.1)])
     (problem,) = report.problems
-    assert re.search(r"c - a .*0\.02 GB/s.*0\.03 GB/s", problem)
+    assert re.search(r"0\.02 GB/s for c - a .*0\.03 GB/s", problem)
 
 
-def test_errors_of_one_rank_alone_are_no_report(monkeypatch):
+def test_an_error_of_one_rank_alone_is_raised(monkeypatch):
     monkeypatch.setattr("reid.distributed.collectives.num_ranks", lambda: 2)
     with pytest.raises(WorldError, match="mine"):
         Report().attempt(lambda: raise_(WorldError("mine")))

@@ -15,7 +15,7 @@ SCORES = [{"epoch": 120, "mAP": 0.85, "rank-1": 0.94}, {"epoch": 120, "mAP": 0.8
 
 @pytest.fixture
 def runs(tmp_path):
-    """A function: results -> the folders of runs that have them."""
+    """Return a function that makes run folders with the given results and returns their paths."""
 
     def make(*results):
         folders = [tmp_path / str(number) for number in range(len(results))]
@@ -31,15 +31,15 @@ def runs(tmp_path):
 def test_mean_and_spread_of_a_sample(runs, capsys):
     folders = runs(*SCORES)
     assert main(folders) == 0
-    said = capsys.readouterr()
-    lines = [line.split() for line in said.out.splitlines()]
+    captured = capsys.readouterr()
+    lines = [line.split() for line in captured.out.splitlines()]
     assert lines[0] == ["run", "epoch", "mAP", "rank-1"]
     assert lines[1] == [folders[0], "120", "85.00", "94.00"]
     assert lines[2] == [folders[1], "120", "86.00", "93.00"]
     assert lines[3] == ["mean", "of", "2", "85.50", "93.50"]
     spread = f"{100 * np.std([0.85, 0.86], ddof=1):.2f}"
     assert lines[4] == ["standard", "deviation", spread, spread]
-    assert said.err == ""
+    assert captured.err == ""
 
 
 def test_a_single_run_has_no_spread(runs, capsys):
@@ -51,11 +51,11 @@ def test_a_single_run_has_no_spread(runs, capsys):
 def test_runs_without_a_result_are_named_and_left_out(runs, capsys, broken):
     folders = runs(SCORES[0], broken)
     assert main(folders) == 1
-    said = capsys.readouterr()
-    assert said.err.startswith("warning: ")
-    assert f"{folders[1]}/result.json" in said.err
-    assert said.err.count("\n") == 1
-    assert "mean of 1" in said.out
+    captured = capsys.readouterr()
+    assert captured.err.startswith("warning: ")
+    assert f"{folders[1]}/result.json" in captured.err
+    assert captured.err.count("\n") == 1
+    assert "mean of 1" in captured.out
 
 
 def test_without_any_result_there_is_no_table(runs, capsys):

@@ -1,4 +1,4 @@
-"""The command `check`: what a training would find on these machines, measured before it starts.
+"""The command `check`: measure the ranks, network, disk and speed of a training before it starts.
 
 `report` collects problems and figures, `trial` times the first steps.
 """

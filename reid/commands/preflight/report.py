@@ -1,10 +1,11 @@
-"""The check story: what a training would find on these nodes, measured; problems first, with remedies."""
+"""Report of the command `check`: problems with their fixes, then measured figures of ranks, network and disk."""
 
 from __future__ import annotations
 
 import logging
 import os
 import platform
+import re
 import secrets
 import shutil
 import statistics
@@ -26,6 +27,7 @@ from reid.data.datasets import DataSets, open_data_sets
 from reid.distributed import collectives
 from reid.distributed.link_speed import Link, measure
 from reid.errors import ReidError, WorldError, shared
+from reid.process.files import disk_errors
 from reid.process.signals import Signals
 from reid.runs.start_checks import check_start
 
@@ -37,15 +39,15 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-_WRITTEN = 1 << 24  # bytes of the write test
-_SLOW_LINK = 0.5  # of the median of its kind
-_WAITING = 0.2  # share of a step that may be spent waiting for data
-_NUM_FILES = 4  # of a state: two last_*.pt, a best_*.pt, and one that is being written
+_NUM_WRITTEN = 1 << 24  # bytes of the write test
+_SLOW_LINK = 0.5  # share of the median of its kind
+_MAX_WAITING = 0.2  # share of a step that may be spent waiting for data
+_NUM_FILES = 4  # checkpoints at one time: two last_*.pt, one best_*.pt, and one that is being written
 
 
 @dataclass
 class Report:
-    """What was found; the same lines in the same order for the same world."""
+    """Problems and figures; the same ranks give the same lines in the same order."""
 
     problems: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
@@ -55,7 +57,7 @@ class Report:
             self.lines.append(f"{title if number == 0 else '':<12} {line}")
 
     def attempt(self, work: Callable[[], T]) -> T | None:
-        """What the work gives; what would end a training is a problem here, and gives None. Called by all ranks."""
+        """Return the result of the work, or None if it raises a user error, which is a problem. Called by all ranks."""
         try:
             return work()
         except ReidError as error:
@@ -66,12 +68,12 @@ class Report:
 
 
 def check(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
-    """Looks at all that a training needs, and trains for a few steps; nothing is left in OUTPUT_DIR.
+    """Verify all that a training needs, and train for a few steps; nothing is left in OUTPUT_DIR.
 
     Raises:
-        WorldError: there are problems; they are in the log.
+        WorldError: There are problems, which are in the log.
     """
-    del signals  # there is nothing to save
+    del signals  # nothing has to be saved
     report = Report()
     report.attempt(lambda: check_start(cfg))
     _machines(report, accelerator.device)
@@ -89,54 +91,53 @@ def check(cfg: CfgNode, accelerator: Accelerator, signals: Signals) -> None:
     for line in report.lines:
         logger.info("%s", line)
     if report.problems:
-        problems = "1 problem was" if len(report.problems) == 1 else f"{len(report.problems)} problems were"
-        raise shared(WorldError(f"{problems} found before training; see the list above"))
+        problems = "1 problem" if len(report.problems) == 1 else f"{len(report.problems)} problems"
+        raise shared(WorldError(f"a training must have no problems, got {problems}. Fix: see the list above."))
     logger.info("no problems were found")
 
 
-# ---- who is there ----
-
-
 def _machines(report: Report, device: torch.device) -> None:
-    ranks = collectives.gather_objects(_own_facts(device))
-    per_host = Counter(facts["host"] for facts in ranks)
+    ranks = collectives.gather_objects(_describe_rank(device))
+    per_host = Counter(info["host"] for info in ranks)
     report.add("ranks", f"{len(ranks)} on " + ", ".join(f"{host} ({number})" for host, number in per_host.items()))
     for name in ("device", "versions"):
-        held_by: dict[str, list[int]] = {}
-        for rank, facts in enumerate(ranks):
-            held_by.setdefault(facts[name], []).append(rank)
-        if len(held_by) == 1:
+        ranks_by_value: dict[str, list[int]] = {}
+        for rank, info in enumerate(ranks):
+            ranks_by_value.setdefault(info[name], []).append(rank)
+        if len(ranks_by_value) == 1:
             report.add(name, f"{ranks[0][name]} (all ranks)")
         else:
-            report.add(name, *(f"{value} (ranks {_numbers(who)})" for value, who in held_by.items()))
-            values = "; ".join(f"{value} on ranks {_numbers(who)}" for value, who in held_by.items())
-            report.problems.append(f"all ranks should have the same {name}, but there are {values}; choose equal nodes")
-    for facts in {facts["host"]: facts for facts in ranks}.values():
-        _node(report, facts, per_host[facts["host"]])
+            lines = [f"{value} (ranks {_numbers(numbers)})" for value, numbers in ranks_by_value.items()]
+            report.add(name, *lines)
+            report.problems.append(
+                f"all ranks must have the same {name}, got {'; '.join(lines)}. Fix: choose equal nodes."
+            )
+    for info in {info["host"]: info for info in ranks}.values():
+        _node(report, info, per_host[info["host"]])
 
 
-def _node(report: Report, facts: dict[str, Any], num_ranks: int) -> None:
-    if facts["num_gpus"] > num_ranks:
+def _node(report: Report, info: dict[str, Any], num_ranks: int) -> None:
+    if info["num_gpus"] > num_ranks:
         report.problems.append(
-            f"every GPU should have a rank, but {facts['host']} has {facts['num_gpus']} GPUs and {num_ranks} ranks; "
-            "start more ranks on each node, or ask for fewer GPUs"
+            f"every GPU must have a rank, got {info['num_gpus']} GPUs and {num_ranks} ranks on {info['host']}. Fix: "
+            "start more ranks on each node, or request fewer GPUs."
         )
-    if facts["num_threads"] * num_ranks > facts["num_cpus"]:
+    if info["num_threads"] * num_ranks > info["num_cpus"]:
         report.problems.append(
-            f"the ranks of {facts['host']} have {num_ranks} x {facts['num_threads']} threads for {facts['num_cpus']} "
-            "CPUs, and will wait for each other; lower OMP_NUM_THREADS, or ask for more CPUs (--cpus-per-task)"
+            f"every thread must have a CPU, got {num_ranks} x {info['num_threads']} threads and {info['num_cpus']} "
+            f"CPUs on {info['host']}. Fix: lower OMP_NUM_THREADS, or request more CPUs (--cpus-per-task)."
         )
-    if facts["gpu_used"] > 0.1:
+    if info["gpu_used"] > 0.1:
         report.problems.append(
-            f"the GPUs should be free, but {100 * facts['gpu_used']:.0f} % of the memory of one on {facts['host']} is "
-            "in use; end the processes that nvidia-smi shows there"
+            f"the GPUs must be free, got {100 * info['gpu_used']:.0f} % of the memory of one on {info['host']} in use. "
+            "Fix: end the processes that nvidia-smi shows there."
         )
 
 
-def _own_facts(device: torch.device) -> dict[str, Any]:
+def _describe_rank(device: torch.device) -> dict[str, Any]:
     names = ["torch", "torchvision", "accelerate", "numpy"]
     versions = [f"{name} {version(name)}" for name in names] + [f"Python {platform.python_version()}"]
-    facts = {
+    info = {
         "host": platform.node(),
         "num_cpus": len(os.sched_getaffinity(0)),
         "num_threads": torch.get_num_threads(),
@@ -146,20 +147,20 @@ def _own_facts(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        # What torch itself holds by now is not others'.
-        facts["gpu_used"] = max(0.0, 1 - (free + torch.cuda.memory_reserved(device)) / total)
-        facts["device"] = f"{torch.cuda.get_device_name(device)}, {total / 2**30:.0f} GiB"
+        # The memory that torch itself has reserved is not in use by other processes.
+        info["gpu_used"] = max(0.0, 1 - (free + torch.cuda.memory_reserved(device)) / total)
+        info["device"] = f"{torch.cuda.get_device_name(device)}, {total / 2**30:.0f} GiB"
         nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
         versions += [f"CUDA {torch.version.cuda}", f"NCCL {nccl}", f"driver {_driver()}"]
-    return {**facts, "versions": ", ".join(versions)}
+    return {**info, "versions": ", ".join(versions)}
 
 
 def _driver() -> str:
     try:
-        words = Path("/proc/driver/nvidia/version").read_text().split("Kernel Module", 1)[1].split()
-    except (OSError, IndexError):
+        match = re.search(r"Kernel Module.*? (\d\S*)", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
         return "unknown"
-    return next((word for word in words if word[0].isdigit()), "unknown")
+    return match[1] if match else "unknown"
 
 
 def _numbers(ranks: list[int]) -> str:
@@ -170,9 +171,9 @@ def _batch(report: Report, cfg: CfgNode) -> bool:
     with collectives.errors_shared():
         validate_training(cfg, collectives.num_ranks())
     batch, num_ranks, k = cfg.SOLVER.IMS_PER_BATCH, collectives.num_ranks(), cfg.DATALOADER.NUM_INSTANCE
-    of = "images" if cfg.DATALOADER.SAMPLER == "softmax" else f"images, {batch // k} identities of {k}"
+    images = "images" if cfg.DATALOADER.SAMPLER == "softmax" else f"images, {batch // k} identities of {k}"
     parts = f", in {cfg.SOLVER.ACCUMULATE} parts" if cfg.SOLVER.ACCUMULATE > 1 else ""
-    report.add("batch", f"{batch} {of}; on each rank {batch // num_ranks}{parts}")
+    report.add("batch", f"{batch} {images}; on each rank {batch // num_ranks}{parts}")
     return True
 
 
@@ -194,16 +195,13 @@ def _links(report: Report, links: list[Link]) -> None:
     report.add("all-reduce", *lines)
     for kind in (" - ", "within "):
         alike = [link for link in links if kind in link.name]
-        usual = statistics.median([link.bandwidth for link in alike]) if alike else 0.0
+        median = statistics.median([link.bandwidth for link in alike]) if alike else 0.0
         report.problems += [
-            f"all links should be equally fast, but {link.name} has {link.bandwidth / 1e9:.2f} GB/s and the median is "
-            f"{usual / 1e9:.2f} GB/s; leave that node out (--exclude), or look at its network"
+            f"all links must be equally fast, got {link.bandwidth / 1e9:.2f} GB/s for {link.name} and a median of "
+            f"{median / 1e9:.2f} GB/s. Fix: exclude that node (--exclude), or examine its network."
             for link in alike
-            if link.bandwidth < _SLOW_LINK * usual
+            if link.bandwidth < _SLOW_LINK * median
         ]
-
-
-# ---- a few steps ----
 
 
 def _trial(report: Report, cfg: CfgNode, trial: Trial, device: torch.device) -> None:
@@ -215,70 +213,63 @@ def _trial(report: Report, cfg: CfgNode, trial: Trial, device: torch.device) -> 
         f"{_duration(cfg.SOLVER.MAX_EPOCHS * trial.num_steps * trial.seconds)} for {cfg.SOLVER.MAX_EPOCHS} epochs, "
         "without evaluations",
     )
-    whose, total = "of the process", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    owner, total = "of the process", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if device.type == "cuda":
-        whose, total = "of the GPU", torch.cuda.get_device_properties(device).total_memory
-    report.add("memory", f"{_size(trial.memory)} {whose} at most, of {_size(total)}")
-    if trial.waiting > _WAITING:
+        owner, total = "of the GPU", torch.cuda.get_device_properties(device).total_memory
+    report.add("memory", f"{_size(trial.memory)} {owner} at most, of {_size(total)}")
+    if trial.waiting > _MAX_WAITING:
         report.problems.append(
-            f"batches should be there in time, but a rank waits for them {100 * trial.waiting:.0f} % of a step; set "
-            "DATALOADER.NUM_WORKERS above 0, ask for more CPUs, or set DATASETS.NODE_LOCAL_DIR"
+            f"batches must be ready in time, got a rank that waits for them {100 * trial.waiting:.0f} % of a step. "
+            "Fix: set DATALOADER.NUM_WORKERS above 0, request more CPUs, or set DATASETS.NODE_LOCAL_DIR."
         )
-
-
-# ---- where it is written ----
 
 
 def _disk(report: Report, path: Path, trial: Trial | None) -> None:
-    """Room, speed and whether all nodes see the same folder; called by all ranks."""
+    """Report free space, speed, and nodes that do not see the same folder; called by all ranks."""
     needed = _NUM_FILES * trial.state if trial else 0
     folder, token, seconds = collectives.from_rank_zero(lambda: _write_test(path))
-    sees_it = (folder / token).exists()
-    blind = {host for host, sees in collectives.gather_objects((platform.node(), sees_it)) if not sees}
-    collectives.from_rank_zero(lambda: (folder / token).unlink(missing_ok=True))
-    free = collectives.from_rank_zero(lambda: shutil.disk_usage(folder).free)
-    found = collectives.from_rank_zero(lambda: [str(file) for file in checkpoints_in(path / "checkpoints", "last")])
+    is_visible = (folder / token).exists()
+    blind = {host for host, visible in collectives.gather_objects((platform.node(), is_visible)) if not visible}
+
+    def clean_up() -> tuple[int, list[Path]]:
+        (folder / token).unlink(missing_ok=True)
+        return shutil.disk_usage(folder).free, checkpoints_in(path / "checkpoints", "last")
+
+    free, existing = collectives.from_rank_zero(clean_up)
     report.add(
         "OUTPUT_DIR",
-        f"{path}: {_size(free)} free, {f'about {_size(needed)} needed, ' if trial else ''}{_size(_WRITTEN)} written in "
-        f"{seconds:.2f} s",
-        f"a training would {f'go on from {found[-1]}' if found else 'begin anew'}",
+        f"{path}: {_size(free)} free, {f'about {_size(needed)} needed, ' if trial else ''}{_size(_NUM_WRITTEN)} "
+        f"written in {seconds:.2f} s",
+        f"a training would {f'resume from {existing[-1]}' if existing else 'start at epoch 1'}",
     )
     if free < needed:
         report.problems.append(
-            f"the disk of OUTPUT_DIR={path} must have room for checkpoints of {_size(needed)}, but {_size(free)} are "
-            "free; make room, or choose another OUTPUT_DIR"
+            f"the disk of OUTPUT_DIR={path} must have room for checkpoints of {_size(needed)}, got {_size(free)}. Fix: "
+            "free some space, or choose another OUTPUT_DIR."
         )
     if blind:
         report.problems.append(
-            f"all nodes should see OUTPUT_DIR={path}, so that any of them can go on, but {', '.join(sorted(blind))} "
-            "does not see what rank 0 writes there; choose an OUTPUT_DIR on a shared file system"
+            f"OUTPUT_DIR={path} must be visible to all nodes, so that any of them can resume, got a file of rank 0 "
+            f"that is missing on {', '.join(sorted(blind))}. Fix: choose an OUTPUT_DIR on a shared file system."
         )
 
 
 def _write_test(path: Path) -> tuple[Path, str, float]:
-    """Writes a file where the run's folder is or will be; the folder, the file's name, and the seconds."""
+    """Write a file in OUTPUT_DIR or its nearest existing parent; return folder, name of the file, and seconds."""
     path = path.absolute()
-    folder = next(above for above in (path, *path.parents) if above.exists())
+    folder = next(parent for parent in (path, *path.parents) if parent.exists())
     file = folder / f".write_test.{secrets.token_hex(8)}"
     start = time.perf_counter()
     try:
-        with file.open("wb") as stream:
-            stream.write(bytes(_WRITTEN))
+        with disk_errors(f"OUTPUT_DIR={path}, in {folder},", key="OUTPUT_DIR"), file.open("wb") as stream:
+            stream.write(bytes(_NUM_WRITTEN))
             stream.flush()
             os.fsync(stream.fileno())
-    except OSError as error:
+    except WorldError:
         with suppress(OSError):
             file.unlink()
-        raise WorldError(
-            f"OUTPUT_DIR={path} must be a folder that can be written to, but in {folder}: {error.strerror or error}; "
-            "choose another OUTPUT_DIR",
-            key="OUTPUT_DIR",
-        ) from error
+        raise
     return folder, file.name, time.perf_counter() - start
-
-
-# ---- words ----
 
 
 def _size(num_bytes: float) -> str:
