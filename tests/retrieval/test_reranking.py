@@ -1,6 +1,6 @@
 """Re-ranking against recorded figures and the dense algorithm; any blocks and ranks alike; what is refused.
 
-Also covers reid.retrieval.neighbours.
+Also covers reid.retrieval.neighbours and reid.retrieval.sparse_rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from program import TIMEOUT
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reid.retrieval import metrics, neighbours, reranking
+from reid.retrieval import metrics, neighbours, reranking, sparse_rows
 from reid.retrieval.neighbours import row_blocks
 from reid.retrieval.reranking import KReciprocal, k_reciprocal
 
@@ -93,7 +93,7 @@ KINDS = {
     seed=st.integers(0, 2**32 - 1),
     spare=st.sampled_from([0, 1, neighbours.SPARE]),
     block_rows=st.sampled_from([1, 7, neighbours.PRODUCT_ROWS]),
-    portion=st.sampled_from([1, 100, reranking.PORTION]),
+    portion=st.sampled_from([1, 100, sparse_rows.PORTION]),
 )
 @example("zeros", 1, 1, 1, 1, 1, 0.3, 0, 16, 512, 2**20)
 @example("identical", 3, 60, 2, 5, 12, 0.3, 0, 16, 512, 2**20)  # most have no mutual neighbour at all
@@ -106,7 +106,7 @@ def test_as_the_dense_algorithm(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neighbours, "SPARE", spare)
         patch.setattr(neighbours, "PRODUCT_ROWS", block_rows)
-        patch.setattr(reranking, "PORTION", portion)
+        patch.setattr(sparse_rows, "PORTION", portion)
         distmat = k_reciprocal(q, g, k1, k2, lambda_value)
     assert distmat.shape == (num_queries, num_gallery)
     assert_close(distmat, expected(x[:num_queries], x[num_queries:], k1, k2, lambda_value))
@@ -136,7 +136,7 @@ class Ranks:
 
         def work(rank: int) -> torch.Tensor:
             blocks = blocks_of(rank)
-            reranked = KReciprocal(q, g, 20, 6, 0.3, own_blocks=blocks, gather=self.gather(rank))
+            reranked = KReciprocal(q, g, 20, 6, 0.3, blocks=blocks, gather=self.gather(rank))
             return torch.cat([reranked.distances(slice(i, i + 16)) for i in range(0, len(q), 16)])
 
         with ThreadPoolExecutor(self.num_ranks) as pool:
@@ -264,7 +264,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_no_tensor_grows_with_the_square_of_the_images(monkeypatch):
     monkeypatch.setattr(neighbours, "PRODUCT_ELEMENTS", 2**16)
-    monkeypatch.setattr(reranking, "PORTION", 2**16)
+    monkeypatch.setattr(sparse_rows, "PORTION", 2**16)
     largest = []
     for num_images in (1500, 3000):
         x = people(num_images, 8, spread=0.3)
