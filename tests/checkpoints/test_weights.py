@@ -23,7 +23,7 @@ from torchvision.models import resnet18, resnext50_32x4d
 
 from reid.checkpoints.pretrained import SOURCES
 from reid.checkpoints.state_dicts import checksum_of, num_pids_of, state_dict_of
-from reid.checkpoints.weights import initialize, load_for_evaluation, load_state, read_file, verify_settings
+from reid.checkpoints.weights import initialize, load_for_retrieval, load_state, read_file, verify_settings
 from reid.config.load import dump, load_config
 from reid.errors import WorldError
 from reid.models.backbones import BACKBONES
@@ -399,7 +399,7 @@ def test_published_checkpoints_are_loaded_completely(tmp_path, name):
     model = start(f"MODEL.NAME={name}", "MODEL.PRETRAIN_CHOICE=self", path, num_pids=751)
     assert all(torch.equal(value, published[key]) for key, value in model.state_dict().items())
     retrieval = model_of(f"MODEL.NAME={name}", num_pids=1)
-    load_for_evaluation(retrieval, read_file(tmp_path / f"{name}_model_120.pth", "TEST.WEIGHT"), "TEST.WEIGHT")
+    load_for_retrieval(retrieval, read_file(tmp_path / f"{name}_model_120.pth", "TEST.WEIGHT"), "TEST.WEIGHT")
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(model.eval()(images), retrieval.eval()(images))
@@ -408,7 +408,7 @@ def test_published_checkpoints_are_loaded_completely(tmp_path, name):
 def test_evaluation_loads_backbone_and_neck_for_any_classifier():
     source, target = model_of(num_pids=6), model_of(num_pids=1)
     nn.init.normal_(source.bottleneck.weight)
-    load_for_evaluation(target, {"model": source.state_dict()}, "FILE")
+    load_for_retrieval(target, {"model": source.state_dict()}, "FILE")
     images = torch.rand(2, 3, 32, 16)
     with torch.no_grad():
         assert torch.equal(target.eval()(images), source.eval()(images))
