@@ -1,4 +1,4 @@
-"""Re-ranking against recorded figures and the dense algorithm; any blocks and ranks alike; what is refused.
+"""Tests of re-ranking against recorded figures and the dense algorithm, of blocks and ranks, and of errors.
 
 Also covers reid.retrieval.neighbours and reid.retrieval.sparse_rows.
 """
@@ -32,7 +32,7 @@ def golden():
 
 
 def people(num_images: int, num_features: int = 16, seed: int = 0, spread: float = 0.5) -> np.ndarray:
-    """Embeddings of length 1 around a centre for every five images."""
+    """Return embeddings of length 1 around one center for every five images."""
     rng = np.random.default_rng(seed)
     centres = rng.standard_normal((num_images // 5 + 1, num_features))
     x = centres[rng.integers(len(centres), size=num_images)] + spread * rng.standard_normal((num_images, num_features))
@@ -132,7 +132,7 @@ class Ranks:
         return gather
 
     def distances(self, q, g, blocks_of) -> list[torch.Tensor]:
-        """What each rank has for all queries."""
+        """Return the distances of all queries on each rank."""
 
         def work(rank: int) -> torch.Tensor:
             blocks = blocks_of(rank)
@@ -184,9 +184,9 @@ def test_neighbours_do_not_depend_on_blocks(monkeypatch):
 def test_neighbours_as_sorted_distances(kind, dtype):
     x = torch.from_numpy(KINDS[kind](np.random.default_rng(1), (200, 3))).to(dtype)
     distances = reference.squared_distances(x.numpy())
-    found, farthest = neighbours.nearest(neighbours.Points.of(x.clone()), slice(0, 200), 20)
-    is_right = (found.numpy() == distances.argsort(axis=1, kind="stable")[:, :20]).all(axis=1)
-    assert is_right[1 if kind == "outlier" else 0 :].all()  # its own distances are nearly equal
+    indices, farthest = neighbours.nearest(neighbours.Points.of(x.clone()), slice(0, 200), 20)
+    is_right = (indices.numpy() == distances.argsort(axis=1, kind="stable")[:, :20]).all(axis=1)
+    assert is_right[1 if kind == "outlier" else 0 :].all()  # distances of the outlier are nearly equal
     assert_close(farthest / farthest.max().clamp(min=1e-30), distances.max(axis=1) / max(distances.max(), 1e-30))
 
 
@@ -295,7 +295,7 @@ def test_forms_of_input():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         ({"k1": 0}, "k1.* got 0"),
         ({"k1": 2.5}, r"k1.* got 2\.5"),
@@ -313,7 +313,7 @@ def test_forms_of_input():
         ({"g_embedding": np.full((3, 5), 1e200)}, "finite"),
     ],
 )
-def test_invalid_input_is_rejected(arguments, words):
-    with pytest.raises(ValueError, match=words) as caught:
+def test_invalid_input_is_rejected(arguments, message):
+    with pytest.raises(ValueError, match=message) as caught:
         k_reciprocal(**{"q_embedding": np.ones((2, 5)), "g_embedding": np.ones((3, 5)), **arguments})
     assert "\n" not in str(caught.value)
