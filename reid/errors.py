@@ -1,4 +1,4 @@
-"""Errors written for the user: one sentence that says what must hold, what it got, and the fix."""
+"""Errors for the user: one sentence with what must hold, what was given, and the fix."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ class ReidError(Exception):
     """Base class of the errors that the command line prints as one sentence; any other keeps its traceback.
 
     Args:
-        message: What must hold, what it got, and the fix, in one line.
-        key: Full key of the setting that the message is about, such as "SOLVER.BASE_LR"; for what is no setting, the
-            option ("--output") or environment variable ("WANDB_API_KEY"); None where the user has set nothing wrong.
+        message: Requirement, given value and fix, in one line.
+        key: Full key of the setting that the message is about, such as "SOLVER.BASE_LR", or else the option
+            ("--output") or environment variable ("WANDB_API_KEY"); None if the user has set nothing wrong.
 
     Attributes:
         is_shared: Whether every rank raises this error, so that only rank 0 reports it.
@@ -36,19 +36,19 @@ class UnknownKeyError(SettingsError, KeyError):
 
 
 class DataError(ReidError, ValueError):
-    """The data set on disk is not what it must be; the message names the path."""
+    """The data set on disk is incomplete or damaged; the message names the path."""
 
 
 class WorldError(ReidError, RuntimeError):
-    """The world around the run does not fit: a missing rank, a checkpoint of another model, a full disk."""
+    """The environment of the run does not fit: a missing rank, a checkpoint of another model, a full disk."""
 
 
 class TakenOverError(WorldError):
-    """Another start of the training has the run's folder now; this one must not write into it any more."""
+    """Another start of the training owns the run's folder now; this one must not write into it any more."""
 
 
 class UnsavedError(WorldError):
-    """Training is over, but not all of its outcome could be written."""
+    """Training is over, but not all of its results could be written."""
 
 
 class NonFiniteError(ReidError, FloatingPointError):

@@ -18,25 +18,24 @@ def _mix(state: Any) -> Any:
     return state ^ (state >> np.uint64(31))
 
 
-def random_bits(*words: int | NDArray[np.integer[Any]]) -> NDArray[np.uint64]:
-    """64 random bits for every combination of the words.
+def random_bits(*keys: int | NDArray[np.integer[Any]]) -> NDArray[np.uint64]:
+    """Return 64 random bits for every combination of keys.
 
     Args:
-        words: non-negative integers or integer arrays; arrays broadcast against each other.
+        keys: Non-negative integers or integer arrays, which broadcast against each other.
 
     Returns:
-        uint64, of the broadcast shape (at least one dimension).
+        uint64 array of the broadcast shape (at least one dimension).
 
-    Source: Steele et al., Fast Splittable Pseudorandom Number Generators, OOPSLA 2014 (the SplitMix64 finaliser,
-    chained).
+    Source: Steele et al., Fast Splittable Pseudorandom Number Generators, OOPSLA 2014 (chained SplitMix64 finalizers).
     """
     state: Any = np.zeros(1, dtype=np.uint64)
-    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is what is meant
-        for word in words:
-            state = _mix((state ^ np.asarray(word).astype(np.uint64)) + _GOLDEN_GAMMA)
+    with np.errstate(over="ignore"):  # arithmetic is modulo 2**64 on purpose
+        for key in keys:
+            state = _mix((state ^ np.asarray(key).astype(np.uint64)) + _GOLDEN_GAMMA)
     return state  # type: ignore[no-any-return]
 
 
-def uniform(*words: int | NDArray[np.integer[Any]]) -> NDArray[np.float64]:
-    """Uniform numbers in [0, 1), one for every combination of the words (see `random_bits`)."""
-    return (random_bits(*words) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+def uniform(*keys: int | NDArray[np.integer[Any]]) -> NDArray[np.float64]:
+    """Return uniform numbers in [0, 1), one for every combination of keys (see `random_bits`)."""
+    return (random_bits(*keys) >> np.uint64(11)).astype(np.float64) * 2.0**-53

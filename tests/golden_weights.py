@@ -1,4 +1,4 @@
-"""Weights computed from the names of their parameters, as those behind the golden figures were (zlib.crc32 seeds)."""
+"""Weights computed from the names of their parameters, as for the golden figures (zlib.crc32 seeds)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The value of one entry of a state dict, float64; for all but num_batches_tracked."""
+    """Return the value of one entry of a state dict, float64; for all but num_batches_tracked."""
     random = np.random.RandomState(zlib.crc32(name.encode()))
     if len(shape) == 4:
         return random.standard_normal(shape) * np.sqrt(2 / (shape[1] * shape[2] * shape[3]))
@@ -27,7 +27,7 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 @torch.no_grad()
 def fill(model: nn.Module) -> None:
-    """Overwrites all weights and buffers, the centers among them, in place and in the model's own dtype."""
+    """Overwrite all weights and buffers, the centers among them, in place and in the model's dtype."""
     for name, tensor in model.state_dict().items():
         if not name.endswith("num_batches_tracked"):
             tensor.copy_(torch.from_numpy(weight(name, tuple(tensor.shape))))

@@ -1,4 +1,4 @@
-"""What the mathematics must compute: slow loops in float64, written from the definitions."""
+"""Reference results: slow loops in float64, written from the definitions."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def batch_hard_triplet(feat: Tensor, pids: Sequence[int], margin: float | None) 
 def center_loss(feat: Tensor, pids: Sequence[int], centers: Tensor) -> tuple[Tensor, int]:
     """Squared distance of every feature to its identity's center."""
     total = torch.zeros((), dtype=torch.float64)
-    for own, pid in zip(feat.double(), pids, strict=True):
-        for a, b in zip(own, centers.double()[pid], strict=True):
+    for row, pid in zip(feat.double(), pids, strict=True):
+        for a, b in zip(row, centers.double()[pid], strict=True):
             total = total + (a - b) ** 2
     return total, len(pids)
 
@@ -57,7 +57,7 @@ def center_loss(feat: Tensor, pids: Sequence[int], centers: Tensor) -> tuple[Ten
 
 
 class Retrieval(NamedTuple):
-    """Of every query, with NaN and -1 where it has no match; and the means over the others."""
+    """Scores of every query, NaN and -1 without a match, and the means over the others."""
 
     average_precision: list[float]
     inverse_negative_penalty: list[float]
@@ -74,11 +74,11 @@ def retrieval(distmat, q_pids, q_camids, g_pids, g_camids, max_rank: int = 50) -
     for row, pid, camid in zip(distmat, q_pids, q_camids, strict=True):
         kept = [g for g in range(len(g_pids)) if not (g_pids[g] == pid and g_camids[g] == camid)]
         ranking = sorted(kept, key=lambda g: row[g])
-        places = [place for place, g in enumerate(ranking, start=1) if g_pids[g] == pid]
-        if places:
-            precisions.append(sum(n / place for n, place in enumerate(places, start=1)) / len(places))
-            penalties.append(len(places) / places[-1])
-            first.append(places[0] - 1)
+        positions = [position for position, g in enumerate(ranking, start=1) if g_pids[g] == pid]
+        if positions:
+            precisions.append(sum(n / position for n, position in enumerate(positions, start=1)) / len(positions))
+            penalties.append(len(positions) / positions[-1])
+            first.append(positions[0] - 1)
         else:
             precisions.append(math.nan)
             penalties.append(math.nan)
@@ -112,7 +112,7 @@ def tpr_at_fpr(distmat, q_pids, q_camids, g_pids, g_camids, fpr: float) -> float
 
 
 def single_shot_positions(distmat, q_pids, q_camids, g_pids, g_camids, num_repeats: int, draw) -> list[list[int]]:
-    """Of every query its identity's positions among one image of each; draw(repeat, query, identity) is in [0, 1)."""
+    """Return every query's positions among one image of each; draw(repeat, query, identity) is in [0, 1)."""
     result = []
     for query, (row, pid, camid) in enumerate(zip(distmat, q_pids, q_camids, strict=True)):
         kept = [g for g in range(len(g_pids)) if not (g_pids[g] == pid and g_camids[g] == camid)]
@@ -131,7 +131,7 @@ def single_shot_positions(distmat, q_pids, q_camids, g_pids, g_camids, num_repea
 
 def squared_distances(x: np.ndarray) -> np.ndarray:
     """[N, D] to [N, N], without cancellation."""
-    return np.array([np.square(own - x).sum(1) for own in x.astype(np.float64)])
+    return np.array([np.square(row - x).sum(1) for row in x.astype(np.float64)])
 
 
 def mutual_neighbours(ranking: np.ndarray, i: int, k: int) -> np.ndarray:
@@ -141,7 +141,7 @@ def mutual_neighbours(ranking: np.ndarray, i: int, k: int) -> np.ndarray:
 
 
 def k_reciprocal(distances: np.ndarray, num_queries: int, k1: int, k2: int, lambda_value: float) -> np.ndarray:
-    """Zhong et al., CVPR 2017, with all that is N x N written out; queries first, among equal distances by place."""
+    """Re-rank by Zhong et al., CVPR 2017, with N x N matrices; queries first, equal distances in order of position."""
     ranking = np.argsort(distances, axis=1, kind="stable")
     farthest = distances.max(axis=1, keepdims=True)
     original = np.divide(distances, farthest, out=np.zeros_like(distances), where=farthest > 0)
@@ -170,7 +170,7 @@ def k_reciprocal(distances: np.ndarray, num_queries: int, k1: int, k2: int, lamb
 
 
 def identity_epoch(pids: Sequence[int], num_pids: int, num_instances: int, rng: random.Random) -> list[list[list[int]]]:
-    """One epoch of reid-strong-baseline's RandomIdentitySampler: batches of P groups of K images."""
+    """Return one epoch of reid-strong-baseline's RandomIdentitySampler: batches of P groups of K images."""
     images_of: dict[int, list[int]] = {}
     for image, pid in enumerate(pids):
         images_of.setdefault(pid, []).append(image)
@@ -202,7 +202,7 @@ def possible_lengths(num_groups: tuple[int, ...], num_pids: int) -> frozenset[in
 
 
 def most_batches(num_groups: Sequence[int], num_pids: int) -> int:
-    """The largest T for which T batches of P distinct identities exist at all."""
+    """Return the largest T for which T batches of P distinct identities exist at all."""
     length = 0
     while sum(min(n, length + 1) for n in num_groups) >= num_pids * (length + 1):
         length += 1
@@ -213,7 +213,7 @@ def most_batches(num_groups: Sequence[int], num_pids: int) -> int:
 
 
 def augmented(image: np.ndarray, drawn: Sequence[int], padding: int, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    """One uint8 image [H, W, 3] to float64 [3, H, W]: flip, pad, crop, normalise, erase."""
+    """Return one uint8 image [H, W, 3] as float64 [3, H, W]: flip, pad, crop, normalize, erase."""
     flip, top, left, erase_top, erase_left, erase_height, erase_width = drawn
     height, width, _ = image.shape
     if flip:

@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 from yacs.config import CfgNode
 
-Section = tuple[str, ...]  # names from the root; () is the whole configuration
+Section = tuple[str, ...]  # names from the root; () is the complete configuration
 Holder = tuple[str, ...]  # a variable, attribute or returned value that may be a section
 
 _UPPER = re.compile(r"[A-Z][A-Z0-9_]*")
-_ROOT_NAMES = {"cfg", "_cfg", "config", "_config"}  # hold the whole configuration where nothing else is known of them
+_ROOT_NAMES = {"cfg", "_cfg", "config", "_config"}  # taken for the complete configuration
 _KEY_IN_TEXT = re.compile(r"(?<![\w./-])[A-Z][A-Z0-9]*(?:\.[A-Z]\w*)+")
 
 
@@ -64,24 +64,24 @@ class Schema:
             section = (*section, name)
         return None
 
-    def fault_of_text(self, word: str) -> str | None:
-        """Return what is wrong with a word like SECTION.KEY; words that resemble no key are none of ours."""
-        first, last = word.split(".")[0], word.rpartition(".")[2]
+    def fault_of_text(self, text: str) -> str | None:
+        """Return the fault of a text like SECTION.KEY; None for a text that resembles no key."""
+        first, last = text.split(".")[0], text.rpartition(".")[2]
         if (first,) not in self.sections and last not in self._last_names:
             return None
-        is_beginning = word.endswith("_") and any(key.startswith(word) for key in self.keys)
-        is_known = word in self.keys or tuple(word.split(".")) in self.sections or is_beginning
-        return None if is_known else f"{word} is no setting"
+        is_beginning = text.endswith("_") and any(key.startswith(text) for key in self.keys)
+        is_known = text in self.keys or tuple(text.split(".")) in self.sections or is_beginning
+        return None if is_known else f"{text} is no setting"
 
 
 def faults_in_text(file: str, text: str, schema: Schema) -> list[Fault]:
-    """Return the words like SECTION.KEY in a text of any kind that are no settings."""
-    found = []
+    """Return the names like SECTION.KEY in a text that are no settings."""
+    faults = []
     for number, line in enumerate(text.splitlines(), 1):
         for match in _KEY_IN_TEXT.finditer(line):
             message = schema.fault_of_text(match[0])
-            found += [Fault(file, number, message)] if message else []
-    return found
+            faults += [Fault(file, number, message)] if message else []
+    return faults
 
 
 def faults_in_code(sources: Mapping[str, str], schema: Schema) -> list[Fault]:
@@ -141,7 +141,7 @@ class _Flow:
 
 
 class _File:
-    """One file, with the definitions around each of its nodes."""
+    """A file with the definitions around each of its nodes."""
 
     def __init__(self, name: str, tree: ast.Module, flow: _Flow) -> None:
         self._name, self._flow = name, flow
@@ -184,7 +184,7 @@ class _File:
         positional = [*node.args.posonlyargs, *node.args.args]
         if positional and positional[0].arg in ("self", "cls"):
             del positional[0]
-        # Functions of one name are not told apart, but most of the others have another annotation here.
+        # Functions of one name are not distinguished, but most of the others have another annotation here.
         takers = {arg.arg for arg in (*positional, *node.args.kwonlyargs) if _may_be_section(arg.annotation)}
         parameters = _Parameters(where.inside(node).scope, [arg.arg for arg in positional], takers)
         called = where.class_name if node.name == "__init__" else node.name
@@ -297,7 +297,7 @@ class _File:
 
 
 def _is_upper(node: ast.AST) -> bool:
-    """Return whether it ends in an upper-case attribute; a tensor's T is none of ours."""
+    """Return whether it ends in an upper-case attribute; a tensor's T is no setting."""
     return isinstance(node, ast.Attribute) and len(node.attr) > 1 and _UPPER.fullmatch(node.attr) is not None
 
 

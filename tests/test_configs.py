@@ -1,4 +1,4 @@
-"""The files in configs/: each loads, says what to expect, and is the experiment that it claims to be."""
+"""The files in configs/: each loads, states what to expect, and is the experiment that its name promises."""
 
 import re
 import shlex
@@ -58,11 +58,11 @@ def published(name: str) -> tuple[float, ...]:
 def test_header_of_config_gives_command_and_expected_scores(path, caplog):
     header = path.read_text().split("\n\n")[0]
     name = path.relative_to(CONFIGS.parent).as_posix()
-    for word in (f"--config_file {name}", "torchrun", "hardware", "hours", "mAP", "rank-1"):
-        assert word in header
+    for part in (f"--config_file {name}", "torchrun", "hardware", "hours", "mAP", "rank-1"):
+        assert part in header
     (command,) = re.findall(r"uv run torchrun .*", header)
-    words = shlex.split(command)
-    overrides = words[words.index("--config_file") + 2 :]
+    arguments = shlex.split(command)
+    overrides = arguments[arguments.index("--config_file") + 2 :]
     cfg = load_config(str(path), overrides)
     validate_training(cfg, 2)
     assert f"runs/{path.stem}" == cfg.OUTPUT_DIR

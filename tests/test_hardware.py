@@ -1,4 +1,4 @@
-"""What a CPU is reported to do, as torch knows it."""
+"""Tests of the reported capabilities of a CPU."""
 
 import pytest
 import torch

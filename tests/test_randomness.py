@@ -1,4 +1,4 @@
-"""Random numbers from integers: uniform, independent from word to word, and the same for ever."""
+"""Tests of random numbers from integer keys: uniform, independent between keys, and constant over time."""
 
 import numpy as np
 import pytest
@@ -10,9 +10,9 @@ from reid.randomness import random_bits, uniform
 
 N = 2**16
 COUNTED = np.arange(N)
-# One word runs, the others stand still: a seed, an epoch, a purpose, a position, a slot.
-RUNNING_WORD = pytest.mark.parametrize(
-    "words",
+# One key runs, the others stay constant: a seed, an epoch, a purpose, a position, a slot.
+RUNNING_KEY = pytest.mark.parametrize(
+    "keys",
     [
         (COUNTED,),
         (COUNTED, 1, 17, 5),
@@ -25,9 +25,9 @@ RUNNING_WORD = pytest.mark.parametrize(
 )
 
 
-@RUNNING_WORD
-def test_moments_and_histogram_are_those_of_uniform_distribution(words):
-    u = uniform(*words)
+@RUNNING_KEY
+def test_moments_and_histogram_are_those_of_uniform_distribution(keys):
+    u = uniform(*keys)
     assert u.shape == (N,)
     assert abs(u.mean() - 1 / 2) < 5 * np.sqrt(1 / 12 / N)
     assert abs(u.var() - 1 / 12) < 5 * np.sqrt(1 / 180 / N)
@@ -36,34 +36,32 @@ def test_moments_and_histogram_are_those_of_uniform_distribution(words):
     assert abs(chi_square - 255) < 5 * np.sqrt(2 * 255)
 
 
-@RUNNING_WORD
-def test_every_bit_is_fair_and_neighbours_differ_in_half_of_them(words):
-    bits = np.unpackbits(random_bits(*words).view(np.uint8)).reshape(N, 64)
+@RUNNING_KEY
+def test_every_bit_is_fair_and_neighbours_differ_in_half_of_them(keys):
+    bits = np.unpackbits(random_bits(*keys).view(np.uint8)).reshape(N, 64)
     tolerance = 5 * np.sqrt(1 / 4 / N)
     np.testing.assert_allclose(bits.mean(0), 1 / 2, atol=tolerance)
     np.testing.assert_allclose((bits[1:] != bits[:-1]).mean(0), 1 / 2, atol=tolerance)
 
 
 @pytest.mark.parametrize("changed", [(4, 1, 17), (3, 2, 17), (3, 1, 18), (1, 3, 17)])
-def test_streams_of_other_words_are_uncorrelated(changed):
+def test_streams_of_other_keys_are_uncorrelated(changed):
     correlation = np.corrcoef(uniform(3, 1, 17, COUNTED), uniform(*changed, COUNTED))[0, 1]
     assert abs(correlation) < 5 / np.sqrt(N)
 
 
-def test_neither_order_nor_number_of_words_is_forgotten():
-    values = [
-        random_bits(*words).item() for words in [(1, 2), (2, 1), (1, 2, 0), (0, 1, 2), (1,), (1, 0), (0,), (0, 0)]
-    ]
+def test_order_and_number_of_keys_matter():
+    values = [random_bits(*keys).item() for keys in [(1, 2), (2, 1), (1, 2, 0), (0, 1, 2), (1,), (1, 0), (0,), (0, 0)]]
     assert len(set(values)) == len(values)
 
 
-def test_a_quarter_million_words_give_as_many_numbers():
+def test_a_quarter_million_keys_give_as_many_numbers():
     assert len(np.unique(random_bits(0, np.arange(512)[:, None], np.arange(512)))) == 512**2
 
 
 @pytest.mark.parametrize(("bits", "expected"), [(0, 0.0), (2**64 - 1, 1 - 2**-53)])
 def test_the_interval_is_closed_at_zero_and_open_at_one(monkeypatch, bits, expected):
-    monkeypatch.setattr(randomness, "random_bits", lambda *words: np.array([bits], dtype=np.uint64))
+    monkeypatch.setattr(randomness, "random_bits", lambda *keys: np.array([bits], dtype=np.uint64))
     assert uniform(0) == [expected]
     assert expected < 1
 
@@ -97,7 +95,7 @@ def test_the_stream_is_pinned():
         (2**32 - 1, 120, 16, 12935): 0x278F443CD90265DD,
         (7, 3, 20, 63, 99, 3): 0x6EFCD642D9CABEA8,
     }
-    assert {words: random_bits(*words).item() for words in expected} == expected, (
+    assert {keys: random_bits(*keys).item() for keys in expected} == expected, (
         "the stream of random numbers has changed: every run's batches and augmentation change with it, a run resumed "
-        "across the change no longer continues as it was begun, and results are no longer comparable seed by seed"
+        "across the change no longer continues as it started, and results are no longer comparable seed by seed"
     )

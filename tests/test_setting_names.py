@@ -1,4 +1,4 @@
-"""A misspelt setting is found in code and in text, without running either."""
+"""A misspelt setting is detected in code and in text, without running either."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_misspelt_section_is_reported(source):
         ("def f(x): return x.BASE_LR", "x is known neither as a configuration nor as a module or class"),
     ],
 )
-def test_the_report_says_what_does_not_exist(source, expected):
+def test_the_report_names_what_does_not_exist(source, expected):
     (message,) = messages(source)
     assert message.endswith(f": {expected}")
 

@@ -37,16 +37,16 @@ def load_model(
         >>> embedder = reid.load_model("runs/market1501/checkpoints/best_0120.pt", device="cuda:1")
         >>> embedding = embedder.embed(["a.jpg", "b.jpg"])  # float32 [2, D]
     """
-    on = _device(device)
-    settings = [*overrides, f"TEST.WEIGHT={file_or_wandb_reference}", f"MODEL.DEVICE={on.type}"]
+    chosen = _device(device)
+    settings = [*overrides, f"TEST.WEIGHT={file_or_wandb_reference}", f"MODEL.DEVICE={chosen.type}"]
     cfg = load_config(None, settings)
     cfg = load_config(None, settings, recorded=settings_of_checkpoint(cfg, {}))
     _, content = read_weight_here(cfg)
     source = f"TEST.WEIGHT={cfg.TEST.WEIGHT}"
     weights.verify_settings(content, cfg, source, key="TEST.WEIGHT")
     model = build_model(cfg, num_pids=num_pids_of(content))
-    weights.load_locally(model, content, source)
-    move_model(model, cfg, on)
+    weights.load_for_retrieval(model, content, source)
+    move_model(model, cfg, chosen)
     return Embedder(model.eval(), cfg)
 
 
@@ -60,5 +60,5 @@ def _device(device: str | torch.device) -> torch.device:
             f"device must be auto or a device of torch, got {device!r}; use cpu", key="device"
         ) from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise SettingsError(f"device must exist, but torch finds no GPU for {device!r}; use auto or cpu", key="device")
+        raise SettingsError(f"device must exist, but torch sees no GPU for {device!r}; use auto or cpu", key="device")
     return chosen

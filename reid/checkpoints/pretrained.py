@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -11,6 +12,8 @@ from urllib.error import URLError
 import torch
 
 from reid.errors import WorldError
+
+logger = logging.getLogger(__name__)
 
 
 class WeightSource(NamedTuple):
@@ -56,6 +59,28 @@ def owner_of(file_name: str) -> str | None:
     return next((name for name, source in SOURCES.items() if file_name in source.files), None)
 
 
+def uses_cache(name: str, path: str) -> bool:
+    """Return whether to use this machine's ImageNet weights: MODEL.PRETRAIN_PATH is '', or missing but has their name.
+
+    Configurations of reid-strong-baseline name a file in the home of their author.
+
+    Raises:
+        WorldError: The path is missing, and its name is not that of the backbone's weights.
+    """
+    if not path or Path(path).exists():
+        return not path
+    owner = owner_of(Path(path).name)
+    if owner == name:
+        logger.warning("MODEL.PRETRAIN_PATH=%s does not exist; using this machine's copy of these weights", path)
+        return True
+    hint = f", whose name is that of the weights of {owner}" if owner else ""
+    raise WorldError(
+        f"MODEL.PRETRAIN_PATH must be a file with weights of {name}, got {path}, which does not exist{hint}. Fix: "
+        f"correct the path, or set it to '' for the weights from {SOURCES[name].url}",
+        key="MODEL.PRETRAIN_PATH",
+    )
+
+
 def find(name: str) -> Path | None:
     """Return the backbone's file on this machine, under any of its names, if there is one."""
     folders = (_folder(), Path.home() / ".cache" / "torch" / "checkpoints", Path.home() / ".torch" / "models")
@@ -67,7 +92,7 @@ def fetch(name: str) -> Path:
     """Return the backbone's file, downloading it if needed; called by one process of a node at a time.
 
     Raises:
-        WorldError: The file is not on this machine and cannot be downloaded; says which file to put where.
+        WorldError: The file is not on this machine and cannot be downloaded.
     """
     existing = find(name)
     if existing is not None:

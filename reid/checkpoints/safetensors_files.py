@@ -24,7 +24,7 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def read_safetensors(file: Path) -> dict[str, Any]:
-    """Return the file as a checkpoint of ours: "model", "metadata" and, where they are known, "config" and "epoch".
+    """Return the file in the form of a checkpoint: "model", "metadata" and, if recorded, "config" and "epoch".
 
     Raises:
         ValueError: The file is damaged.
@@ -42,7 +42,7 @@ def read_safetensors(file: Path) -> dict[str, Any]:
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors in the order in which they lie in the file, and the metadata."""
+    """Return the tensors in the order of the file, and the metadata."""
     with safe_open(file, "pt") as opened:
         return {name: opened.get_tensor(name) for name in opened.offset_keys()}, opened.metadata() or {}
 

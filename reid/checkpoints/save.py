@@ -57,7 +57,7 @@ def save_atomically(
     Args:
         file: Path of the checkpoint.
         content: Content of the checkpoint.
-        verify: Function called right before the file appears. If it raises, the file does not appear.
+        verify: Function called right before the file is replaced. If it raises, the file stays as it was.
         key: Setting or argument that names the file, for the error.
 
     Raises:

@@ -63,6 +63,7 @@ def read_trained(cfg: CfgNode, accelerator: Accelerator) -> TrainedModel:
     checksum = checksum_of(content)
     collectives.require_same_on_all_ranks({"the contents of TEST.WEIGHT": checksum}, key="TEST.WEIGHT")
     model = build_model(cfg, num_pids=num_pids_of(content))
-    weights.load_for_evaluation(model, content, source)
+    with collectives.errors_shared():
+        weights.load_for_retrieval(model, content, source)
     move_model(model, cfg, accelerator.device)
     return TrainedModel(model.eval(), file, content, source, checksum)

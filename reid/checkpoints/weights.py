@@ -1,4 +1,4 @@
-"""Weights of backbones and full models from files, read safely and reported; no layer stays random silently."""
+"""Loading of backbones and full models from files, without running code; every layer left out is reported."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pickle
 import re
 import warnings
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,36 +54,30 @@ def read_file(path: Path, setting: str, *, key: str | None = None) -> dict[str, 
     Raises:
         WorldError: The file is missing, damaged, of another kind, or would run code when loaded.
     """
-    key = key or setting
+    error_of = partial(WorldError, key=key or setting)
     if not path.is_file():
-        raise WorldError(f"{setting} must be a file with weights, got {path}. Fix: correct the path.", key=key)
+        raise error_of(f"{setting} must be a file with weights, got {path}. Fix: correct the path.")
     try:
         content = read_safetensors(path) if path.suffix == ".safetensors" else _load(path)
     except pickle.UnpicklingError as error:
-        raise WorldError(
+        raise error_of(
             f"{setting}={path} must hold a state dict only, got a damaged file or Python objects, which could run any "
             "code when loaded. Fix: if it is a model that reid-strong-baseline saved, extract its weights with: "
-            f"python launch/convert.py {path} OUT.pth",
-            key=key,
+            f"python launch/convert.py {path} OUT.pth"
         ) from error
     except Exception as error:  # a damaged file makes the unpickler raise nearly anything
         reason = "; ".join(str(error).splitlines()[:1]).rstrip(".") or type(error).__name__
-        raise WorldError(
-            f"{setting}={path} cannot be read as a file of weights, it is damaged or none: {reason}. Fix: give another "
-            "file.",
-            key=key,
+        raise error_of(
+            f"{setting}={path} must be a file of weights, but cannot be read: {reason}. Fix: give another file."
         ) from error
     if isinstance(content, dict) and is_optimizer(content):
-        raise WorldError(
+        raise error_of(
             f"{setting}={path} must hold a model, got the state of an optimizer. Fix: give the file with the model, "
-            "which reid-strong-baseline calls NAME_model_N.pth.",
-            key=key,
+            "which reid-strong-baseline calls NAME_model_N.pth."
         )
     state = inner(content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise WorldError(
-            f"{setting}={path} must hold a state dict, got {type(state).__name__}. Fix: give another file.", key=key
-        )
+        raise error_of(f"{setting}={path} must hold a state dict, got {type(state).__name__}. Fix: give another file.")
     return content
 
 
@@ -155,10 +150,10 @@ def _fix(wrong: list[str], state: dict[str, Tensor], wanted: dict[str, Tensor]) 
         )
     if is_full_model(state) and not is_full_model(wanted):
         return "It is a full model, not a backbone. Fix: use MODEL.PRETRAIN_CHOICE self, or finetune."
-    theirs, ours = likely_backbone(state), likely_backbone(wanted)
-    if theirs is not None and theirs != ours:
-        return f"It is a {theirs} by its names and shapes. Fix: set MODEL.NAME {theirs}, or give another file."
-    if theirs is not None and not any(name.startswith("base.") for name in wrong):
+    backbone = likely_backbone(state)
+    if backbone is not None and backbone != likely_backbone(wanted):
+        return f"It is a {backbone} by its names and shapes. Fix: set MODEL.NAME {backbone}, or give another file."
+    if backbone is not None and not any(name.startswith("base.") for name in wrong):
         return "Fix: set MODEL.NECK to the file's."
     if is_full_model(wanted) and not is_full_model(state):
         return "It is not a full model (base.*, bottleneck.*, classifier.*). Fix: give a checkpoint of one."
@@ -209,55 +204,36 @@ def _initialize_full_model(model: ReIDModel, cfg: CfgNode) -> None:
 
 
 def _initialize_backbone(model: ReIDModel, cfg: CfgNode) -> None:
-    name, path, setting = cfg.MODEL.NAME, cfg.MODEL.PRETRAIN_PATH, "MODEL.PRETRAIN_PATH"
-    key = setting
+    name, path = cfg.MODEL.NAME, cfg.MODEL.PRETRAIN_PATH
     if name not in pretrained.SOURCES:
-        source = f"{setting}={path}" if path else f"timm's pretrained weights of {name}"
-
-        def read() -> dict[str, Tensor]:
-            content = read_file(Path(path), setting) if path else None
-            return timm_backbones.pretrained(cfg, content and state_dict_of(content), source)
-
-        if not path:
-            key = "MODEL.PRETRAIN_CHOICE"
-            collectives.once_per_node(read)
-        with collectives.errors_shared():
-            state = read()
-        optional = tuple(set(state) - set(model.base.state_dict()))  # its classifier
-        with collectives.errors_shared():
-            load_state(model.base, state, source, optional=optional, key=key)
+        _initialize_timm_backbone(model, cfg)
         return
-    if collectives.from_rank_zero(lambda: _uses_cache(name, path)):  # the files may differ between nodes
+    # Rank 0 decides, as the files may differ between nodes.
+    uses_cache = collectives.from_rank_zero(lambda: pretrained.uses_cache(name, path))
+    if uses_cache:
         collectives.once_per_node(lambda: pretrained.fetch(name))
-        with collectives.errors_shared():
-            path = str(pretrained.fetch(name))
-        key, setting = "MODEL.PRETRAIN_CHOICE", "MODEL.PRETRAIN_CHOICE imagenet: the file"
+    setting = "MODEL.PRETRAIN_CHOICE imagenet: the file" if uses_cache else "MODEL.PRETRAIN_PATH"
+    key = setting.partition(" ")[0]
     with collectives.errors_shared():
-        state = state_dict_of(read_file(Path(path), setting, key=key))
+        file = pretrained.fetch(name) if uses_cache else Path(path)
+        state = state_dict_of(read_file(file, setting, key=key))
+        load_state(model.base, state, f"{setting}={file}", optional=CLASSIFIERS, key=key)
+
+
+def _initialize_timm_backbone(model: ReIDModel, cfg: CfgNode) -> None:
+    path, key = cfg.MODEL.PRETRAIN_PATH, "MODEL.PRETRAIN_PATH" if cfg.MODEL.PRETRAIN_PATH else "MODEL.PRETRAIN_CHOICE"
+    source = f"{key}={path}" if path else f"timm's pretrained weights of {cfg.MODEL.NAME}"
+
+    def read() -> dict[str, Tensor]:
+        content = read_file(Path(path), key) if path else None
+        return timm_backbones.pretrained(cfg, content and state_dict_of(content), source)
+
+    if not path:
+        collectives.once_per_node(read)
     with collectives.errors_shared():
-        load_state(model.base, state, f"{setting}={path}", optional=CLASSIFIERS, key=key)
-
-
-def _uses_cache(name: str, path: str) -> bool:
-    """Return whether to use this machine's ImageNet weights: if the path is empty, or missing but names these weights.
-
-    Configurations of reid-strong-baseline name a file in the home of their author.
-
-    Raises:
-        WorldError: MODEL.PRETRAIN_PATH is missing, and its name is not that of the backbone's weights.
-    """
-    if not path or Path(path).exists():
-        return not path
-    owner = pretrained.owner_of(Path(path).name)
-    if owner == name:
-        logger.warning("MODEL.PRETRAIN_PATH=%s does not exist; using this machine's copy of these weights", path)
-        return True
-    hint = f", whose name is that of the weights of {owner}" if owner else ""
-    raise WorldError(
-        f"MODEL.PRETRAIN_PATH must be a file with weights of {name}, got {path}, which does not exist{hint}. Fix: "
-        f"correct the path, or set it to '' for the weights from {pretrained.SOURCES[name].url}",
-        key="MODEL.PRETRAIN_PATH",
-    )
+        state = read()
+        classifier = tuple(set(state) - set(model.base.state_dict()))
+        load_state(model.base, state, source, optional=classifier, key=key)
 
 
 # ---- comparison of settings ----
@@ -308,12 +284,6 @@ def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def load_for_evaluation(model: ReIDModel, content: dict[str, Any], source: str) -> None:
-    """Load backbone and neck of a checkpoint; the classifier plays no part in retrieval. Called by all ranks."""
-    with collectives.errors_shared():
-        load_locally(model, content, source)
-
-
-def load_locally(model: ReIDModel, content: dict[str, Any], source: str) -> None:
-    """Load backbone and neck of a checkpoint on this process alone."""
+def load_for_retrieval(model: ReIDModel, content: dict[str, Any], source: str) -> None:
+    """Load backbone and neck of a checkpoint; retrieval needs no classifier."""
     load_state(model, state_dict_of(content), source, optional=(*_OF_IDENTITIES, *_UNUSED), key="TEST.WEIGHT")

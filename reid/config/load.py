@@ -33,8 +33,6 @@ def load_config(
 ) -> CfgNode:
     """Return the frozen settings: the defaults, then those of the file, then those of the command line.
 
-    Example: load_config("configs/demo.yml", ["SOLVER.BASE_LR", "0.001"]).SOLVER.BASE_LR
-
     Args:
         config_file: YAML file with settings; None for none.
         overrides: KEY VALUE pairs and KEY=VALUE items; the last occurrence of a key wins.
@@ -43,6 +41,10 @@ def load_config(
 
     Raises:
         SettingsError: A key or value is not allowed, or the file cannot be read; its `key` names the setting.
+
+    Example:
+        >>> load_config("configs/demo.yml", ["SOLVER.BASE_LR", "0.001"]).SOLVER.BASE_LR
+        0.001
     """
     values = {key: setting.default for key, setting in SETTINGS.items()}
     sources: dict[str, str] = {}

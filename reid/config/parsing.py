@@ -20,7 +20,7 @@ _file_error = partial(SettingsError, key="--config_file")
 
 
 class RawSetting(NamedTuple):
-    """One setting as the user wrote it.
+    """A setting as the user wrote it.
 
     Attributes:
         key: Full key, as SOLVER.BASE_LR.
@@ -136,34 +136,34 @@ def example(value: Any) -> str:
     return "''" if value == "" else str(value)
 
 
-def nearest(word: str, words: Collection[str]) -> list[str]:
-    """Return the likely meaning: the word in another case, its last part in other sections, or the most similar."""
-    by_lower = {candidate.lower(): candidate for candidate in words}
-    if word.lower() in by_lower:
-        return [by_lower[word.lower()]]
-    last = word.lower().rpartition(".")[2]
+def nearest(name: str, names: Collection[str]) -> list[str]:
+    """Return the likely meaning: the name in another case, its last part in other sections, or the most similar."""
+    name, by_lower = name.lower(), {candidate.lower(): candidate for candidate in names}
+    if name in by_lower:
+        return [by_lower[name]]
+    last = name.rpartition(".")[2]
     moved = [candidate for lower, candidate in by_lower.items() if lower.endswith(f".{last}")]
-    return moved or [by_lower[lower] for lower in difflib.get_close_matches(word.lower(), by_lower, n=1)]
+    return moved or [by_lower[lower] for lower in difflib.get_close_matches(name, by_lower, n=1)]
 
 
 # ---- literals ----
 
 
-def literal(word: str) -> Any:
+def literal(text: str) -> Any:
     """Return the Python literal that a text spells, or the text itself."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python's complaints about the user's text as source code
-            return ast.literal_eval(word)
+            return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return word
+        return text
 
 
-def bare(word: str) -> str:
+def bare(text: str) -> str:
     """Return the text without the quotes and brackets of a string literal; old commands write 0 as "('0')"."""
-    while isinstance(inner := literal(word), str) and inner != word:
-        word = inner
-    return word
+    while isinstance(inner := literal(text), str) and inner != text:
+        text = inner
+    return text
 
 
 def number_of(value: Any) -> float:

@@ -202,7 +202,7 @@ def _validate_ranks(cfg: CfgNode, num_ranks: int) -> None:
     _validate_micro_batches(cfg, num_ranks)
     if cfg.DATALOADER.SAMPLER == "softmax":
         size, shares, each = "", batch, 1
-    else:  # a rank gets whole identities
+    else:  # a rank gets all K images of an identity
         size, shares, each = f" / DATALOADER.NUM_INSTANCE={k}", batch // k, k
     if shares % num_ranks:
         fitting = ", ".join(str(ranks) for ranks in range(1, shares + 1) if shares % ranks == 0)

@@ -16,10 +16,10 @@ class InvalidValue(Exception):
 
 @dataclass(frozen=True)
 class Validator:
-    """Converter of one kind of value.
+    """Converter of one type of value.
 
     Attributes:
-        allowed: What is allowed, as part of a sentence: "a whole number >= 1".
+        allowed: Allowed values, as part of a sentence: "a whole number >= 1".
         convert: Function from the user's value to the canonical one; raises InvalidValue.
     """
 
@@ -32,12 +32,12 @@ class Validator:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One setting of the schema.
+    """A setting of the schema.
 
     Attributes:
         default: Value where neither a file nor the command line gives one.
-        validate: Its validator.
-        doc: What it does, when to change it and where the default comes from.
+        validate: Validator of its values.
+        doc: Effect of the setting, reasons to change it and the source of its default.
         unit: Unit of the value; empty for none.
     """
 
@@ -48,12 +48,12 @@ class Setting:
 
 
 def _to_bool(value: Any) -> bool:
-    word = bare(value).lower() if isinstance(value, str) else value
-    if isinstance(word, bool):
-        return word
-    if word not in ("yes", "on", "true", "no", "off", "false"):
+    written = bare(value).lower() if isinstance(value, str) else value
+    if isinstance(written, bool):
+        return written
+    if written not in ("yes", "on", "true", "no", "off", "false"):
         raise InvalidValue
-    return word in ("yes", "on", "true")
+    return written in ("yes", "on", "true")
 
 
 # Any of YAML's spellings; reid-strong-baseline quotes its 'yes' and 'on'.
@@ -66,55 +66,55 @@ def text(*, shortest: int = 0, longest: int | None = None, without: str = "") ->
     allowed += f" without any of {without}" if without else ""
 
     def convert(value: Any) -> str:
-        word = bare(value) if isinstance(value, str) else None
-        if value is None or word == "None":
+        written = bare(value) if isinstance(value, str) else None
+        if value is None or written == "None":
             raise InvalidValue("use ''" if shortest == 0 else "")
-        if word is None:
+        if written is None:
             raise InvalidValue("put it in quotes")
-        if len(word) < shortest or len(word) > (longest or math.inf) or set(word) & set(without):
+        if not shortest <= len(written) <= (longest or math.inf) or set(written) & set(without):
             raise InvalidValue
-        return word
+        return written
 
     return Validator(allowed, convert)
 
 
 def one_of(*choices: str, or_prefix: str = "") -> Validator:
-    """Return a validator of the choices, and of any longer word that starts with `or_prefix`."""
+    """Return a validator of the choices, and of any longer text that starts with `or_prefix`."""
     allowed = "one of " + ", ".join(choice or "''" for choice in choices)
     allowed += f", or {or_prefix}NAME" if or_prefix else ""
 
     def convert(value: Any) -> str:
-        word = bare(value) if isinstance(value, str) else value
+        choice = bare(value) if isinstance(value, str) else value
         if isinstance(value, bool):  # YAML 1.1 reads an unquoted yes, no, on or off as a bool
-            word = next((meant for meant in (("yes", "on") if value else ("no", "off")) if meant in choices), value)
-        if isinstance(word, str) and (
-            word in choices or (or_prefix and word.startswith(or_prefix) and word != or_prefix)
-        ):
-            return word
-        near = nearest(str(word), choices)
+            choice = next((meant for meant in (("yes", "on") if value else ("no", "off")) if meant in choices), value)
+        has_prefix = or_prefix and str(choice).removeprefix(or_prefix) not in ("", choice)
+        if isinstance(choice, str) and (choice in choices or has_prefix):
+            return choice
+        near = nearest(str(choice), choices)
         raise InvalidValue(f"did you mean {near[0]}?" if near else "")
 
     return Validator(allowed, convert)
 
 
 def integer(minimum: int, maximum: int | None = None) -> Validator:
-    """Return a validator of whole numbers between two limits, both included."""
+    """Return a validator of integers between two limits, both included."""
     allowed = f"a whole number >= {minimum}" if maximum is None else f"a whole number from {minimum} to {maximum}"
 
     def convert(value: Any) -> int:
         number = literal(bare(value)) if isinstance(value, str) else value
-        whole = int(number) if isinstance(number, float) and number.is_integer() else number
-        if isinstance(whole, bool) or not isinstance(whole, int) or whole < minimum or whole > (maximum or math.inf):
+        integral = int(number) if isinstance(number, float) and number.is_integer() else number
+        is_integer = isinstance(integral, int) and not isinstance(integral, bool)
+        if not is_integer or not minimum <= integral <= (maximum or math.inf):
             raise InvalidValue
         if isinstance(number, float):  # 64.0 may be a typing error for 6.40
-            raise InvalidValue(f"use {whole}")
-        return whole
+            raise InvalidValue(f"use {integral}")
+        return integral
 
     return Validator(allowed, convert)
 
 
 def one_number_of(*choices: int) -> Validator:
-    """Return a validator of some whole numbers."""
+    """Return a validator of some integers."""
     number = integer(min(choices))
 
     def convert(value: Any) -> int:
@@ -198,5 +198,5 @@ def distinct(validator: Validator) -> Validator:
 
 
 def as_list(validator: Validator) -> Validator:
-    """Return a validator that gives a list in place of a tuple."""
+    """Return a validator that returns a list, not a tuple."""
     return Validator(validator.allowed, lambda value: list(validator(value)))

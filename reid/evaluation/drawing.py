@@ -31,7 +31,7 @@ _GREY: Color = (110, 110, 110)
 _MARGIN = 16
 _TITLE, _TEXT = 18, 12  # font sizes
 _LINE = 16  # height of a line of text
-_FRAME, _RING, _GAP = 4, 2, 6  # the ring lies between the frame and the image
+_FRAME, _RING, _GAP = 4, 2, 6  # the ring is between the frame and the image
 _IMAGE_HEIGHT = 168  # of an image in a ranking
 _LEAST_WIDTH = 76  # "cos -0.83" fits below an image
 _BATCH_HEIGHT, _BATCH_WIDTH = 128, 1120  # of an image, and of the complete grid
@@ -70,10 +70,10 @@ def ranked_gallery(query: GalleryCell, matches: Sequence[GalleryCell], is_match:
     frames = [QUERY, *(None if match is None else RIGHT if match else WRONG for match in is_match)]
     heads = ["query", *map(str, range(1, len(matches) + 1))]
     cells = [_cell(*parts) for parts in zip([query, *matches], heads, frames, strict=True)]
-    return _beside(cells, [3 * _GAP] + [_GAP] * len(matches))  # a wider gap after the query
+    return _joined(cells, [3 * _GAP] + [_GAP] * len(matches))  # a wider gap after the query
 
 
-def _beside(images: Sequence[Image.Image], gaps: Sequence[int]) -> Image.Image:
+def _joined(images: Sequence[Image.Image], gaps: Sequence[int]) -> Image.Image:
     """Join images to a row, with a gap after each but the last."""
     starts = [0, *accumulate(image.width + gap for image, gap in zip(images, gaps, strict=True))]
     row = Image.new("RGB", (starts[-1] - gaps[-1], max(image.height for image in images)), _PAPER)
@@ -137,11 +137,11 @@ def batch_grid(images: NDArray[np.uint8], pids: Sequence[int], title: str, note:
     groups = [_group([next(fitted) for _ in same], f"pid {pid}") for pid, same in groupby(pids)]
     num_columns = max(1, _BATCH_WIDTH // (max(group.width for group in groups) + _MARGIN))
     rows = [groups[start : start + num_columns] for start in range(0, len(groups), num_columns)]
-    return sheet([_beside(row, [_MARGIN] * len(row)) for row in rows], title, note)
+    return sheet([_joined(row, [_MARGIN] * len(row)) for row in rows], title, note)
 
 
 def _group(images: Sequence[Image.Image], head: str) -> Image.Image:
-    row = _beside(images, [2] * len(images))
+    row = _joined(images, [2] * len(images))
     group = Image.new("RGB", (max(row.width, _width(head, _TEXT)), _LINE + row.height), _PAPER)
     _write(ImageDraw.Draw(group), (0, 0), head)
     group.paste(row, (0, _LINE))
@@ -213,7 +213,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _plain(text: str) -> str:
-    """Return the text on one line, in ASCII, as PIL's own font has no other letters."""
+    """Return the text on one line, in ASCII, as PIL's default font has no other letters."""
     return " ".join(text.split()).encode("ascii", "replace").decode()
 
 

@@ -1,9 +1,9 @@
-"""Embeddings of batches and of image files."""
+"""Embeddings of batches and of images."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -20,7 +20,7 @@ from reid.data.preprocessing import BatchPreprocessor
 from reid.data.samplers import EvaluationBatches
 from reid.data.store import decode, pixels_of, reason_of
 from reid.distributed import collectives
-from reid.errors import DataError, NonFiniteError, shared
+from reid.errors import DataError, NonFiniteError
 from reid.models.reid_model import ReIDModel
 from reid.retrieval.distances import Distance, prepare_embeddings
 
@@ -32,12 +32,12 @@ _AHEAD = 2  # batches that are decoded while one is embedded
 
 
 def distance_of(cfg: CfgNode) -> Distance:
-    """How embeddings compare."""
+    """Return the distance by which embeddings are compared."""
     return "cosine" if cfg.TEST.FEAT_NORM else "euclidean"
 
 
 class EmbeddingBatch(NamedTuple):
-    """The embeddings of one batch."""
+    """Embeddings of one batch."""
 
     embedding: Tensor  # [B, D] of the weights' dtype
     sample_ids: Tensor  # [B] in host memory
@@ -46,13 +46,13 @@ class EmbeddingBatch(NamedTuple):
 def build_embedder(
     model: ReIDModel, accelerator: Accelerator, preprocessor: BatchPreprocessor, *, flip: bool = False
 ) -> Engine:
-    """An engine whose output is `EmbeddingBatch`.
+    """Return an engine whose output is `EmbeddingBatch`.
 
     Args:
-        model: not wrapped, as ranks have different numbers of batches and none may wait for another.
-        accelerator: whose precision is used.
-        preprocessor: of the batch's images.
-        flip: the embedding is the mean of those of the image and of its mirror image, before any normalisation.
+        model: Unwrapped model: ranks have different numbers of batches, and none may wait for another.
+        accelerator: Accelerator used for autocast.
+        preprocessor: Preprocessor of the batch's images.
+        flip: Whether to average the embeddings of an image and its mirror image, before any normalization.
     """
 
     def step(engine: Engine, batch: Batch) -> EmbeddingBatch:
@@ -72,6 +72,13 @@ def embed_images(model: nn.Module, images: Tensor, *, flip: bool) -> Tensor:
     return (embedding + model(images.flip(-1)).to(dtype)) / 2 if flip else embedding
 
 
+def _prepared(embedding: Tensor, cfg: CfgNode, key: str) -> Tensor:
+    try:
+        return prepare_embeddings(embedding, distance_of(cfg))
+    except ValueError as error:
+        raise NonFiniteError(f"the model's {error}; its weights or BatchNorm statistics are broken", key=key) from error
+
+
 ImageSource = Path | str | Image.Image | NDArray[np.uint8]
 
 
@@ -80,7 +87,7 @@ class Embedder:
 
     Args:
         model: Model in evaluation mode, on its device.
-        cfg: Whole configuration; TEST, INPUT and SOLVER.PRECISION are read.
+        cfg: Complete configuration; TEST, INPUT and SOLVER.PRECISION are read.
 
     Attributes:
         cfg: The frozen configuration that the model is used with.
@@ -119,13 +126,7 @@ class Embedder:
         sources = cast("Sequence[ImageSource]", [images] if is_single else images)
         size = self.cfg.TEST.IMS_PER_BATCH
         batches = [self._embed_batch(sources[i : i + size], start=i) for i in range(0, len(sources), size)]
-        embedding = torch.cat([torch.zeros(0, self.num_features), *batches])
-        try:
-            return prepare_embeddings(embedding, distance_of(self.cfg))
-        except ValueError as error:
-            raise NonFiniteError(
-                f"the model's {error}; its weights or BatchNorm statistics are broken", key="TEST.WEIGHT"
-            ) from error
+        return _prepared(torch.cat([torch.zeros(0, self.num_features), *batches]), self.cfg, "TEST.WEIGHT")
 
     def _embed_batch(self, images: Sequence[ImageSource], start: int) -> Tensor:
         pixels = b"".join(self._pixels(image, number) for number, image in enumerate(images, start))
@@ -135,95 +136,122 @@ class Embedder:
         return embedding.float().cpu()
 
     def _pixels(self, image: ImageSource, number: int) -> bytes:
-        """The resized pixels of one image, H*W*3 bytes."""
+        """Return the H*W*3 bytes of one resized image."""
+        if isinstance(image, np.ndarray) and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3):
+            raise DataError(
+                f"an image array must be uint8 [H, W, 3] in RGB, got {image.dtype} {list(image.shape)} at position "
+                f"{number}; convert it first",
+                key="images",
+            )
         try:
-            if isinstance(image, np.ndarray):
-                if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                    raise DataError(
-                        f"an image array must be uint8 [H, W, 3] in RGB, got {image.dtype} {list(image.shape)} at "
-                        f"position {number}; convert it first",
-                        key="images",
-                    )
-                return pixels_of(Image.fromarray(image), self.input_size)
-            if isinstance(image, Image.Image):
-                return pixels_of(image, self.input_size)
-            return decode(Path(image), self.input_size)
+            if isinstance(image, Path | str):
+                return decode(Path(image), self.input_size)
+            return pixels_of(Image.fromarray(image) if isinstance(image, np.ndarray) else image, self.input_size)
         except (OSError, ValueError, SyntaxError) as error:
-            if isinstance(error, DataError):
-                raise
             raise DataError(
                 f"{image} at position {number} must be an image that can be read, got {reason_of(error)}; replace it",
                 key="images",
             ) from error
 
 
-class EmbeddedImages(NamedTuple):
-    """What all ranks together made of N images."""
-
-    embedding: Tensor  # [N, D], of length 1 where they compare by cosine
-    unreadable: dict[int, str]  # position -> reason; these rows mean nothing
-
-    def readable(self) -> Tensor:
-        """The embeddings that mean something, in order."""
-        kept = [place for place in range(len(self.embedding)) if place not in self.unreadable]
-        return self.embedding[kept]
-
-
-class ImageEmbedder:
-    """Embeds image files as evaluation embeds its images; called by all ranks, the same result on all.
+class BatchEmbedder:
+    """An embedder whose ranks embed different batches and then gather all embeddings.
 
     Args:
-        model: in evaluation mode, not wrapped.
-        accelerator: whose precision is used.
-        cfg: the whole configuration; TEST, INPUT, SOLVER.PRECISION and DATALOADER.NUM_WORKERS (threads) are read.
-        beat: called after every batch, as a sign of life.
+        model: Unwrapped model.
+        accelerator: Accelerator used for autocast.
+        cfg: Complete configuration; TEST, INPUT and SOLVER.PRECISION are read.
+        beat: Function called after every batch as a sign of life.
+        is_stopped: Function called after every batch that returns whether to stop.
+        key: Setting to blame if an embedding is not finite.
+    """
+
+    def __init__(
+        self,
+        model: ReIDModel,
+        accelerator: Accelerator,
+        cfg: CfgNode,
+        *,
+        beat: Callable[[], None] = lambda: None,
+        is_stopped: Callable[[], bool] = lambda: False,
+        key: str = "TEST.WEIGHT",
+    ) -> None:
+        self._model, self._cfg, self._beat, self._is_stopped, self._key = model, cfg, beat, is_stopped, key
+        preprocessor = BatchPreprocessor(cfg, accelerator.device)
+        self._engine = build_embedder(model, accelerator, preprocessor, flip=cfg.TEST.FLIP)
+        self._engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
+        self._collected: list[EmbeddingBatch] = []
+
+    def _collect(self, engine: Engine) -> None:
+        self._collected.append(engine.state.output)  # type: ignore[arg-type]
+        self._beat()
+        if self._is_stopped():
+            engine.terminate()
+
+    def _embed_batches(self, batches: Iterable[Batch], num_batches: int) -> None:
+        self._collected = []
+        if num_batches:
+            self._engine.run(batches, max_epochs=1, epoch_length=num_batches)
+
+    def _gathered(self, num_images: int) -> Tensor:
+        """Return the embeddings [N, D] of all ranks in the order of sample ids, prepared for comparison."""
+        weight = next(self._model.parameters())
+        # A rank without a batch takes part with no rows.
+        none = torch.zeros((0, self._model.num_features), dtype=weight.dtype, device=weight.device)
+        embedding = torch.cat([none, *(part.embedding for part in self._collected)])
+        sample_ids = torch.cat([torch.zeros(0, dtype=torch.int64), *(part.sample_ids for part in self._collected)])
+        self._collected = []
+        embedding = collectives.gather_rows(embedding, sample_ids.to(weight.device), num_images)
+        with collectives.errors_shared():
+            return _prepared(embedding, self._cfg, self._key)
+
+
+class EmbeddedImages(NamedTuple):
+    """Embeddings of N images from all ranks."""
+
+    embedding: Tensor  # [N, D], of length 1 where they compare by cosine
+    unreadable: dict[int, str]  # position -> reason; these rows have no meaning
+
+    def readable(self) -> Tensor:
+        """Return the embeddings of readable images, in order."""
+        return self.embedding[[position for position in range(len(self.embedding)) if position not in self.unreadable]]
+
+
+class ImageEmbedder(BatchEmbedder):
+    """An embedder of image files; called by all ranks, with the same result on all.
+
+    Args:
+        model: Unwrapped model in evaluation mode.
+        accelerator: Accelerator used for autocast.
+        cfg: Complete configuration; TEST, INPUT, SOLVER.PRECISION and DATALOADER.NUM_WORKERS (threads) are read.
+        beat: Function called after every batch as a sign of life.
     """
 
     def __init__(
         self, model: ReIDModel, accelerator: Accelerator, cfg: CfgNode, *, beat: Callable[[], None] = lambda: None
     ) -> None:
-        self._beat = beat
-        self._distance: Distance = distance_of(cfg)
+        super().__init__(model, accelerator, cfg, beat=beat)
         self._size, self.batch_size = tuple(cfg.INPUT.SIZE_TEST), cfg.TEST.IMS_PER_BATCH
-        self._num_threads = max(1, cfg.DATALOADER.NUM_WORKERS)
-        weight = next(model.parameters())
-        # A rank without a batch takes part with no rows.
-        self._none = torch.zeros((0, model.num_features), dtype=weight.dtype, device=weight.device)
-        preprocessor = BatchPreprocessor(cfg, accelerator.device)
-        self._embedder = build_embedder(model, accelerator, preprocessor, flip=cfg.TEST.FLIP)
-        self._embedder.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
-        self._collected: list[EmbeddingBatch] = []
         self._unreadable: dict[int, str] = {}
         Image.init()  # loads PIL's plug-ins, which two threads must not do at once
 
     def embed(self, paths: Sequence[Path]) -> EmbeddedImages:
-        """The embeddings of N images; each rank decodes and embeds its share of their batches.
+        """Return the embeddings of N images; each rank decodes and embeds its share of their batches.
 
         Raises:
-            NonFiniteError: one is not finite.
+            NonFiniteError: An embedding is not finite.
         """
         batches = EvaluationBatches(
             len(paths), batch_size=self.batch_size, rank=collectives.rank(), num_ranks=collectives.num_ranks()
         )
-        self._collected, self._unreadable = [], {}
-        if len(batches):
-            with ThreadPoolExecutor(self._num_threads, thread_name_prefix="decode") as pool:
-                self._embedder.run(self._decoded(paths, batches, pool), max_epochs=1, epoch_length=len(batches))
-        embedding = torch.cat([self._none, *(part.embedding for part in self._collected)])
-        sample_ids = torch.cat([torch.zeros(0, dtype=torch.int64), *(part.sample_ids for part in self._collected)])
-        self._collected = []
-        embedding = collectives.gather_rows(embedding, sample_ids.to(embedding.device), len(paths))
+        self._unreadable = {}
+        with ThreadPoolExecutor(max(1, self._cfg.DATALOADER.NUM_WORKERS), thread_name_prefix="decode") as pool:
+            self._embed_batches(self._decoded(paths, batches, pool), len(batches))
+        embedding = self._gathered(len(paths))
         unreadable: dict[int, str] = {}
         for of_rank in collectives.gather_objects(self._unreadable):
             unreadable |= of_rank
-        try:
-            return EmbeddedImages(prepare_embeddings(embedding, self._distance), unreadable)
-        except ValueError as error:
-            raise shared(
-                NonFiniteError(
-                    f"the model's {error}; its weights or BatchNorm statistics are broken", key="TEST.WEIGHT"
-                )
-            ) from error
+        return EmbeddedImages(embedding, unreadable)
 
     def _decoded(self, paths: Sequence[Path], batches: EvaluationBatches, pool: ThreadPoolExecutor) -> Iterator[Batch]:
         waiting: deque[dict[int, Future[bytes]]] = deque()
@@ -235,17 +263,13 @@ class ImageEmbedder:
             yield self._batch(waiting.popleft())
 
     def _batch(self, decoded: dict[int, Future[bytes]]) -> Batch:
-        """The images; black where one cannot be read, so that the others' embeddings do not depend on it."""
+        """Return a batch; unreadable images are black, so that other embeddings do not depend on them."""
         images = np.zeros((len(decoded), *self._size, 3), dtype=np.uint8)
-        for image, (place, future) in zip(images, decoded.items(), strict=True):
+        for image, (position, future) in zip(images, decoded.items(), strict=True):
             try:
                 image[:] = np.frombuffer(future.result(), np.uint8).reshape(image.shape)
             except Exception as error:  # a broken file makes PIL's decoders raise nearly anything
-                self._unreadable[place] = reason_of(error)
+                self._unreadable[position] = reason_of(error)
         ids = torch.tensor(list(decoded))
         no_draws = torch.zeros((len(ids), 0), dtype=torch.int32)
         return Batch(torch.from_numpy(images), torch.zeros_like(ids), ids, no_draws)
-
-    def _collect(self, engine: Engine) -> None:
-        self._collected.append(engine.state.output)  # type: ignore[arg-type]
-        self._beat()

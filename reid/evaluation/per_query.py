@@ -25,7 +25,7 @@ class QueryRow(NamedTuple):
     num_matches: int
     AP: float | None
     INP: float | None
-    first_match: int | None  # rank of the first match in the whole gallery, from 1
+    first_match: int | None  # position of the first match in the complete gallery, from 1
 
 
 def per_query_rows(scores: QueryScores, query: Labels, paths: Sequence[Path] = ()) -> list[QueryRow]:
@@ -67,12 +67,12 @@ def scores_by_camera(scores: QueryScores, camids: Tensor) -> list[CameraScores]:
     camids = camids.to(scores.first_match.device)
     cameras = []
     for camid in camids.unique().tolist():  # type: ignore[no-untyped-call]
-        own = camids == camid
-        valid = own & scores.is_valid
+        is_camera = camids == camid
+        valid = is_camera & scores.is_valid
         cameras.append(
             CameraScores(
                 camid=camid,
-                num_queries=int(own.sum()),
+                num_queries=int(is_camera.sum()),
                 num_valid_queries=int(valid.sum()),
                 mAP=float(scores.average_precision[valid].mean()),
                 rank_1=float((scores.cmc_positions[valid] == 0).double().mean()),

@@ -76,10 +76,10 @@ class Pictures:
     The file names are the same each time. An error costs only the picture.
 
     Args:
-        cfg: the complete configuration; WANDB.LOG_IMAGES and WANDB.NUM_QUERIES are read.
-        folder: receives the pictures.
-        data: test benchmarks.
-        on_drawn: callback on rank 0 for the new pictures.
+        cfg: Complete configuration; WANDB.LOG_IMAGES and WANDB.NUM_QUERIES are read.
+        folder: Folder of the pictures.
+        data: Test benchmarks.
+        on_drawn: Callback on rank 0 for the new pictures.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ def center_loss(feat: Tensor, pids: Tensor, centers: Tensor) -> tuple[Tensor, Te
     """Return the squared Euclidean distance of every feature to the center of its identity.
 
     Args:
-        feat: [B, D].
+        feat: [B, D] features.
         pids: [B], 0..C-1.
         centers: [C, D].
 
@@ -28,18 +28,17 @@ def center_loss(feat: Tensor, pids: Tensor, centers: Tensor) -> tuple[Tensor, Te
 
 @torch.no_grad()
 def center_step(feat: Tensor, pids: Tensor, centers: Tensor, learning_rate: float) -> None:
-    """One step of plain SGD on the mean center loss, in place; the loss's weight plays no part in it.
+    """Move the centers by one SGD step on the mean center loss, which SOLVER.CENTER_LOSS_WEIGHT does not scale.
 
-    The gradient with respect to center k is 2 / B times the sum of (center k - feat) over the batch's images of
-    identity k.
+    The gradient of center k is 2 / B times the sum of (center k - feat) over the batch's images of identity k.
 
     Args:
-        feat: [B, D], the global batch.
-        pids: [B].
-        centers: [C, D].
-        learning_rate: of the centers.
+        feat: [B, D] features of the global batch.
+        pids: [B], 0..C-1.
+        centers: [C, D], changed in place.
+        learning_rate: Learning rate of the centers.
     """
     steps = (feat - centers[pids]).mul_(2 * learning_rate / len(pids))  # [B, D]
-    # Summed by a product, not by index_add_, whose order (and so rounding) is left open on GPUs: replicas stay equal.
+    # By a product, as index_add_ on a GPU rounds in any order, and replicas must stay equal.
     same = (pids[:, None] == pids[None, :]).to(steps.dtype)  # [B, B]
     centers[pids] += same @ steps

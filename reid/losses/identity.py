@@ -10,9 +10,9 @@ def label_smoothed_cross_entropy(logits: Tensor, pids: Tensor, epsilon: float = 
     """Return the cross entropy against the targets (1 - epsilon) * one-hot + epsilon / C.
 
     Args:
-        logits: [B, C].
+        logits: [B, C] outputs of the classifier.
         pids: [B], 0..C-1.
-        epsilon: 0 for plain cross entropy.
+        epsilon: Label smoothing; 0 for plain cross entropy.
 
     Returns:
         Sum over the batch (scalar) and B.

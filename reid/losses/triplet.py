@@ -10,18 +10,18 @@ _TINY = 1e-12  # smallest squared distance: the square root has no gradient at 0
 
 
 def batch_hard_distances(feat: Tensor, pids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Euclidean distance of every anchor to its hardest positive and its hardest negative.
+    """Return the Euclidean distance of every anchor to its hardest positive and its hardest negative.
 
-    Mined without gradient on the matrix product, then computed by subtraction for the chosen pairs only, which has
-    neither the product's cancellation nor its [B, B] backward.
+    The pairs are chosen on the matrix product without gradient. Only their distances are computed by subtraction, which
+    has neither the product's cancellation nor its [B, B] backward.
 
     Args:
         feat: [B, D].
         pids: [B].
 
     Returns:
-        Distance to the farthest feature of the same identity (the anchor itself included) [B], to the nearest of
-        another identity [B], and which anchors have both a positive and a negative, bool [B].
+        Distances [B] to the farthest feature of the same identity (the anchor itself included), distances [B] to the
+        nearest feature of another identity, and bool [B], true for anchors with both a positive and a negative.
     """
     same = pids[:, None] == pids[None, :]  # [B, B]
     with torch.no_grad():
@@ -43,7 +43,7 @@ def batch_hard_triplet(feat: Tensor, pids: Tensor, margin: float | None) -> tupl
     Args:
         feat: [B, D].
         pids: [B], any number of images per identity; anchors without a positive or without a negative are left out.
-        margin: in units of Euclidean distance; None for the soft margin log(1 + exp(.)).
+        margin: Margin in units of Euclidean distance; None for the soft margin log(1 + exp(.)).
 
     Returns:
         Sum over the anchors that count (scalar), and their number.

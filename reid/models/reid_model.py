@@ -16,24 +16,24 @@ if TYPE_CHECKING:
 
 
 class ReIDOutput(NamedTuple):
-    """What the model gives in training mode."""
+    """Output of the model in training mode."""
 
     feat: Tensor  # [B, D] before the neck, for the metric losses
     logits: Tensor  # [B, C]
 
 
 class ReIDModel(nn.Module):
-    """Images to embeddings (eval mode) or to features and logits (training mode).
+    """Backbone, pooling, neck and classifier: images to embeddings, or in training mode to features and logits.
 
     Args:
-        base: a trunk: images to a feature map [B, D, h, w], or to features [B, D].
-        num_features: D.
-        num_pids: C, training identities.
-        bnneck: BatchNorm between feature and classifier, which then has no bias.
-        embed_after_neck: whether retrieval compares what comes after the BNNeck or before.
-        freeze_bn: the trunk's BatchNorm layers stay as they are, in training mode too.
-        with_centers: keep a center [D] for every identity; a buffer, as `losses.center_step` moves it without a
-            gradient.
+        base: Backbone: images [B, 3, H, W] to a feature map [B, D, h, w], or to features [B, D].
+        num_features: Length D of a feature.
+        num_pids: Number C of training identities.
+        bnneck: Whether there is a BatchNorm between feature and classifier, which then has no bias.
+        embed_after_neck: Whether the embedding is the feature after the neck or before it.
+        freeze_bn: Whether the backbone's BatchNorm layers stay in evaluation mode, without gradient.
+        with_centers: Whether there is a center [D] for every identity. It is a buffer, as `center_step` moves it
+            without a gradient.
 
     Source: Luo et al., Bag of Tricks and a Strong Baseline for Deep Person Re-identification, arXiv 1903.07071.
     """
@@ -75,11 +75,11 @@ class ReIDModel(nn.Module):
         return self
 
     def _batchnorms(self) -> list[_BatchNorm]:
-        """Of the trunk, as they are now: SyncBN replaces them."""
+        """Return the backbone's layers, which SyncBN may have replaced since the last call."""
         return [layer for layer in self.base.modules() if isinstance(layer, _BatchNorm)]
 
     def forward(self, images: Tensor) -> Tensor | ReIDOutput:
-        """Images [B, 3, H, W] to an embedding [B, D] in eval mode, to `ReIDOutput` in training mode."""
+        """Return the embedding [B, D] of images [B, 3, H, W]; in training mode, feature and logits."""
         feat: Tensor = self.base(images)
         if feat.dim() == 4:
             feat = feat.mean((2, 3))  # [B, D]
@@ -89,11 +89,11 @@ class ReIDModel(nn.Module):
 
 
 def build_model(cfg: CfgNode, num_pids: int) -> ReIDModel:
-    """The model that the settings describe, with randomly initialised weights.
+    """Return the model that the settings describe, with random weights.
 
     Args:
-        cfg: the whole configuration; MODEL, TEST.NECK_FEAT and what decides the losses are read.
-        num_pids: C, training identities.
+        cfg: Complete configuration; MODEL, TEST.NECK_FEAT and the choice of losses are read.
+        num_pids: Number C of training identities.
     """
     base, num_features = build_backbone(cfg)
     model = ReIDModel(
@@ -106,8 +106,7 @@ def build_model(cfg: CfgNode, num_pids: int) -> ReIDModel:
         with_centers=use_center_loss(cfg),
     )
     if not use_identity_loss(cfg):
-        # Nothing would give them a gradient, and DistributedDataParallel waits for one from every parameter that wants
-        # it.
+        # They would get no gradient, and DistributedDataParallel waits for one for every parameter that requires it.
         for parameter in (*model.bottleneck.parameters(), *model.classifier.parameters()):
             parameter.requires_grad = False
     return model

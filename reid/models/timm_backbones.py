@@ -1,4 +1,4 @@
-"""Any other trunk that timm has, as MODEL.NAME timm/NAME; timm itself is imported here only when it is needed."""
+"""Models of timm as backbones, by MODEL.NAME timm/NAME. timm is imported only if one is used."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ PREFIX = "timm/"
 
 
 class Plan(NamedTuple):
-    """How timm is asked for a model."""
+    """Arguments for `timm.create_model`."""
 
-    name: str  # timm's, without the prefix
-    options: dict[str, Any]  # of timm.create_model, besides num_classes
+    name: str  # in timm, without the prefix
+    options: dict[str, Any]  # all options except num_classes
     num_features: int  # D
 
     def create(self, **options: Any) -> nn.Module:
@@ -39,10 +39,10 @@ class Plan(NamedTuple):
 
 
 def plan_for(cfg: CfgNode) -> Plan:
-    """How to ask for the model that the settings name; nothing of its real size is made.
+    """Return the arguments that create the model of the settings; models are only built on the meta device.
 
     Args:
-        cfg: the whole configuration; MODEL.NAME, MODEL.LAST_STRIDE and the two sizes are read.
+        cfg: Complete configuration; MODEL.NAME, MODEL.LAST_STRIDE and the two sizes are read.
 
     Raises:
         SettingsError: timm has no such model, or it does not take images of these sizes.
@@ -52,7 +52,7 @@ def plan_for(cfg: CfgNode) -> Plan:
 
 @cache
 def _plan(full_name: str, train: tuple[int, int], test: tuple[int, int], last_stride: int) -> Plan:
-    plan = Plan(_checked(full_name), {}, 0)
+    plan = Plan(_timm_name(full_name), {}, 0)
     plan = _with_option(plan, img_size=train)
     if test != train:
         plan = _with_option(plan, dynamic_img_size=True)
@@ -60,17 +60,17 @@ def _plan(full_name: str, train: tuple[int, int], test: tuple[int, int], last_st
         plan = _with_option(plan, output_stride=16)
         logger.info(
             "MODEL.LAST_STRIDE 1: %s",
-            f"{full_name} keeps its map at 1/16 of the image's size, with dilation for stride"
+            f"the feature map of {full_name} has 1/16 of the image's size, by dilation in place of stride"
             if "output_stride" in plan.options
-            else f"timm cannot build {full_name} with another stride, so it stays as it is",
+            else f"it has no effect, as timm cannot build {full_name} with another stride",
         )
     for key, size in (("INPUT.SIZE_TRAIN", train), ("INPUT.SIZE_TEST", test)):
         plan = plan._replace(num_features=_dry_run(plan, key, size))
     return plan
 
 
-def _checked(full_name: str) -> str:
-    """timm's name of the model."""
+def _timm_name(full_name: str) -> str:
+    """Return the model's name in timm; raise an error for an unknown one."""
     import timm
 
     name = full_name.removeprefix(PREFIX)
@@ -86,36 +86,36 @@ def _checked(full_name: str) -> str:
 
 
 def _with_option(plan: Plan, **option: Any) -> Plan:
-    """The plan with the option, where the model takes it: there is no list of those that do."""
-    more = plan._replace(options=plan.options | option)
+    """Return the plan with the option if the model accepts it, which timm has no list of."""
+    extended = plan._replace(options=plan.options | option)
     try:
-        with torch.device("meta"):  # neither memory nor arithmetic
-            more.create(num_classes=0)
-    except Exception:  # each model refuses it in its own way
+        with torch.device("meta"):  # takes neither memory nor arithmetic
+            extended.create(num_classes=0)
+    except Exception:  # each model rejects it in its own way
         return plan
-    return more
+    return extended
 
 
 def _dry_run(plan: Plan, key: str, size: tuple[int, int]) -> int:
-    """D of the embedding of an image of this size."""
+    """Return D of the embedding of an image of this size."""
     try:
         with torch.device("meta"):
             output = plan.create(num_classes=0)(torch.empty(2, 3, *size))
         if not isinstance(output, Tensor) or output.dim() != 2:
-            raise TypeError("it gives no feature vector")
-    except Exception as error:
-        own = "x".join(map(str, _pretrained_cfg(plan.name)["input_size"][1:]))
+            raise TypeError("the model returns no feature vector")
+    except Exception as error:  # each model rejects a size in its own way
+        usual = "x".join(map(str, _pretrained_cfg(plan.name)["input_size"][1:]))
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise SettingsError(
-            f"{key} must be a size that {PREFIX}{plan.name} takes, got {size} ({reason}); its own is {own}, "
-            "and another model may take any",
+            f"{key} must be a size that {PREFIX}{plan.name} takes, got {size} ({reason}); use its pretraining size "
+            f"{usual}, or another model",
             key=key,
         ) from error
     return output.shape[1]
 
 
 def build(plan: Plan) -> nn.Module:
-    """Images [B, 3, H, W] to the vector [B, D] that the model's own classifier would see, after its own pooling.
+    """Return a model from images [B, 3, H, W] to the vector [B, D] that its classifier would get.
 
     Dropout and stochastic depth, which some models come with, are off: they would differ from rank to rank.
     """
@@ -128,22 +128,22 @@ def build(plan: Plan) -> nn.Module:
 
 
 def pretrained(cfg: CfgNode, state: dict[str, Tensor] | None, source: str) -> dict[str, Tensor]:
-    """The state dict of the model with its classifier, made to fit by timm: positions to the size of the images.
+    """Return the state dict of the model with its classifier; timm resizes position embeddings to the images' size.
 
     Args:
-        cfg: the whole configuration, as for `plan_for`.
-        state: in timm's layout for this model; None: timm's own, from this machine or the network.
-        source: of the state, for the error.
+        cfg: Complete configuration, as for `plan_for`.
+        state: State dict in timm's layout for this model; None for timm's pretrained weights.
+        source: Setting and file of the state, for the error.
 
     Raises:
-        WorldError: an entry is missing or does not fit, or there are no weights, or they cannot be fetched.
+        WorldError: An entry is missing or does not fit, or there are no weights, or they cannot be downloaded.
     """
     plan = plan_for(cfg)
     if state is None:
-        return _fetched(plan)
+        return _download(plan)
     try:
-        return _adapted(plan, state)
-    except Exception as error:  # each model has its own way to read a file, and to stumble over another's
+        return _adapt(plan, state)
+    except Exception as error:  # each model reads a file, and fails on another model's, in its own way
         reason = " ".join(str(error).split())[:300]
         raise WorldError(
             f"{source} does not fit {cfg.MODEL.NAME}: {reason}; give timm's file of that model",
@@ -151,71 +151,72 @@ def pretrained(cfg: CfgNode, state: dict[str, Tensor] | None, source: str) -> di
         ) from error
 
 
-def _adapted(plan: Plan, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    if not state:  # which timm would take for none given
+def _adapt(plan: Plan, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    if not state:  # timm would take it for no state at all
         raise ValueError("it is empty")
-    own = _pretrained_cfg(plan.name)
-    classifiers = [own["classifier"]] if isinstance(own["classifier"], str) else list(own["classifier"] or ())
+    info = _pretrained_cfg(plan.name)
+    classifiers = [info["classifier"]] if isinstance(info["classifier"], str) else list(info["classifier"] or ())
     sizes = [len(state[f"{name}.weight"]) for name in classifiers if f"{name}.weight" in state]
     try:
-        return _strictly(plan, state, num_classes=sizes[0] if sizes else own["num_classes"])
+        return _load_strictly(plan, state, num_classes=sizes[0] if sizes else info["num_classes"])
     except RuntimeError:
         if sizes:
             raise
-        return _strictly(plan, state, num_classes=0)  # a file without a classifier
+        return _load_strictly(plan, state, num_classes=0)  # a file without a classifier
 
 
-def _strictly(plan: Plan, state: dict[str, Tensor], num_classes: int) -> dict[str, Tensor]:
-    # timm is strict only where the file has as many classes as the model; else what is missing would stay random.
+def _load_strictly(plan: Plan, state: dict[str, Tensor], num_classes: int) -> dict[str, Tensor]:
+    # timm is strict only if file and model have equally many classes; else missing entries would stay random.
     overlay = {"state_dict": state, "num_classes": num_classes, "label_offset": 0}
     return plan.create(pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay).state_dict()
 
 
-def _fetched(plan: Plan) -> dict[str, Tensor]:
-    own = _pretrained_cfg(plan.name)
-    address = f"https://huggingface.co/{own['hf_hub_id']}" if own["hf_hub_id"] else own["url"]
+def _download(plan: Plan) -> dict[str, Tensor]:
+    """Return timm's pretrained weights, from this machine's cache where they are in it."""
+    info = _pretrained_cfg(plan.name)
+    address = f"https://huggingface.co/{info['hf_hub_id']}" if info["hf_hub_id"] else info["url"]
     if not address:
         raise WorldError(
-            f"MODEL.PRETRAIN_CHOICE is imagenet, but timm has no weights of {PREFIX}{plan.name}; name a file by "
-            "MODEL.PRETRAIN_PATH, or use MODEL.PRETRAIN_CHOICE none",
+            f"MODEL.PRETRAIN_CHOICE is imagenet, but timm has no weights of {PREFIX}{plan.name}; set "
+            "MODEL.PRETRAIN_PATH to a file, or use MODEL.PRETRAIN_CHOICE none",
             key="MODEL.PRETRAIN_CHOICE",
         )
-    cached = _in_cache(own)
+    cached = _cached_file(info)
     if cached is not None:
-        return _adapted(plan, load_file(cached))
+        return _adapt(plan, load_file(cached))
     try:
-        with suppress(HTTPError):  # some answer is all that is wanted: without any, the hub is tried for a minute
+        with suppress(HTTPError):  # any answer will do: without a network, the hub's client retries for a minute
             urlopen(Request(address, method="HEAD"), timeout=10).close()
         return plan.create(pretrained=True).state_dict()
     except OSError as error:
         reason = error.reason if isinstance(error, URLError) else (str(error).splitlines() or [type(error).__name__])[0]
         raise WorldError(
-            f"MODEL.PRETRAIN_CHOICE is imagenet, but the weights of {PREFIX}{plan.name} cannot be fetched here "
-            f"({reason}); download them from {address} elsewhere and name the file by MODEL.PRETRAIN_PATH, or train "
+            f"MODEL.PRETRAIN_CHOICE is imagenet, but the weights of {PREFIX}{plan.name} cannot be downloaded here "
+            f"({reason}); download them from {address} elsewhere and set MODEL.PRETRAIN_PATH to the file, or train "
             "from scratch with MODEL.PRETRAIN_CHOICE none",
             key="MODEL.PRETRAIN_CHOICE",
         ) from error
 
 
-def _in_cache(own: dict[str, Any]) -> str | None:
-    """The file of the hub that this machine already has, where there is one; the network is not asked."""
+def _cached_file(info: dict[str, Any]) -> str | None:
+    """Return the file in the hub's cache on this machine, if any, without using the network."""
     from huggingface_hub import try_to_load_from_cache
 
-    file = own["hf_hub_filename"] or "model.safetensors"
-    if not own["hf_hub_id"] or not file.endswith(".safetensors"):
+    file = info["hf_hub_filename"] or "model.safetensors"
+    if not info["hf_hub_id"] or not file.endswith(".safetensors"):
         return None
-    found = try_to_load_from_cache(own["hf_hub_id"], file)
-    return found if isinstance(found, str) else None
+    path = try_to_load_from_cache(info["hf_hub_id"], file)
+    return path if isinstance(path, str) else None
 
 
 def normalization(full_name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of red, green and blue that the model's pretrained weights want."""
-    own = _pretrained_cfg(_checked(full_name))
-    return tuple(own["mean"]), tuple(own["std"])
+    """Return mean and standard deviation (red, green, blue) that the model was pretrained with."""
+    info = _pretrained_cfg(_timm_name(full_name))
+    return tuple(info["mean"]), tuple(info["std"])
 
 
 def _pretrained_cfg(name: str) -> dict[str, Any]:
-    """What timm knows of the model's pretrained weights; of ImageNet's usual ones where there are none."""
+    """Return timm's description of the model's pretrained weights; timm's defaults if there are none."""
     from timm.models import PretrainedCfg, get_pretrained_cfg
 
     return vars(get_pretrained_cfg(name) or PretrainedCfg())

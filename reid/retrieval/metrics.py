@@ -129,10 +129,10 @@ def scores_from_distmat(
         single_gallery_shot: Protocol of the CMC curve.
 
     Returns:
-        Scores as of `retrieval_scores`.
+        See `retrieval_scores`.
 
     Raises:
-        ValueError: As of `retrieval_scores`, or a distance is NaN.
+        ValueError: See `retrieval_scores`, or a distance is NaN.
 
     Example:
         >>> scores_from_distmat([[0.2, 0.1, 0.3]], [7], [0], [7, 8, 7], [1, 1, 2]).mAP  # (1/2 + 2/3) / 2

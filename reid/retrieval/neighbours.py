@@ -1,7 +1,7 @@
-"""Exact nearest neighbours, at the speed of the matrix product under them.
+"""Exact nearest neighbors, at the speed of the matrix product under them.
 
 A product proposes the nearest images of a row. They are measured again pair by pair, and a bound on the rounding of the
-product shows whether another image can be as near. A neighbour therefore depends neither on the block nor on the rank
+product shows whether another image can be as near. A neighbor therefore depends neither on the block nor on the rank
 that computes its row, equal images are at equal distance, and images at equal distance are in the order of their
 positions.
 
@@ -22,7 +22,7 @@ from reid.retrieval.distances import Distance
 from reid.retrieval.metrics import query_blocks
 
 PRODUCT_ROWS, PRODUCT_ELEMENTS = 512, 2**24  # largest size of one matrix product
-SPARE = 16  # proposed images beyond the number of neighbours
+SPARE = 16  # proposed images beyond the number of neighbors
 GATHERED_ELEMENTS = 2**24  # elements of the rows copied at once to measure pairs
 
 
@@ -118,8 +118,8 @@ def nearest(points: Points, block: slice, count: int) -> tuple[Tensor, Tensor]:
 
     Args:
         points: All N images.
-        block: Rows whose neighbours are computed.
-        count: Number of neighbours, at most N.
+        block: Rows whose neighbors are computed.
+        count: Number of neighbors, at most N.
 
     Returns:
         int64 [b, count] by distance, then by position; squared distances [b].
@@ -127,13 +127,13 @@ def nearest(points: Points, block: slice, count: int) -> tuple[Tensor, Tensor]:
     rows = points.part(block)
     product = torch.addmm(points.squared_norm, rows.positions, points.positions.T, alpha=-2)  # + |row|^2 [b, N]
     proposed = product.topk(min(count + SPARE, len(points)), dim=1, largest=False, sorted=False)
-    neighbours, last = _nearest_of_proposed(proposed.indices, rows, points, count)
+    neighbors, last = _nearest_of_proposed(proposed.indices, rows, points, count)
     if proposed.indices.shape[1] < len(points):
         limits = last + _slack(rows, last) - rows.squared_norm
         for row in (proposed.values.amax(1) <= limits).nonzero()[:, 0].tolist():
             candidates = (product[row] <= limits[row]).nonzero()[:, 0]
-            neighbours[row] = _nearest_of(candidates, rows.part(slice(row, row + 1)), points, count)
-    return neighbours, product.amax(1).add_(rows.squared_norm).clamp_(min=0)
+            neighbors[row] = _nearest_of(candidates, rows.part(slice(row, row + 1)), points, count)
+    return neighbors, product.amax(1).add_(rows.squared_norm).clamp_(min=0)
 
 
 def _slack(rows: Points, distances: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def _nearest_of(candidates: Tensor, row: Points, points: Points, count: int) -> 
         best, distances = torch.cat([best, part]), torch.cat([distances, measured])
         order = distances.argsort(stable=True)[:count]
         best, distances = best[order], distances[order]
-        if len(best) == count and distances[-1] == 0:  # equal images; later ones rank behind them
+        if len(best) == count and distances[-1] == 0:  # equal images; later ones rank after them
             break
         size *= 2
     return best
@@ -181,7 +181,7 @@ def nearest_in_gallery(
 
     Args:
         q_embedding: float32 [Q, D], finite; of length 1 for the cosine distance.
-        g_embedding: float32 [G, D], likewise; may be memory-mapped.
+        g_embedding: float32 [G, D] in the same form; may be memory-mapped.
         count: Number k of images for each query; all G where there are fewer.
         distance: "cosine" for 1 minus the inner product, "euclidean" for the distance itself.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def rank_matches(distances: Tensor, same_pid: Tensor, is_match: Tensor) -> Query
     Args:
         distances: [b, G] distances; gallery order decides between equal ones.
         same_pid: bool [b, G]; images of the query's pid that do not match are left out.
-        is_match: bool [b, G].
+        is_match: bool [b, G], matches.
     """
     num_matches = _num_true(is_match)  # [b]
     matched = _matched_distances(distances, is_match, num_matches)  # [b, M]
@@ -64,7 +64,7 @@ def _sorted_rows(distances: Tensor, counts: Tensor) -> Tensor:
         rows = _padded(distances[counts], lengths, distances)
     if rows.is_cuda:
         return rows.sort(dim=1).values
-    rows.detach().numpy().sort(axis=1)  # in place, in a tenth of the time of torch's stable sort
+    rows.detach().numpy().sort(axis=1)  # takes a tenth of the time of torch's stable sort
     return rows
 
 
@@ -140,10 +140,5 @@ def concatenate(parts: list[QueryScores], num_repeats: int = 0) -> QueryScores:
     nothing = torch.zeros(0, dtype=torch.int64)
     if not parts:
         return QueryScores(nothing.double(), nothing.double(), nothing, nothing, nothing.view(0, num_repeats))
-    return QueryScores(
-        torch.cat([part.average_precision for part in parts]),
-        torch.cat([part.inverse_negative_penalty for part in parts]),
-        torch.cat([part.first_match for part in parts]),
-        torch.cat([part.num_matches for part in parts]),
-        torch.cat([part.single_shot for part in parts]),
-    )
+    names = [field.name for field in fields(QueryScores)]
+    return QueryScores(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})

@@ -1,7 +1,7 @@
 """TPR at FPR: the share of accepted positive pairs where hardly any negative pair is accepted, exact.
 
 A pair is a query and a gallery image that its protocol keeps. It is positive if they match, else negative. It is
-accepted if it is closer than a threshold, one for all queries. The threshold is found from histograms of the distances:
+accepted if it is closer than a threshold, one for all queries. The threshold results from histograms of the distances:
 the first one counts all pairs by the upper 16 bits of their distances, and each further one divides the bin that holds
 the threshold by the next 16 bits. Nothing is sorted or stored, and memory does not grow with the number of pairs.
 Histograms of parts of the pairs may be added in any order.
@@ -61,7 +61,7 @@ def _most_accepted(fpr: float, num_negatives: int) -> int:
 
 
 def num_levels(dtype: torch.dtype) -> int:
-    """Return the number of histograms that tell all distances of this type apart."""
+    """Return the number of histograms that separate all distances of this type."""
     return 64 // _BIN_BITS if dtype == torch.float64 else 32 // _BIN_BITS
 
 

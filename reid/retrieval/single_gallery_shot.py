@@ -1,6 +1,6 @@
 """Single-gallery-shot protocol of CUHK03: a query is ranked against one gallery image of every identity.
 
-The images are drawn anew for every query and repeat, uniformly from the images of an identity that the query's protocol
+For every query and repeat the images are drawn uniformly from the images of an identity that the query's protocol
 keeps. Distractors (pid 0) count as one identity. The draws are a function of repeat, query and identity, so they are
 equal for every model and on any number of ranks.
 
@@ -39,7 +39,7 @@ def single_shot_positions(
     num_images = identity.bincount(minlength=len(pids))  # [P]
     images = identity.argsort(stable=True)  # images of identity p: num_images[p] of them from first_image[p]
     first_image = num_images.cumsum(0) - num_images
-    own = q_pids[:, None] == pids  # [b, P], at most one in a row
+    is_match_pid = q_pids[:, None] == pids  # [b, P], at most one in a row
 
     queries, matches = is_match.nonzero(as_tuple=True)  # query by query
     num_matches = is_match.sum(1)  # [b]
@@ -53,9 +53,9 @@ def single_shot_positions(
         drawn = uniform(_STREAM, repeat, query_ids[:, None], np.arange(len(pids)))
         share = torch.from_numpy(drawn).to(distances.device)  # [b, P]
         others = images[first_image + (share * num_images).long()]  # [b, P]
-        chosen = ((share * own).sum(1) * num_matches).long()  # [b]
+        chosen = ((share * is_match_pid).sum(1) * num_matches).long()  # [b]
         match = matches[(first_match + chosen).clamp(max=len(matches) - 1)][:, None]  # [b, 1]
         other_distance, distance = distances.gather(1, others), distances.gather(1, match)
         is_closer = (other_distance < distance) | ((other_distance == distance) & (others < match))
-        positions[:, repeat] = (is_closer & ~own).sum(1).masked_fill(~is_valid, -1)
+        positions[:, repeat] = (is_closer & ~is_match_pid).sum(1).masked_fill(~is_valid, -1)
     return positions

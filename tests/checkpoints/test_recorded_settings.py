@@ -17,7 +17,7 @@ from reid.errors import DataError, SettingsError, UnknownKeyError, WorldError
 
 
 def settings_of(weight, *overrides):
-    """As the launcher puts them together."""
+    """Combine the settings as the launcher does."""
     given = [f"TEST.WEIGHT={weight}", *overrides]
     return load_config(None, given, recorded=settings_of_checkpoint(load_config(None, given), {}))
 
@@ -48,9 +48,9 @@ def test_file_without_settings_uses_defaults_and_reports_it(tmp_path, caplog):
     torch.save({"base.conv1.weight": torch.zeros(1)}, tmp_path / "w.pth")
     with caplog.at_level(logging.INFO, "reid"):
         assert settings_of(tmp_path / "w.pth").MODEL.NAME == "resnet50"
-    (said,) = caplog.messages
-    assert f"TEST.WEIGHT={tmp_path}/w.pth" in said
-    assert "defaults" in said
+    (message,) = caplog.messages
+    assert f"TEST.WEIGHT={tmp_path}/w.pth" in message
+    assert "defaults" in message
 
 
 def test_no_weight_no_settings():

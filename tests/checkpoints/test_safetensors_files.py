@@ -51,18 +51,18 @@ def test_a_file_of_others_is_a_state_dict(tmp_path):
     assert checksum_of(content) == checksum_of(STATE)
 
 
-def test_a_flipped_bit_anywhere_in_the_data_is_found(file):
-    whole = file.read_bytes()
-    start = 8 + int.from_bytes(whole[:8], "little")
-    for place in (start, (start + len(whole)) // 2, len(whole) - 1):
-        file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+def test_a_flipped_bit_anywhere_in_the_data_is_detected(file):
+    intact = file.read_bytes()
+    start = 8 + int.from_bytes(intact[:8], "little")
+    for byte in (start, (start + len(intact)) // 2, len(intact) - 1):
+        file.write_bytes(intact[:byte] + bytes([intact[byte] ^ 4]) + intact[byte + 1 :])
         with refused(WorldError, "TEST.WEIGHT", f"TEST.WEIGHT={file}", "checksum"):
             read_file(file, "TEST.WEIGHT")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.99])
 def test_a_file_that_is_cut_off_is_rejected(file, share):
-    whole = file.read_bytes()
-    file.write_bytes(whole[: int(share * len(whole))])
+    intact = file.read_bytes()
+    file.write_bytes(intact[: int(share * len(intact))])
     with refused(WorldError, "TEST.WEIGHT", f"TEST.WEIGHT={file}"):
         read_file(file, "TEST.WEIGHT")

@@ -1,4 +1,4 @@
-"""What a file of weights is, told from its names and shapes."""
+"""Tests of the recognition of state dicts by names and shapes."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_the_epoch_is_read_from_reid_strong_baselines_names_only(name, epoch):
     assert epoch_in_name(name) == epoch
 
 
-def test_a_state_dict_is_found_in_its_wrapping():
+def test_a_state_dict_is_taken_out_of_its_wrapping():
     state = {"a": torch.zeros(1)}
     assert inner(state) is state
     assert inner({"model": state, "epoch": 1}) is state

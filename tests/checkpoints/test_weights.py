@@ -1,4 +1,4 @@
-"""Weights from files: what is taken, what is refused, and in which words.
+"""Tests of weights from files: accepted files, errors and their messages.
 
 Also covers reid.checkpoints.pretrained.
 """
@@ -23,7 +23,7 @@ from torchvision.models import resnet18, resnext50_32x4d
 
 from reid.checkpoints.pretrained import SOURCES
 from reid.checkpoints.state_dicts import checksum_of, num_pids_of, state_dict_of
-from reid.checkpoints.weights import initialize, load_for_evaluation, load_state, read_file, verify_settings
+from reid.checkpoints.weights import initialize, load_for_retrieval, load_state, read_file, verify_settings
 from reid.config.load import dump, load_config
 from reid.errors import WorldError
 from reid.models.backbones import BACKBONES
@@ -41,7 +41,7 @@ def model_of(*overrides, num_pids=5):
 
 
 def start(*overrides, num_pids=5):
-    """A model of these settings, initialised as they say."""
+    """Return a model initialized by these settings."""
     model = model_of(*overrides, num_pids=num_pids)
     initialize(model, settings(*overrides))
     return model
@@ -49,7 +49,7 @@ def start(*overrides, num_pids=5):
 
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory):
-    """A file as torchvision publishes it, with a classifier of its own; and what is in it."""
+    """Return a file as torchvision publishes it, with its classifier, and its state dict."""
     file = tmp_path_factory.mktemp("imagenet") / "resnet18.pth"
     state = resnet18(weights=None).state_dict()
     torch.save(state, file)
@@ -83,10 +83,10 @@ def test_a_missing_file_is_named_with_its_setting(tmp_path):
 @pytest.mark.parametrize("seed", range(3))
 def test_a_damaged_file_never_gives_anything_but_our_error(tmp_path, seed):
     draw = random.Random(seed)
-    whole = tmp_path / "whole.pth"
+    intact = tmp_path / "intact.pth"
     damaged = tmp_path / "damaged.pth"
-    torch.save({"a": torch.zeros(100), "b": [1, "x"]}, whole, _use_new_zipfile_serialization=seed != 0)
-    content = whole.read_bytes()
+    torch.save({"a": torch.zeros(100), "b": [1, "x"]}, intact, _use_new_zipfile_serialization=seed != 0)
+    content = intact.read_bytes()
     samples = [content[: draw.randrange(len(content))] for _ in range(40)]
     samples += [bytes(draw.randrange(32, 127) for _ in range(draw.randrange(60))) for _ in range(60)]
     samples += [b"hello world\n", b"<html>404</html>", b"version https://git-lfs.github.com/spec/v1\n", b""]
@@ -112,9 +112,9 @@ def test_what_was_loaded_and_what_was_not_is_reported(caplog):
     ones = {"0.weight": (3, 2), "0.bias": (3,), "1.weight": (9, 9), "2.weight": (1,)}
     with caplog.at_level(logging.INFO, "reid"):
         load_state(module, {name: torch.ones(shape) for name, shape in ones.items()}, "FILE", optional=("1.", "2."))
-    (said,) = caplog.messages
+    (message,) = caplog.messages
     facts = ("FILE", "2 of 4", "1 (1.bias) missing", "1 (1.weight) of another shape", "1 (2.weight) unused")
-    assert all(fact in said for fact in facts), said
+    assert all(fact in message for fact in facts), message
     assert torch.equal(module[0].weight, torch.ones(3, 2))
     assert torch.equal(module[1].weight, kept)
 
@@ -142,8 +142,8 @@ def test_files_from_before_batches_were_counted_still_load(caplog):
     caplog.set_level(logging.INFO, "reid")
     load_state(target, old, "FILE")
     assert torch.equal(target.running_mean, source.running_mean)
-    (said,) = caplog.messages
-    assert all(fact in said for fact in ("4 of 4", "0 missing", "0 of another shape", "0 unused")), said
+    (message,) = caplog.messages
+    assert all(fact in message for fact in ("4 of 4", "0 missing", "0 of another shape", "0 unused")), message
 
 
 # ---- what a training starts from ----
@@ -154,9 +154,9 @@ def test_torchvision_weights_fill_the_complete_backbone(imagenet):
     model = model_of()
     classifier = model.classifier.weight.clone()
     initialize(model, settings("MODEL.PRETRAIN_CHOICE=imagenet", f"MODEL.PRETRAIN_PATH={file}"))
-    trunk = model.base.state_dict()
-    assert trunk.keys() == {name for name in state if not name.startswith("fc.")}
-    assert all(torch.equal(value, state[name]) for name, value in trunk.items())
+    backbone = model.base.state_dict()
+    assert backbone.keys() == {name for name in state if not name.startswith("fc.")}
+    assert all(torch.equal(value, state[name]) for name, value in backbone.items())
     assert torch.equal(model.classifier.weight, classifier)
 
 
@@ -180,12 +180,12 @@ def test_torchvision_weights_fill_the_complete_backbone(imagenet):
 def test_other_architecture_is_rejected_with_entry_and_name(of_file, of_model, entry):
     with torch.device("meta"):
         file, model = (BACKBONES[name](last_stride=2, stem_relu=True) for name in (of_file, of_model))
-        whole_file, whole_model = (build_model(settings(f"MODEL.NAME={name}"), 3) for name in (of_file, of_model))
+        complete_file, complete_model = (build_model(settings(f"MODEL.NAME={name}"), 3) for name in (of_file, of_model))
     remedy = f"MODEL.NAME {of_file},"
     with refused(WorldError, None, "X ", f"({entry}", remedy):
         load_state(model, file.state_dict(), "X", optional=("fc.",))
     with refused(WorldError, None, "X ", f"(base.{entry}", remedy):
-        load_state(whole_model, whole_file.state_dict(), "X", optional=("base.fc.",))
+        load_state(complete_model, complete_file.state_dict(), "X", optional=("base.fc.",))
 
 
 @pytest.mark.parametrize(("of_file", "of_model"), [("resnet34", "resnet18"), ("resnet18", "resnet34")])
@@ -214,12 +214,12 @@ def test_unknown_architecture_is_rejected_without_a_suggestion():
 )
 def test_all_imagenet_weight_layouts_fill_the_complete_backbone(tmp_path, caplog, name, classifier, layout):
     """torchvision's, Cadene's and IBN-Net's names, wrapped or not, and files from before batches were counted."""
-    trunk = BACKBONES[name](last_stride=2, stem_relu=True)
-    own = {key: value for key, value in trunk.state_dict().items() if not key.startswith("fc.")}
-    own["layer1.0.downsample.1.running_mean"] += 1  # what norms start with would not be missed
-    content = {**own, f"{classifier}.weight": torch.ones(1000, 2048), f"{classifier}.bias": torch.ones(1000)}
+    backbone = BACKBONES[name](last_stride=2, stem_relu=True)
+    backbone_state = {key: value for key, value in backbone.state_dict().items() if not key.startswith("fc.")}
+    backbone_state["layer1.0.downsample.1.running_mean"] += 1  # what norms start with would not be missed
+    content = {**backbone_state, f"{classifier}.weight": torch.ones(1000, 2048), f"{classifier}.bias": torch.ones(1000)}
     if layout == "without classifier":
-        content = dict(own)
+        content = dict(backbone_state)
     if layout == "without counters":
         content = {key: value for key, value in content.items() if not key.endswith("num_batches_tracked")}
     if layout == "module.":
@@ -231,7 +231,7 @@ def test_all_imagenet_weight_layouts_fill_the_complete_backbone(tmp_path, caplog
     caplog.set_level(logging.INFO, "reid")
     model = start(f"MODEL.NAME={name}", "MODEL.PRETRAIN_CHOICE=imagenet", f"MODEL.PRETRAIN_PATH={file}")
     loaded = model.base.state_dict()
-    assert all(torch.equal(loaded[key], own[key]) for key in own)
+    assert all(torch.equal(loaded[key], backbone_state[key]) for key in backbone_state)
     assert f"MODEL.PRETRAIN_PATH={file}" in caplog.messages[0]
     assert " 0 of another shape" in caplog.messages[0]
 
@@ -244,12 +244,12 @@ def test_one_missing_entry_is_an_error(imagenet, tmp_path):
         start("MODEL.PRETRAIN_CHOICE=imagenet", f"MODEL.PRETRAIN_PATH={tmp_path / 'w.pth'}")
 
 
-# ---- the machine's own ImageNet weights ----
+# ---- this machine's ImageNet weights ----
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A home without any weights, and no network."""
+    """Return a home without any weights, and disable downloads."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
@@ -262,7 +262,7 @@ def unreachable(*arguments, **options):
 
 @pytest.mark.parametrize("folder", ["torch/hub/checkpoints", ".cache/torch/checkpoints", ".torch/models"])
 @pytest.mark.parametrize("file", ["resnet18-f37072fd.pth", "resnet18-5c106cde.pth"])
-def test_cached_weights_are_found_by_file_name_without_network(home, imagenet, folder, file):
+def test_cached_weights_need_no_network_and_go_by_file_name(home, imagenet, folder, file):
     (home / folder).mkdir(parents=True)
     (home / folder / file).write_bytes(imagenet[0].read_bytes())
     model = start("MODEL.PRETRAIN_CHOICE=imagenet")
@@ -276,7 +276,7 @@ def test_missing_weights_error_names_url_and_cache_folder(home, name):
         initialize(torch.nn.Module(), settings(f"MODEL.NAME={name}", "MODEL.PRETRAIN_CHOICE=imagenet"))
 
 
-def test_the_authors_own_path_means_the_weights_by_that_name(home, imagenet, caplog):
+def test_the_authors_path_means_the_weights_by_that_name(home, imagenet, caplog):
     (home / ".torch/models").mkdir(parents=True)
     (home / ".torch/models/resnet18-f37072fd.pth").write_bytes(imagenet[0].read_bytes())
     path = "/home/haoluo/.torch/models/resnet18-5c106cde.pth"
@@ -308,7 +308,7 @@ def test_a_download_is_checked_and_kept(home, imagenet, monkeypatch):
     assert calls == [("https://download.pytorch.org/models/resnet18-f37072fd.pth", place, "f37072fd")]
 
 
-# ---- whole models ----
+# ---- full models ----
 
 
 def test_full_model_checkpoint_is_loaded_with_its_classifier(tmp_path):
@@ -349,7 +349,7 @@ def test_finetuning_reinitializes_classifier_and_centers_only(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("state", "words"),
+    ("state", "keywords"),
     [
         (
             lambda: model_of("MODEL.NECK=no").state_dict(),
@@ -362,16 +362,16 @@ def test_finetuning_reinitializes_classifier_and_centers_only(tmp_path, caplog):
             ("base.layer2.0.conv1",),
         ),
     ],
-    ids=["no neck", "another backbone", "a backbone alone", "not whole"],
+    ids=["no neck", "another backbone", "a backbone alone", "incomplete"],
 )
 @pytest.mark.parametrize("choice", ["self", "finetune"])
-def test_backbone_and_neck_must_be_complete(tmp_path, choice, state, words):
+def test_backbone_and_neck_must_be_complete(tmp_path, choice, state, keywords):
     torch.save(state(), tmp_path / "w.pt")
-    with refused(WorldError, "MODEL.PRETRAIN_PATH", f"MODEL.PRETRAIN_PATH={tmp_path}/w.pt", *words):
+    with refused(WorldError, "MODEL.PRETRAIN_PATH", f"MODEL.PRETRAIN_PATH={tmp_path}/w.pt", *keywords):
         start(f"MODEL.PRETRAIN_CHOICE={choice}", f"MODEL.PRETRAIN_PATH={tmp_path / 'w.pt'}")
 
 
-def test_the_state_of_an_optimiser_is_no_model(tmp_path):
+def test_the_state_of_an_optimizer_is_no_model(tmp_path):
     model = nn.Linear(1, 1)
     torch.save(torch.optim.Adam(model.parameters()).state_dict(), tmp_path / "resnet50_optimizer_2.pth")
     with refused(WorldError, "TEST.WEIGHT", "resnet50_optimizer_2.pth", "NAME_model_N.pth"):
@@ -389,7 +389,7 @@ def test_safetensors_are_read_too(tmp_path, imagenet):
 
 @pytest.mark.parametrize("name", ["resnet50_ibn_a", "resnet18"])
 def test_published_checkpoints_are_loaded_completely(tmp_path, name):
-    """By name and shape as reid-strong-baseline has saved them, for training and for retrieval."""
+    """Names and shapes are those of reid-strong-baseline's files, for training and for retrieval."""
     published = {
         key: torch.from_numpy(golden_weights.weight(key, tuple(shape))).float() if shape else torch.tensor(0)
         for key, shape in SHAPES[name].items()
@@ -399,7 +399,7 @@ def test_published_checkpoints_are_loaded_completely(tmp_path, name):
     model = start(f"MODEL.NAME={name}", "MODEL.PRETRAIN_CHOICE=self", path, num_pids=751)
     assert all(torch.equal(value, published[key]) for key, value in model.state_dict().items())
     retrieval = model_of(f"MODEL.NAME={name}", num_pids=1)
-    load_for_evaluation(retrieval, read_file(tmp_path / f"{name}_model_120.pth", "TEST.WEIGHT"), "TEST.WEIGHT")
+    load_for_retrieval(retrieval, read_file(tmp_path / f"{name}_model_120.pth", "TEST.WEIGHT"), "TEST.WEIGHT")
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(model.eval()(images), retrieval.eval()(images))
@@ -408,7 +408,7 @@ def test_published_checkpoints_are_loaded_completely(tmp_path, name):
 def test_evaluation_loads_backbone_and_neck_for_any_classifier():
     source, target = model_of(num_pids=6), model_of(num_pids=1)
     nn.init.normal_(source.bottleneck.weight)
-    load_for_evaluation(target, {"model": source.state_dict()}, "FILE")
+    load_for_retrieval(target, {"model": source.state_dict()}, "FILE")
     images = torch.rand(2, 3, 32, 16)
     with torch.no_grad():
         assert torch.equal(target.eval()(images), source.eval()(images))
@@ -419,19 +419,19 @@ def test_evaluation_loads_backbone_and_neck_for_any_classifier():
 
 def test_failed_download_names_url_and_target_folder(place):
     settings = ("OUTPUT_DIR", "no_weights", "MODEL.PRETRAIN_CHOICE", "imagenet")
-    said = place.refusal("train", *settings, environment={"TORCH_HOME": "torch home"}, num_ranks=2, code=1)
-    assert "https://download.pytorch.org/models/resnet18-f37072fd.pth" in said
-    assert "torch home/hub/checkpoints" in said
-    assert "MODEL.PRETRAIN_CHOICE" in said
-    assert "MODEL.PRETRAIN_PATH" in said
+    message = place.refusal("train", *settings, environment={"TORCH_HOME": "torch home"}, num_ranks=2, code=1)
+    assert "https://download.pytorch.org/models/resnet18-f37072fd.pth" in message
+    assert "torch home/hub/checkpoints" in message
+    assert "MODEL.PRETRAIN_CHOICE" in message
+    assert "MODEL.PRETRAIN_PATH" in message
 
 
 def test_evaluating_other_architecture_is_rejected_once(place):
     file = place.folder / "resnet34.pt"
     torch.save(model_of("MODEL.NAME=resnet34").state_dict(), file)
-    said = place.refusal("evaluate", "OUTPUT_DIR", "other", "TEST.WEIGHT", "resnet34.pt", num_ranks=2, code=1)
-    assert "TEST.WEIGHT=resnet34.pt" in said
-    assert "base.layer" in said
+    message = place.refusal("evaluate", "OUTPUT_DIR", "other", "TEST.WEIGHT", "resnet34.pt", num_ranks=2, code=1)
+    assert "TEST.WEIGHT=resnet34.pt" in message
+    assert "base.layer" in message
 
 
 def test_missing_weight_error_suggests_best_checkpoint_of_run(place):
@@ -439,13 +439,13 @@ def test_missing_weight_error_suggests_best_checkpoint_of_run(place):
     folder.mkdir(parents=True)
     for name in ("best_0099_mAP_0.5000.pt", "best_10000_mAP_0.6000.pt"):
         (folder / name).touch()
-    said = place.refusal("evaluate", "OUTPUT_DIR", "offered", num_ranks=2, code=2)
-    assert "TEST.WEIGHT" in said
-    assert "offered/checkpoints/best_10000_mAP_0.6000.pt" in said
+    message = place.refusal("evaluate", "OUTPUT_DIR", "offered", num_ranks=2, code=2)
+    assert "TEST.WEIGHT" in message
+    assert "offered/checkpoints/best_10000_mAP_0.6000.pt" in message
 
 
 def test_resume_command_of_reid_strong_baseline_continues_epochs(place):
-    """Behind the epoch in the file's name, at that epoch's learning rate; the optimiser's file is not there."""
+    """Training continues after the epoch in the file's name, at that epoch's learning rate; no optimizer is read."""
     state = build_model(settings("MODEL.STEM_RELU=yes"), 8).state_dict()
     torch.save(state, place.folder / "resnet18_model_2.pth", _use_new_zipfile_serialization=False)
     choice = ("MODEL.PRETRAIN_CHOICE", "('self')", "MODEL.PRETRAIN_PATH", "('resnet18_model_2.pth')")
@@ -459,7 +459,7 @@ def test_resume_command_of_reid_strong_baseline_continues_epochs(place):
     t = 2 / 5  # of epoch 3, which counts from 1
     assert records(place.folder / "old", "train")[0]["lr"] == pytest.approx(1e-6 * (0.01 * (1 - t) + t))
     moved = newest(place.folder / "old")["model"]["base.conv1.weight"] - state["base.conv1.weight"]
-    assert 0 < moved.abs().max() < 1e-3  # it began at the file's weights
+    assert 0 < moved.abs().max() < 1e-3  # it started from the file's weights
     assert "all 4 epochs" in place.train("OUTPUT_DIR", "old", *choice, *rates, num_ranks=2).out
 
 
@@ -467,18 +467,18 @@ def test_resume_command_of_reid_strong_baseline_continues_epochs(place):
 
 
 @pytest.mark.parametrize(
-    ("changed", "words"),
+    ("changed", "keywords"),
     [
         ("MODEL.STEM_RELU=yes", ("MODEL.STEM_RELU", "False", "True")),
         ("MODEL.LAST_STRIDE=2", ("MODEL.LAST_STRIDE", " 1 ", " 2.")),
         ("INPUT.PIXEL_MEAN=(0,0,0)", ("INPUT.PIXEL_MEAN", "[0.485, 0.456, 0.406]", "[0.0, 0.0, 0.0]")),
     ],
 )
-def test_checkpoint_with_incompatible_settings_is_rejected(changed, words):
+def test_checkpoint_with_incompatible_settings_is_rejected(changed, keywords):
     content = {"model": model_of().state_dict(), "config": dump(settings())}
     source = {"source": "TEST.WEIGHT=x.pt", "key": "TEST.WEIGHT"}
     verify_settings(content, settings("TEST.NECK_FEAT=before", "INPUT.SIZE_TEST=(64,32)"), **source)
-    with refused(WorldError, "TEST.WEIGHT", "TEST.WEIGHT=x.pt", *words, "--config_file"):
+    with refused(WorldError, "TEST.WEIGHT", "TEST.WEIGHT=x.pt", *keywords, "--config_file"):
         verify_settings(content, settings(changed), **source)
 
 
@@ -503,15 +503,15 @@ def test_foreign_state_dict_warns_only_about_stem_relu(name, relu, num_warnings,
 
 
 @pytest.mark.parametrize(
-    ("state", "words"),
+    ("state", "keywords"),
     [
         (lambda: model_of(num_pids=8).state_dict(), ("(8, 512)", "(5, 512)")),
         (lambda: resnet18(weights=None).state_dict(), ("not a full model", "checkpoint")),
         (dict, ("not a full model", "checkpoint")),
     ],
 )
-def test_the_remedy_is_one_for_this_file(state, words):
-    with refused(WorldError, "MODEL.PRETRAIN_PATH", "x.pt", *words):
+def test_the_remedy_is_one_for_this_file(state, keywords):
+    with refused(WorldError, "MODEL.PRETRAIN_PATH", "x.pt", *keywords):
         load_state(model_of(), state(), "MODEL.PRETRAIN_PATH=x.pt", key="MODEL.PRETRAIN_PATH")
 
 

@@ -118,7 +118,7 @@ def write(tmp_path):
 
 
 def assert_refused(config_file, overrides, key, *keywords, kind=SettingsError):
-    """The error is one sentence on one line, about this key, and names it and all of the keywords."""
+    """Assert that the error is one sentence on one line, about this key, with it and all of the keywords in it."""
     with refused(kind, key, key, *keywords):
         with pytest.raises(kind, match=r"\A[^\n]*[^.\n]\Z") as caught:
             load_config(config_file, overrides)
@@ -136,7 +136,7 @@ def test_every_key_has_its_default():
         assert type(value_of(cfg, key)) is type(default), key
 
 
-def test_every_default_passes_its_own_validator():
+def test_every_default_passes_its_validator():
     for key, setting in SETTINGS.items():
         assert setting.validate(setting.default) == setting.default, key
         assert type(setting.validate(setting.default)) is type(setting.default), key

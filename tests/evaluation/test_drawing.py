@@ -1,4 +1,4 @@
-"""What is drawn is where it belongs, in its colours, whatever the sizes."""
+"""Tests of positions and colors in pictures of any size."""
 
 import logging
 
@@ -28,47 +28,47 @@ from reid.evaluation.drawing import (
 PAPER = (255, 255, 255)
 
 
-def plain(colour, height=64, width=32):
-    return np.broadcast_to(np.array(colour, np.uint8), (height, width, 3)).copy()
+def plain(color, height=64, width=32):
+    return np.broadcast_to(np.array(color, np.uint8), (height, width, 3)).copy()
 
 
 def runs(pixels):
-    """Colours along a line, each once, with the number of pixels."""
-    found = []
+    """Return the colors along a line, each once, with the number of pixels."""
+    segments = []
     for pixel in map(tuple, pixels.tolist()):
-        if found and found[-1][0] == pixel:
-            found[-1][1] += 1
+        if segments and segments[-1][0] == pixel:
+            segments[-1][1] += 1
         else:
-            found.append([pixel, 1])
-    return [(colour, number) for colour, number in found]
+            segments.append([pixel, 1])
+    return [(color, number) for color, number in segments]
 
 
 def test_a_ranking_is_framed_in_blue_green_and_red_in_its_order():
-    colours = [(10, 20, 30), (200, 10, 10), (10, 200, 10), (10, 10, 200)]
-    query, *found = (GalleryCell(plain(colour), ("pid 1", "cos 0.5")) for colour in colours)
-    picture = np.asarray(ranked_gallery(query, found, [True, False, None]))
+    colors = [(10, 20, 30), (200, 10, 10), (10, 200, 10), (10, 10, 200)]
+    query, *matches = (GalleryCell(plain(color), ("pid 1", "cos 0.5")) for color in colors)
+    picture = np.asarray(ranked_gallery(query, matches, [True, False, None]))
     middle = runs(picture[100])
-    coloured = [colour for colour, _ in middle if colour != PAPER]
-    assert coloured == [
-        *(QUERY, colours[0], QUERY),
-        *(RIGHT, colours[1], RIGHT),
-        *(WRONG, colours[2], WRONG),
-        colours[3],
+    colored = [color for color, _ in middle if color != PAPER]
+    assert colored == [
+        *(QUERY, colors[0], QUERY),
+        *(RIGHT, colors[1], RIGHT),
+        *(WRONG, colors[2], WRONG),
+        colors[3],
     ]
-    widths = {number for colour, number in middle if colour in colours}
+    widths = {number for color, number in middle if color in colors}
     assert len(widths) == 1
-    gaps = [number for colour, number in middle if colour == PAPER]
-    assert gaps[0] > gaps[1]  # the query stands apart
+    gaps = [number for color, number in middle if color == PAPER]
+    assert gaps[0] > gaps[1]  # a wider gap after the query
 
 
 def test_same_camera_is_marked_by_ring_inside_frame():
-    colour = (10, 20, 30)
-    query, *found = (GalleryCell(plain(colour), (), same_camera=ring) for ring in (False, True, True, False))
-    picture = np.asarray(ranked_gallery(query, found, [True, None, True]))
-    line = [(colour, number) for colour, number in runs(picture[100]) if colour != PAPER and colour != QUERY]
+    color = (10, 20, 30)
+    query, *matches = (GalleryCell(plain(color), (), same_camera=ring) for ring in (False, True, True, False))
+    picture = np.asarray(ranked_gallery(query, matches, [True, None, True]))
+    line = [(color, number) for color, number in runs(picture[100]) if color != PAPER and color != QUERY]
     (_, width), *others = line
     ring, frame = (SAME_CAMERA, 2), (RIGHT, 2)
-    image = (colour, width)
+    image = (color, width)
     assert others == [frame, ring, image, ring, frame, ring, image, ring, (RIGHT, 4), image, (RIGHT, 4)]
     column = runs(picture[:, next(x for x in range(picture.shape[1]) if tuple(picture[100, x]) == SAME_CAMERA) + 20])
     assert [part for part in column if part[0] in (SAME_CAMERA, RIGHT)] == [frame, ring, ring, frame]
@@ -78,7 +78,7 @@ def test_unreadable_image_keeps_its_position_empty():
     there = ranked_gallery(GalleryCell(plain((1, 2, 3)), ()), [GalleryCell(plain((1, 2, 3)), ("a",))], [True])
     gone = ranked_gallery(GalleryCell(plain((1, 2, 3)), ()), [GalleryCell(None, ("a",))], [True])
     assert gone.size == there.size
-    assert RIGHT in {colour for colour, _ in runs(np.asarray(gone)[100])}
+    assert RIGHT in {color for color, _ in runs(np.asarray(gone)[100])}
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "I;16", "F", "LA"])
@@ -110,14 +110,14 @@ def test_green_and_red_differ_in_brightness_too():
     st.text(max_size=40),
 )
 @example(64, 32, 2, "two\nlines, Läufe")
-def test_rankings_of_any_size_and_caption_fit_on_the_sheet(height, width, num, words):
-    shown = [GalleryCell(plain((1, 2, 3), height, width), (words, "b")) for _ in range(num + 1)]
+def test_rankings_of_any_size_and_caption_fit_on_the_sheet(height, width, num, caption):
+    shown = [GalleryCell(plain((1, 2, 3), height, width), (caption, "b")) for _ in range(num + 1)]
     row = ranked_gallery(shown[0], shown[1:], [True] * num)
-    whole = sheet([row, row], words, words)
-    assert whole.width > row.width
-    assert whole.height > 2 * row.height
-    assert (np.asarray(whole)[:, -8:] == 255).all()  # nothing reaches into the margin
-    assert (np.asarray(whole)[-8:] == 255).all()
+    page = sheet([row, row], caption, caption)
+    assert page.width > row.width
+    assert page.height > 2 * row.height
+    assert (np.asarray(page)[:, -8:] == 255).all()  # nothing reaches into the margin
+    assert (np.asarray(page)[-8:] == 255).all()
 
 
 def test_a_long_title_widens_the_sheet():
@@ -126,11 +126,11 @@ def test_a_long_title_widens_the_sheet():
 
 
 def test_batch_grid_keeps_order_and_groups_identities():
-    colours = [(10 * i + 5, 200 - 7 * i, 3 * i) for i in range(12)]
-    picture = np.asarray(batch_grid(np.stack([plain(colour) for colour in colours]), [7] * 4 + [3] * 4 + [7] * 4, "t"))
+    colors = [(10 * i + 5, 200 - 7 * i, 3 * i) for i in range(12)]
+    picture = np.asarray(batch_grid(np.stack([plain(color) for color in colors]), [7] * 4 + [3] * 4 + [7] * 4, "t"))
     line = runs(picture[150])
-    assert [colour for colour, _ in line if colour != PAPER] == colours
-    gaps = [number for colour, number in line if colour == PAPER][1:-1]
+    assert [color for color, _ in line if color != PAPER] == colors
+    gaps = [number for color, number in line if color == PAPER][1:-1]
     assert gaps == [2, 2, 2, 16, 2, 2, 2, 16, 2, 2, 2]
 
 
@@ -142,7 +142,7 @@ def test_batches_of_any_size_fit_on_a_page(num_pids, num_instances, height, widt
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_denormalized_pixels_are_those_that_were_normalised(seed):
+def test_denormalized_pixels_are_those_that_were_normalized(seed):
     images = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (2, 5, 4, 3), dtype=np.uint8))
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     model_input = normalize(images, torch.tensor(mean), torch.tensor(std)).numpy()

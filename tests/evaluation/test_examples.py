@@ -18,7 +18,7 @@ def labels(rng, num, num_pids, num_cameras):
 
 @st.composite
 def cases(draw):
-    """A distance matrix with many ties, and the labels of both sides."""
+    """Return a distance matrix with many ties, and the labels of both sides."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     num_queries, num_images = draw(st.integers(1, 6)), draw(st.integers(2, 30))
     distmat = rng.integers(0, draw(st.integers(1, 40)), (num_queries, num_images)).astype(float)
@@ -31,7 +31,7 @@ def of_matrix(distmat):
 
 
 @given(cases())
-def test_the_whole_ranking_is_the_one_of_a_slow_sort(case):
+def test_the_complete_ranking_is_that_of_a_slow_sort(case):
     distmat, query, gallery = case
     examples = find_examples(range(len(distmat)), of_matrix(distmat), query, gallery, num=len(distmat[0]))
     for number, example in enumerate(examples):
@@ -85,7 +85,7 @@ def test_example_distances_equal_scored_distances_across_blocks(distance):
             np.testing.assert_allclose(np.array(example.distances), row[example.gallery] ** 2, atol=1e-3)
 
 
-def test_no_more_is_found_than_asked_for_or_there_is():
+def test_at_most_the_requested_and_existing_images_are_returned():
     distmat, query, gallery = np.ones((1, 3)), Labels.of([0], [0]), Labels.of([0, 1, 0], [0, 0, 1])
     assert find_examples([0], of_matrix(distmat), query, gallery, num=1)[0].gallery == [1]
     assert find_examples([0], of_matrix(distmat), query, gallery)[0].gallery == [1, 2]

@@ -1,4 +1,4 @@
-"""The rows of the queries and the table of the cameras against the means that they stand behind."""
+"""Tests that rows of queries and the table of cameras agree with the means."""
 
 import math
 from pathlib import Path

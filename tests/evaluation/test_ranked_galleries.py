@@ -1,4 +1,4 @@
-"""The pictures that a run leaves behind: what is drawn, when, and that nothing else depends on it.
+"""Tests of the pictures of a run: contents, times, and independence of everything else from them.
 
 Also covers reid.evaluation.ranked_galleries, reid.process.side_effects.
 """
@@ -36,7 +36,7 @@ def place(small_place: Place) -> Place:
 
 @pytest.fixture(scope="module")
 def drawn(place) -> tuple[Ended, Path]:
-    """A training of one epoch on two ranks, with pictures."""
+    """Train one epoch on two ranks, with pictures."""
     ended = place.train("OUTPUT_DIR", "drawn", "SOLVER.MAX_EPOCHS", 1, num_ranks=2)
     return ended, place.folder / "drawn" / "pictures"
 
@@ -49,7 +49,7 @@ def test_a_run_leaves_its_pictures_and_nothing_else(drawn):
     ended, folder = drawn
     assert names(folder) == ALL
     assert "warning" not in ended.out
-    assert not (folder.parent / "tensorboard").exists()  # which nobody asked for
+    assert not (folder.parent / "tensorboard").exists()  # LOG.TENSORBOARD is no
     for name in ALL:
         picture = Image.open(folder / name)
         picture.load()
@@ -58,7 +58,7 @@ def test_a_run_leaves_its_pictures_and_nothing_else(drawn):
 
 @pytest.fixture(scope="module")
 def alone(place) -> Path:
-    """The same training in one process."""
+    """Train the same in one process."""
     place.train("OUTPUT_DIR", "drawn_alone", "SOLVER.MAX_EPOCHS", 1)
     return place.folder / "drawn_alone" / "pictures"
 
@@ -92,24 +92,24 @@ def test_training_continues_when_pictures_cannot_be_written(place):
     for name in ("pictures", "tensorboard"):
         (folder / name).write_text("no folder")
     ended = place.train("OUTPUT_DIR", folder.name, "SOLVER.MAX_EPOCHS", 1, "LOG.TENSORBOARD", "yes", num_ranks=2)
-    said = [line for line in ended.out.splitlines() if "warning" in line]
-    assert [line.partition(" (")[0] for line in said] == [
+    warnings = [line for line in ended.out.splitlines() if "warning" in line]
+    assert [line.partition(" (")[0] for line in warnings] == [
         "warning: TensorBoard: nothing is written",
         "warning: a picture is missing",  # the batch
         "warning: a picture is missing",  # the evaluation
     ]
-    assert all("File exists" in line for line in said)
+    assert all("File exists" in line for line in warnings)
     log = (folder / "log.txt").read_text()
-    assert log.count("\nTraceback ") == len(said)
+    assert log.count("\nTraceback ") == len(warnings)
     assert "Traceback" not in ended.out
     assert ended.err == ""
 
 
-# ---- by itself ----
+# ---- without a run ----
 
 
 class Setting:
-    """A trainer and pictures of `names`, told of evaluations by hand."""
+    """A trainer and pictures of `names`, with evaluations made by hand."""
 
     def __init__(self, folder: Path, names: list[str], *settings: str, images_seed: int = 0) -> None:
         rng = np.random.default_rng(images_seed)
@@ -166,8 +166,8 @@ def test_what_cannot_be_compared_leaves_the_pictures_of_before(tmp_path, caplog,
     monkeypatch.setattr("reid.evaluation.ranked_galleries.find_examples", lambda *_: torch.zeros(1 << 60))
     setting.evaluate(2, GOOD, ["a"])
     assert contents(tmp_path / "pictures") == before
-    (said,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
-    assert re.fullmatch(r"warning: [^\n]*RuntimeError: [^\n]+", said)
+    (warnings,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
+    assert re.fullmatch(r"warning: [^\n]*RuntimeError: [^\n]+", warnings)
 
 
 def test_drawn_pictures_are_published_with_captions_and_curves(tmp_path):
@@ -183,7 +183,7 @@ def test_drawn_pictures_are_published_with_captions_and_curves(tmp_path):
     ap = scores.per_query.average_precision
     order = ap.argsort(stable=True).tolist()
     assert [caption.split(":")[0] for caption in captions] == [f"{number:04d}_c1.jpg" for number in order]
-    # Query 0 may not find gallery image 0, which its own camera took; the only other of its person stands third.
+    # Gallery image 0 is from the camera of query 0 and left out; the only other image of its person ranks third.
     assert captions[order.index(0)] == "0000_c1.jpg: AP 33.3 %, --+--"
     curve, table = drawn.tables
     assert curve.key == "val/cmc"
@@ -193,7 +193,7 @@ def test_drawn_pictures_are_published_with_captions_and_curves(tmp_path):
     assert [dict(zip(table.columns, row, strict=True))["AP"] for row in table.rows] == sorted(ap.tolist())
 
 
-def test_every_test_set_has_pictures_of_its_own(tmp_path):
+def test_every_test_set_has_its_pictures(tmp_path):
     setting = Setting(tmp_path, ["a", "b"])
     setting.evaluate(1, GOOD, ["a", "b"])
     (drawn,) = setting.seen
@@ -211,12 +211,12 @@ def test_without_images_nothing_is_drawn(tmp_path):
     assert not (tmp_path / "pictures").exists()
 
 
-def colours(file: Path) -> set[tuple[int, ...]]:
+def colors(file: Path) -> set[tuple[int, ...]]:
     return set(map(tuple, np.asarray(Image.open(file)).reshape(-1, 3).tolist()))
 
 
 def test_the_picture_has_the_stored_images_of_the_ranking(tmp_path):
-    """Each image is of one colour that tells which it is; a sheet holds those of the queries and the kept ones only."""
+    """Each image has one color; a sheet shows the query and the kept gallery images only."""
     setting = Setting(tmp_path, ["a"], "WANDB.NUM_QUERIES=1")
     plain = np.arange(9, dtype=np.uint8)[:, None, None, None] * np.array([20, 10, 3], np.uint8) + np.uint8(5)
     pixels = np.broadcast_to(plain, (9, 16, 8, 3)).copy()
@@ -225,14 +225,14 @@ def test_the_picture_has_the_stored_images_of_the_ranking(tmp_path):
     worst = int(scores.per_query.average_precision.argmin())
     junk = {0: 0, 2: 5}.get(worst)  # gallery images of the same person and camera
     kept = {3 + number for number in range(6) if number != junk}
-    found = colours(tmp_path / "pictures" / "worst_queries_a.png") & set(map(tuple, pixels[:, 0, 0].tolist()))
-    assert found == {tuple(pixels[number, 0, 0].tolist()) for number in {worst, *kept}}
+    shown = colors(tmp_path / "pictures" / "worst_queries_a.png") & set(map(tuple, pixels[:, 0, 0].tolist()))
+    assert shown == {tuple(pixels[number, 0, 0].tolist()) for number in {worst, *kept}}
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "label"),
     [([], "cos 0.25"), (["TEST.FEAT_NORM=no"], "d 0.50")],
 )
-def test_closeness_is_in_the_units_that_the_user_knows(tmp_path, settings, words):
+def test_closeness_is_in_the_units_that_the_user_knows(tmp_path, settings, label):
     distance = -0.25 if not settings else 0.25  # a negative cosine; a squared distance
-    assert Setting(tmp_path, ["a"], *settings).pictures._closeness(distance) == words
+    assert Setting(tmp_path, ["a"], *settings).pictures._closeness(distance) == label

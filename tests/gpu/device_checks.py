@@ -69,7 +69,7 @@ def tiny_model(*, with_centers: bool = False) -> ReIDModel:
 
 
 def batches(num_batches: int) -> list[Batch]:
-    """Batches of random images, of which some are flipped, shifted and erased."""
+    """Return batches of random images, some of which are flipped, shifted and erased."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (num_batches, BATCH, HEIGHT, WIDTH, 3), dtype=torch.uint8, generator=generator)
     pids = torch.arange(PIDS).repeat_interleave(BATCH // PIDS)
@@ -78,7 +78,7 @@ def batches(num_batches: int) -> list[Batch]:
 
 
 def accelerate(cfg: CfgNode, device: torch.device) -> Accelerator:
-    """Build the accelerator of a run by itself; accelerate would refuse another device or precision than before."""
+    """Build the accelerator of a separate run; accelerate would refuse another device or precision than before."""
     forget_accelerator()
     return build_accelerator(cfg, on_gpu=device.type == "cuda", num_ranks=1)
 
@@ -152,7 +152,7 @@ def _rank(work: Callable[[str], Any], device: str, rank: int, port: int, results
 
 
 def batchnorm_of_rank(device: str) -> tuple[str, float]:
-    """Return the kind of BatchNorm that synchronises, and how far it is from one over the images of both ranks."""
+    """Return the type of the synchronizing BatchNorm, and its distance from one over the images of both ranks."""
     generator = torch.Generator().manual_seed(0)
     images, factors = torch.randn(2, 6, 4, 5, 3, generator=generator, dtype=torch.float64).to(device)
     part = slice(0, 4) if idist.get_rank() == 0 else slice(4, 6)
@@ -166,8 +166,8 @@ def batchnorm_of_rank(device: str) -> tuple[str, float]:
 
     alone, shared = (nn.Sequential(nn.BatchNorm2d(4)).to(device, torch.float64) for _ in range(2))
     shared = synchronize_batchnorm(shared)
-    expected, found = run(alone, slice(0, 6)), run(shared, part)
+    expected, actual = run(alone, slice(0, 6)), run(shared, part)
     expected[:2] = [value[part] for value in expected[:2]]
-    found[2:4] = [idist.all_reduce(gradient.clone()) for gradient in found[2:4]]
-    worst = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+    actual[2:4] = [idist.all_reduce(gradient.clone()) for gradient in actual[2:4]]
+    worst = max(float((a - b).abs().max()) for a, b in zip(actual, expected, strict=True))
     return type(shared[0]).__name__, worst

@@ -240,9 +240,9 @@ def test_batches_are_pinned_and_arrive_as_on_a_cpu(device, num_workers):
 @pytest.mark.parametrize(("choice", "is_cached"), [("auto", "cuda"), ("on", "any"), ("off", "none")])
 def test_device_cache_holds_all_images_where_it_should(device, choice, is_cached):
     stores = stored()._stores
-    found = loaders._is_cached_on(device, stores, choice)
-    assert found == {"cuda": device.type == "cuda", "any": True, "none": False}[is_cached]
-    if found:
+    actual = loaders._is_cached_on(device, stores, choice)
+    assert actual == {"cuda": device.type == "cuda", "any": True, "none": False}[is_cached]
+    if actual:
         on_device = loaders._on_device(stores, device)
         assert on_device.device.type == device.type
         assert torch.equal(on_device.cpu(), torch.from_numpy(np.concatenate(stores)))
@@ -287,14 +287,14 @@ def labels(num_queries: int, num_gallery: int) -> list[torch.Tensor]:
     ]
 
 
-def whole_numbers(num_images: int, num_features: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
-    """Small whole numbers: products are exact in any order of sums, and many distances are equal."""
+def integers(num_images: int, num_features: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return small integers: products are exact in any order of sums, and many distances are equal."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(-1, 2, (num_images, num_features), generator=generator).to(dtype)
 
 
 def real_numbers(num_images: int, num_features: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
-    """Clusters of five, whose distances all differ."""
+    """Return clusters of five images, all at different distances."""
     generator = torch.Generator().manual_seed(seed)
     centers = torch.randn(num_images // 5 + 1, num_features, generator=generator, dtype=torch.float64)
     noise = torch.randn(num_images, num_features, generator=generator, dtype=torch.float64)
@@ -306,16 +306,16 @@ def assert_same_scores(scores: RetrievalScores, expected: RetrievalScores, rel: 
         assert scores.summary()[name] == pytest.approx(value, rel=rel), name
     torch.testing.assert_close(scores.cmc.cpu(), expected.cmc, rtol=rel, atol=0)
     for name, value in vars(expected.per_query).items():
-        found = getattr(scores.per_query, name).cpu()
-        torch.testing.assert_close(found, value, rtol=rel, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+        actual = getattr(scores.per_query, name).cpu()
+        torch.testing.assert_close(actual, value, rtol=rel, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("distance", ["cosine", "euclidean"])
 @pytest.mark.parametrize(
     ("make", "dtype", "distances"),
     [
-        (whole_numbers, torch.float32, ("euclidean",)),  # a cosine divides, which rounds
-        (whole_numbers, torch.float64, ("euclidean",)),
+        (integers, torch.float32, ("euclidean",)),  # a cosine divides, which rounds
+        (integers, torch.float64, ("euclidean",)),
         (real_numbers, torch.float64, ("cosine", "euclidean")),  # far from each other in float64: the same order
     ],
 )
@@ -329,12 +329,12 @@ def test_retrieval_scores_equal_those_of_a_cpu(device, distance, make, dtype, di
     def scores(on: torch.device) -> RetrievalScores:
         return retrieval_scores(q.to(on), q_pids, q_camids, g.to(on), g_pids, g_camids, **options)
 
-    # Means of float64 may be summed in another order; positions are whole numbers and must be equal.
+    # Means of float64 may be summed in another order; positions are integers and must be equal.
     assert_same_scores(scores(device), scores(CPU), rel=1e-12)
 
 
 def test_equal_distances_are_ranked_by_gallery_order(device):
-    """Whole-number distances of float32: the order of a stable sort, on any device."""
+    """Integer distances in float32 have the order of a stable sort, on any device."""
     distmat = torch.from_numpy(np.random.default_rng(0).integers(0, 9, (50, 400)).astype(np.float32))
     q_pids, q_camids, g_pids, g_camids = labels(50, 400)
     scores = scores_from_distmat(distmat.to(device), q_pids, q_camids, g_pids, g_camids)
@@ -356,14 +356,14 @@ def test_recorded_scores_are_those_of_the_device(device, golden):
     assert_same_scores(scores, expected, rel=1e-12)
 
 
-@pytest.mark.parametrize(("make", "dtype"), [(whole_numbers, torch.float32), (real_numbers, torch.float64)])
+@pytest.mark.parametrize(("make", "dtype"), [(integers, torch.float32), (real_numbers, torch.float64)])
 def test_nearest_neighbours_equal_those_of_a_cpu(device, make, dtype, monkeypatch):
     monkeypatch.setattr(neighbours, "PRODUCT_ROWS", 100)
     embedding = make(700, 8, 3, dtype)
     embedding[50] = embedding[3]  # equal images, and distance 0
-    found, expected = (neighbours.Points.of(embedding.clone().to(on)) for on in (device, CPU))
+    actual, expected = (neighbours.Points.of(embedding.clone().to(on)) for on in (device, CPU))
     for block in neighbours.row_blocks(700):
-        indices, farthest = neighbours.nearest(found, block, 20)
+        indices, farthest = neighbours.nearest(actual, block, 20)
         cpu_indices, cpu_farthest = neighbours.nearest(expected, block, 20)
         assert torch.equal(indices.cpu(), cpu_indices)
         torch.testing.assert_close(farthest.cpu(), cpu_farthest, rtol=1e-10 if dtype == torch.float64 else 0, atol=0)
@@ -400,9 +400,9 @@ def test_recorded_reranking_is_that_of_the_device(device):
 # ---- BatchNorm over two ranks ----
 
 
-def test_synchronised_batchnorm_of_two_ranks_is_that_of_one(device):
-    """Torch's own layer on a GPU, and ours on a CPU; both ranks share the device."""
+def test_synchronized_batchnorm_of_two_ranks_is_that_of_one(device):
+    """The layer is torch's on a GPU, and this project's on a CPU; both ranks share the device."""
     kind = "SyncBatchNorm" if device.type == "cuda" else "_CPUSyncBatchNorm"
-    for found, worst in of_two_ranks(batchnorm_of_rank, device.type):
-        assert found == kind
+    for actual, worst in of_two_ranks(batchnorm_of_rank, device.type):
+        assert actual == kind
         assert worst < 1e-10

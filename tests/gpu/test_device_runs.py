@@ -37,14 +37,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 @pytest.fixture(scope="module")
 def on_cpu(place: Place) -> Path:
-    """A training of three epochs on a CPU, without interruption."""
+    """Train three epochs on a CPU, without interruption."""
     place.train("OUTPUT_DIR", "on_cpu", "SOLVER.MAX_EPOCHS", 3, *EXACT)
     return place.folder / "on_cpu"
 
 
 @pytest.fixture(scope="module")
 def moved(place: Place, device: str) -> dict[str, str]:
-    """The same training by torchrun (NCCL on a GPU), then on a CPU, then on the device again; its output by part."""
+    """Train the same by torchrun (NCCL on a GPU), on a CPU and on the device again; return the output by part."""
     folder = f"moved_{device}"
     common = ("OUTPUT_DIR", folder, *EXACT)
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1")
@@ -59,9 +59,9 @@ def moved(place: Place, device: str) -> dict[str, str]:
 
 
 def assert_same_records(folder: Path, expected: Path, kind: str, tolerance: float) -> None:
-    own, others = (records(one, kind, speeds=False) for one in (folder, expected))
-    assert [record["iteration"] for record in own] == [record["iteration"] for record in others]
-    for record, other in zip(own, others, strict=True):
+    rows_here, others = (records(one, kind, speeds=False) for one in (folder, expected))
+    assert [record["iteration"] for record in rows_here] == [record["iteration"] for record in others]
+    for record, other in zip(rows_here, others, strict=True):
         assert record.keys() == other.keys()
         for name, value in other.items():
             if isinstance(value, int | float):

@@ -32,7 +32,7 @@ def leaf(values):
 
 
 def value_and_gradient(loss, feat, *others):
-    """Of the mean over what counts."""
+    """Return the gradient of the mean over the anchors that count."""
     feat = leaf(feat)
     total, count = loss(feat, *others)
     (gradient,) = torch.autograd.grad(total / count, feat)
@@ -112,7 +112,7 @@ def test_triplet_equals_loop_for_any_identity_counts(margin, pids, seed):
 
 
 @MARGINS
-def test_triplet_gradient_is_the_losss_own(margin):
+def test_triplet_gradient_is_that_of_the_loss(margin):
     pids = torch.tensor(UNEVEN)
     assert torch.autograd.gradcheck(lambda feat: batch_hard_triplet(feat, pids, margin)[0], leaf(features(len(pids))))
 
@@ -173,7 +173,7 @@ def test_float32_agrees_with_float64(margin):
 
 
 def test_float32_distances_are_exact_far_from_the_origin():
-    """By the matrix product their squared distances, about 1e-4, would drown in rounding errors of 1e-2."""
+    """Squared distances of about 1e-4 would be lost in the matrix product's rounding errors of 1e-2."""
     feat = 50 + 0.001 * features(6, num_features=64)
     positive, negative, _ = batch_hard_distances(feat.float(), torch.tensor([0, 0, 1, 1, 2, 2]))
     for hardest in (positive, negative):

@@ -1,4 +1,4 @@
-"""The model against the published one: names, features, initialisation; and what its settings change.
+"""Tests of the model: names, features and initialization as published, and the effect of settings.
 
 Also covers reid.models.backbones.
 """
@@ -64,7 +64,7 @@ def test_parameters_have_the_published_names(name):
 
 @pytest.fixture(scope="module", params=PUBLISHED)
 def published(request):
-    """A backbone's name, and a function that builds the recorded float64 model in eval mode with other settings."""
+    """Return a backbone's name, and a function that builds the recorded float64 model in eval mode."""
     weights = {}
 
     def build(**settings):
@@ -111,7 +111,7 @@ def test_every_backbone_can_be_chosen_and_no_other():
 
 
 def test_resnet101_ibn_a_extends_resnet50_ibn_a_in_layer3_only():
-    """Of the third stage, as resnet101 is to resnet50."""
+    """It has the same first layers as resnet50_ibn_a, as resnet101 has those of resnet50."""
     with torch.device("meta"):
         small, large, plain = (
             shapes(BACKBONES[name](last_stride=1, stem_relu=True))
@@ -132,8 +132,8 @@ def test_training_gives_the_feature_before_the_neck_and_logits():
     output = model(pictures())
     assert type(output) is ReIDOutput
     assert (output.feat.shape, output.logits.shape) == ((4, 512), (4, 7))
-    normalised = (output.feat - output.feat.mean(0)) / (output.feat.var(0, correction=0) + 1e-5).sqrt()
-    torch.testing.assert_close(output.logits, normalised @ model.classifier.weight.T, rtol=1e-4, atol=1e-5)
+    normalized = (output.feat - output.feat.mean(0)) / (output.feat.var(0, correction=0) + 1e-5).sqrt()
+    torch.testing.assert_close(output.logits, normalized @ model.classifier.weight.T, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("neck_feat", "after_neck"), [("after", True), ("before", False)])
@@ -153,15 +153,15 @@ def test_retrieval_compares_the_feature_after_or_before_the_neck(neck_feat, afte
 @pytest.mark.parametrize("name", [*PUBLISHED, pytest.param("resnet101_ibn_a", marks=pytest.mark.slow)])
 def test_the_last_stride_sets_the_size_of_the_feature_map(name, last_stride, size):
     with torch.device("meta"):
-        trunk = BACKBONES[name](last_stride=last_stride, stem_relu=False)
-        feature_map = trunk(torch.empty(2, 3, 256, 128))
-    assert feature_map.shape == (2, trunk.num_features, *size)
+        backbone = BACKBONES[name](last_stride=last_stride, stem_relu=False)
+        feature_map = backbone(torch.empty(2, 3, 256, 128))
+    assert feature_map.shape == (2, backbone.num_features, *size)
 
 
-# ---- the neck and what is initialised how ----
+# ---- neck and initialization ----
 
 
-def test_bnneck_and_classifier_initialisation():
+def test_bnneck_and_classifier_initialization():
     model = small(num_pids=751)
     assert torch.equal(model.bottleneck.weight, torch.ones(512))
     assert torch.equal(model.bottleneck.bias, torch.zeros(512))
@@ -174,8 +174,8 @@ def test_bnneck_and_classifier_initialisation():
 
 def test_classifier_without_neck_has_bias_and_uses_raw_feature():
     model = small(NECK="no", num_pids=7)
-    own = {name: shape for name, shape in shapes(model).items() if not name.startswith("base.")}
-    assert own == {"classifier.weight": [7, 512], "classifier.bias": [7]}
+    head = {name: shape for name, shape in shapes(model).items() if not name.startswith("base.")}
+    assert head == {"classifier.weight": [7, 512], "classifier.bias": [7]}
     assert all(parameter.requires_grad for parameter in model.parameters())
     bound = 1 / 512**0.5  # torch's default for a linear layer: uniform within it
     assert model.classifier.weight.abs().max().item() == pytest.approx(bound, rel=0.01)
@@ -245,8 +245,8 @@ def test_stem_relu_no_has_no_effect_on_other_backbones(name, caplog):
     assert config(name, STEM_RELU="yes").MODEL.STEM_RELU is True
     assert caplog.messages == []
     assert config(name, STEM_RELU="no").MODEL.STEM_RELU is True
-    (said,) = caplog.messages
-    assert all(fact in said for fact in ("MODEL.STEM_RELU no", "command line", name)), said
+    (message,) = caplog.messages
+    assert all(fact in message for fact in ("MODEL.STEM_RELU no", "command line", name)), message
 
 
 def test_half_of_an_ibn_norm_is_over_each_image_alone():

@@ -1,4 +1,4 @@
-"""timm's models as trunks: what is asked for, what is refused, and that they train in the real program."""
+"""Tests of timm models as backbones: options, errors, pretrained weights, and training in the real program."""
 
 import json
 import logging
@@ -55,12 +55,12 @@ def test_where_nothing_is_like_it_the_list_is_named(name, remedy):
 
 
 def test_unknown_name_is_reported_before_data_is_read(place):
-    said = place.refusal("train", "OUTPUT_DIR", "misspelt", "MODEL.NAME", "timm/resnet52", num_ranks=2, code=2)
-    assert all(fact in said for fact in ("MODEL.NAME", "got timm/resnet52", "timm/resnet152")), said
+    message = place.refusal("train", "OUTPUT_DIR", "misspelt", "MODEL.NAME", "timm/resnet52", num_ranks=2, code=2)
+    assert all(fact in message for fact in ("MODEL.NAME", "got timm/resnet52", "timm/resnet152")), message
     assert "misspelt" not in names(place.folder)
 
 
-# ---- what is asked for ----
+# ---- options ----
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_unknown_name_is_reported_before_data_is_read(place):
         ("test_convnext", ((256, 128), (384, 128)), 2, {}),
     ],
 )
-def test_a_model_is_asked_for_what_it_can(name, sizes, stride, options):
+def test_options_are_those_that_the_model_accepts(name, sizes, stride, options):
     sizes = [f"INPUT.{key}={size}" for key, size in zip(("SIZE_TRAIN", "SIZE_TEST"), sizes, strict=True)]
     assert timm_backbones.plan_for(settings(name, *sizes, f"MODEL.LAST_STRIDE={stride}")).options == options
 
@@ -83,16 +83,16 @@ def test_effect_of_last_stride_is_reported(caplog):
     backbones.validate_backbone(settings("test_resnet", "INPUT.SIZE_TRAIN=(40,40)"))
     backbones.validate_backbone(settings("test_vit", "INPUT.SIZE_TRAIN=(48,48)"))
     backbones.validate_backbone(settings("test_vit", "INPUT.SIZE_TRAIN=(64,48)", "MODEL.LAST_STRIDE=2"))
-    with_dilation, as_it_is = caplog.messages
+    with_dilation, no_effect = caplog.messages
     assert re.search(r"MODEL\.LAST_STRIDE 1\b.*timm/test_resnet.*1/16", with_dilation)
-    assert re.search(r"MODEL\.LAST_STRIDE 1\b.*cannot.*timm/test_vit", as_it_is)
+    assert re.search(r"MODEL\.LAST_STRIDE 1\b.*no effect.*timm/test_vit", no_effect)
 
 
 def test_the_last_stride_is_seen_in_the_map():
     maps = {}
     for stride in (1, 2):
-        trunk = build_model(settings("test_resnet", f"MODEL.LAST_STRIDE={stride}"), 2).base
-        maps[stride] = trunk.forward_features(pictures(256, 128)).shape[2:]
+        backbone = build_model(settings("test_resnet", f"MODEL.LAST_STRIDE={stride}"), 2).base
+        maps[stride] = backbone.forward_features(pictures(256, 128)).shape[2:]
     assert maps == {1: (16, 8), 2: (8, 4)}
 
 
@@ -106,26 +106,26 @@ def test_a_size_that_the_model_does_not_take_is_rejected():
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "mobilenetv3_small_050", "test_vit4"])
-def test_features_are_those_that_the_models_own_classifier_sees(name):
-    """Whatever pooling, head or norm the model has behind its blocks."""
+def test_features_are_those_that_the_classifier_sees(name):
+    """The model may have any pooling, head or norm after its blocks."""
     cfg = settings(name, "INPUT.SIZE_TRAIN=(64,32)", "INPUT.SIZE_TEST=(64,32)", "TEST.NECK_FEAT=before")
     plan = timm_backbones.plan_for(cfg)
-    whole = plan.create().eval()  # with a classifier
+    complete = plan.create().eval()  # with a classifier
     model = build_model(cfg, num_pids=3).eval()
     assert model.num_features == plan.num_features == model.bottleneck.num_features
-    model.base.load_state_dict({name: whole.state_dict()[name] for name in model.base.state_dict()})
+    model.base.load_state_dict({name: complete.state_dict()[name] for name in model.base.state_dict()})
     seen = []
-    whole.get_classifier().register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    complete.get_classifier().register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     with torch.no_grad():
         embedding = model(pictures(64, 32))
-        whole(pictures(64, 32))
+        complete(pictures(64, 32))
     assert embedding.shape == (2, plan.num_features)
     torch.testing.assert_close(embedding, seen[0].flatten(1))
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "legacy_seresnet18", "rexnet_100"])
 def test_no_dropout_or_stochastic_depth_makes_ranks_differ(name):
-    """These come with some."""
+    """These models come with dropout or stochastic depth."""
     model = build_model(settings(name, "INPUT.SIZE_TRAIN=(64,64)", "INPUT.SIZE_TEST=(64,64)"), 3).base.train()
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
@@ -133,7 +133,7 @@ def test_no_dropout_or_stochastic_depth_makes_ranks_differ(name):
     assert torch.equal(model(pictures(64, 64)), model(pictures(64, 64)))
 
 
-# ---- normalisation ----
+# ---- normalization ----
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_normalization_is_that_of_settings_or_else_of_the_model(tmp_path, name, 
     assert backbones.normalization(again) == expected
 
 
-def test_the_normalisation_reaches_the_pixels():
+def test_the_normalization_reaches_the_pixels():
     cfg = settings("test_vit")
     batch = type("Batch", (), {"images": torch.tensor([0, 255], dtype=torch.uint8).view(1, 2, 1, 1).expand(1, 2, 1, 3)})
     pixels = BatchPreprocessor(cfg, torch.device("cpu")).for_evaluation(batch)
@@ -169,7 +169,7 @@ def test_the_normalisation_reaches_the_pixels():
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory):
-    """timm's own layout, for 160x160 pixels and 1000 classes; and what is in it."""
+    """Return a file in timm's layout, for 160x160 pixels and 1000 classes, and its state dict."""
     torch.manual_seed(5)
     state = timm.create_model("test_vit").state_dict()
     file = tmp_path_factory.mktemp("vit") / "model.safetensors"
@@ -252,9 +252,9 @@ def test_model_of_another_image_size_is_rejected_with_remedy(vit, tmp_path):
 
 def test_missing_network_error_names_the_download(place):
     settings = ("OUTPUT_DIR", "no_weights", "MODEL.NAME", "timm/test_vit", "MODEL.PRETRAIN_CHOICE", "imagenet")
-    said = place.refusal("train", *settings, num_ranks=2, code=1)
-    assert "MODEL.PRETRAIN_CHOICE" in said
-    assert re.search(r"https://huggingface\.co/timm/test_vit\.r160_in1k .*MODEL\.PRETRAIN_PATH", said), said
+    message = place.refusal("train", *settings, num_ranks=2, code=1)
+    assert "MODEL.PRETRAIN_CHOICE" in message
+    assert re.search(r"https://huggingface\.co/timm/test_vit\.r160_in1k .*MODEL\.PRETRAIN_PATH", message), message
 
 
 def test_model_without_pretrained_weights_is_an_error():
@@ -271,8 +271,8 @@ def test_model_without_pretrained_weights_is_an_error():
 def test_it_trains_and_is_evaluated(place, name):
     """On two ranks, whose DistributedDataParallel would wait for a parameter without a gradient."""
     folder = name.replace("/", "_")
-    said = place.train("OUTPUT_DIR", folder, "MODEL.NAME", name, "SOLVER.MAX_EPOCHS", 1, num_ranks=2).out
-    assert "warning" not in said
+    message = place.train("OUTPUT_DIR", folder, "MODEL.NAME", name, "SOLVER.MAX_EPOCHS", 1, num_ranks=2).out
+    assert "warning" not in message
     trained = json.loads((place.folder / folder / "result.json").read_text())
     assert records(place.folder / folder, "val")[-1]["mAP"] == trained["mAP"]
     (best,) = (place.folder / folder / "checkpoints").glob("best_*.pt")

@@ -29,7 +29,7 @@ def assert_agrees(scores: RetrievalScores, expected: reference.Retrieval):
 
 
 def assert_equal(one: RetrievalScores, other: RetrievalScores):
-    """The same ranking; the sums of its precisions may be rounded in another order."""
+    """Assert the same ranking; sums of precisions may be rounded in another order."""
     assert torch.equal(one.per_query.first_match, other.per_query.first_match)
     for name in ("average_precision", "inverse_negative_penalty"):
         ours, theirs = getattr(one.per_query, name), getattr(other.per_query, name)
@@ -154,17 +154,17 @@ def test_the_gallerys_order_changes_nothing():
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 @pytest.mark.parametrize("size", [1, 7, 119, 120])
 def test_the_size_of_the_blocks_of_queries_changes_nothing(golden, monkeypatch, distance, size):
-    whole = retrieval_scores(*sides(golden), distance=distance)
+    complete = retrieval_scores(*sides(golden), distance=distance)
     monkeypatch.setattr(metrics, "QUERY_BLOCK", size)
-    assert_equal(retrieval_scores(*sides(golden), distance=distance), whole)
+    assert_equal(retrieval_scores(*sides(golden), distance=distance), complete)
 
 
 @given(retrievals(TIED), st.integers(1, 5))
 def test_block_size_does_not_change_scores_with_ties(case, size):
-    whole = scores_from_distmat(*case)
+    complete = scores_from_distmat(*case)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "QUERY_BLOCK", size)
-        assert_equal(scores_from_distmat(*case), whole)
+        assert_equal(scores_from_distmat(*case), complete)
 
 
 def test_cosine_ignores_length_and_euclidean_does_not(golden):
@@ -177,7 +177,7 @@ def test_cosine_ignores_length_and_euclidean_does_not(golden):
         assert (abs(one.mAP - other.mAP) < 1e-12) == same
 
 
-# ---- kinds of input ----
+# ---- types of input ----
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_arrays_of_any_kind_give_the_same(golden, kind):
     assert_equal(scores_from_distmat(*map(kind, without_ties())), scores_from_distmat(*without_ties()))
 
 
-def test_whole_numbers_are_distances_too():
+def test_integers_are_distances_too():
     distmat = [[3, 1, 2], [1, 2, 3]]
     both = [1, 2], [0, 0], [1, 2, 1], [1, 1, 2]
     assert_equal(scores_from_distmat(distmat, *both), scores_from_distmat(np.array(distmat) / 1.0, *both))
@@ -227,8 +227,8 @@ def test_bfloat16_is_computed_in_float32(golden, distance):
 
 
 @pytest.mark.parametrize("pid", [0, 2**31, 2**62, 2**63 - 1, -(2**63)])
-def test_any_whole_number_is_a_pid(pid):
-    """Its neighbour, which a float could not tell from it, is another person."""
+def test_any_integer_is_a_pid(pid):
+    """The next integer, equal as a float, is another person."""
     neighbour = pid - 1 if pid > 0 else pid + 1
     scores = scores_from_distmat([[0.1, 0.2]], [pid], [0], [neighbour, pid], [1, 1])
     assert scores.per_query.first_match.tolist() == [1]

@@ -11,7 +11,7 @@ from reid.retrieval.neighbours import nearest_in_gallery
 
 
 def all_sorted(q, g, top, distance):
-    """From the definition, one query at a time, in float64."""
+    """Return the result by definition, one query at a time, in float64."""
     q, g = q.astype(np.float64), g.astype(np.float64)
     rows = []
     for query in q:
@@ -38,7 +38,7 @@ def normalized(x):
 
 @given(data=st.data())
 def test_any_gallery_with_many_ties_in_its_order(data):
-    """Small whole numbers: many images at equal distance, which float32 computes exactly."""
+    """Small integers give many images at equal distance, which float32 computes exactly."""
     num_q, num_g = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 60))
     rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
     q, g = (rng.integers(-1, 2, (num, 3)).astype(np.float32) for num in (num_q, num_g))

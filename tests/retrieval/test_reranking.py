@@ -1,6 +1,6 @@
-"""Re-ranking against recorded figures and the dense algorithm; any blocks and ranks alike; what is refused.
+"""Tests of re-ranking against recorded figures and the dense algorithm, of blocks and ranks, and of errors.
 
-Also covers reid.retrieval.neighbours.
+Also covers reid.retrieval.neighbours and reid.retrieval.sparse_rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from program import TIMEOUT
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reid.retrieval import metrics, neighbours, reranking
+from reid.retrieval import metrics, neighbours, reranking, sparse_rows
 from reid.retrieval.neighbours import row_blocks
 from reid.retrieval.reranking import KReciprocal, k_reciprocal
 
@@ -32,7 +32,7 @@ def golden():
 
 
 def people(num_images: int, num_features: int = 16, seed: int = 0, spread: float = 0.5) -> np.ndarray:
-    """Embeddings of length 1 around a centre for every five images."""
+    """Return embeddings of length 1 around one center for every five images."""
     rng = np.random.default_rng(seed)
     centres = rng.standard_normal((num_images // 5 + 1, num_features))
     x = centres[rng.integers(len(centres), size=num_images)] + spread * rng.standard_normal((num_images, num_features))
@@ -93,7 +93,7 @@ KINDS = {
     seed=st.integers(0, 2**32 - 1),
     spare=st.sampled_from([0, 1, neighbours.SPARE]),
     block_rows=st.sampled_from([1, 7, neighbours.PRODUCT_ROWS]),
-    portion=st.sampled_from([1, 100, reranking.PORTION]),
+    portion=st.sampled_from([1, 100, sparse_rows.PORTION]),
 )
 @example("zeros", 1, 1, 1, 1, 1, 0.3, 0, 16, 512, 2**20)
 @example("identical", 3, 60, 2, 5, 12, 0.3, 0, 16, 512, 2**20)  # most have no mutual neighbour at all
@@ -106,7 +106,7 @@ def test_as_the_dense_algorithm(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neighbours, "SPARE", spare)
         patch.setattr(neighbours, "PRODUCT_ROWS", block_rows)
-        patch.setattr(reranking, "PORTION", portion)
+        patch.setattr(sparse_rows, "PORTION", portion)
         distmat = k_reciprocal(q, g, k1, k2, lambda_value)
     assert distmat.shape == (num_queries, num_gallery)
     assert_close(distmat, expected(x[:num_queries], x[num_queries:], k1, k2, lambda_value))
@@ -132,11 +132,11 @@ class Ranks:
         return gather
 
     def distances(self, q, g, blocks_of) -> list[torch.Tensor]:
-        """What each rank has for all queries."""
+        """Return the distances of all queries on each rank."""
 
         def work(rank: int) -> torch.Tensor:
             blocks = blocks_of(rank)
-            reranked = KReciprocal(q, g, 20, 6, 0.3, own_blocks=blocks, gather=self.gather(rank))
+            reranked = KReciprocal(q, g, 20, 6, 0.3, blocks=blocks, gather=self.gather(rank))
             return torch.cat([reranked.distances(slice(i, i + 16)) for i in range(0, len(q), 16)])
 
         with ThreadPoolExecutor(self.num_ranks) as pool:
@@ -184,9 +184,9 @@ def test_neighbours_do_not_depend_on_blocks(monkeypatch):
 def test_neighbours_as_sorted_distances(kind, dtype):
     x = torch.from_numpy(KINDS[kind](np.random.default_rng(1), (200, 3))).to(dtype)
     distances = reference.squared_distances(x.numpy())
-    found, farthest = neighbours.nearest(neighbours.Points.of(x.clone()), slice(0, 200), 20)
-    is_right = (found.numpy() == distances.argsort(axis=1, kind="stable")[:, :20]).all(axis=1)
-    assert is_right[1 if kind == "outlier" else 0 :].all()  # its own distances are nearly equal
+    indices, farthest = neighbours.nearest(neighbours.Points.of(x.clone()), slice(0, 200), 20)
+    is_right = (indices.numpy() == distances.argsort(axis=1, kind="stable")[:, :20]).all(axis=1)
+    assert is_right[1 if kind == "outlier" else 0 :].all()  # distances of the outlier are nearly equal
     assert_close(farthest / farthest.max().clamp(min=1e-30), distances.max(axis=1) / max(distances.max(), 1e-30))
 
 
@@ -264,7 +264,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_no_tensor_grows_with_the_square_of_the_images(monkeypatch):
     monkeypatch.setattr(neighbours, "PRODUCT_ELEMENTS", 2**16)
-    monkeypatch.setattr(reranking, "PORTION", 2**16)
+    monkeypatch.setattr(sparse_rows, "PORTION", 2**16)
     largest = []
     for num_images in (1500, 3000):
         x = people(num_images, 8, spread=0.3)
@@ -295,7 +295,7 @@ def test_forms_of_input():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         ({"k1": 0}, "k1.* got 0"),
         ({"k1": 2.5}, r"k1.* got 2\.5"),
@@ -313,7 +313,7 @@ def test_forms_of_input():
         ({"g_embedding": np.full((3, 5), 1e200)}, "finite"),
     ],
 )
-def test_invalid_input_is_rejected(arguments, words):
-    with pytest.raises(ValueError, match=words) as caught:
+def test_invalid_input_is_rejected(arguments, message):
+    with pytest.raises(ValueError, match=message) as caught:
         k_reciprocal(**{"q_embedding": np.ones((2, 5)), "g_embedding": np.ones((3, 5)), **arguments})
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""TPR at FPR against trying every threshold; parts that add up; the keys that stand for distances."""
+"""Tests of TPR at FPR against trying every threshold, of sums over parts, and of the keys of distances."""
 
 import math
 
@@ -40,7 +40,7 @@ def test_rates_of_float32_distances_agree(case):
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_rates_from_embeddings_equal_those_from_distances(golden, distance, dtype):
-    """Queries of quite different lengths, which their own rankings do not show."""
+    """Queries of different lengths have equal rankings, but distances that differ between queries."""
     q, q_pids, q_camids, g, g_pids, g_camids = sides(golden)
     q = (q * np.random.default_rng(0).uniform(0.5, 2, (len(q), 1))).astype(dtype)
     given = q, q_pids, q_camids, g.astype(dtype), g_pids, g_camids
@@ -68,9 +68,9 @@ def test_rates_equal_dense_sort_over_several_query_blocks():
 @pytest.mark.parametrize("size", [1, 7, 40])
 def test_the_size_of_the_blocks_of_queries_changes_nothing(monkeypatch, size):
     case = without_ties()
-    whole = scores_from_distmat(*case, fprs=RATES).tpr_at_fpr
+    complete = scores_from_distmat(*case, fprs=RATES).tpr_at_fpr
     monkeypatch.setattr(metrics, "QUERY_BLOCK", size)
-    assert scores_from_distmat(*case, fprs=RATES).tpr_at_fpr == whole
+    assert scores_from_distmat(*case, fprs=RATES).tpr_at_fpr == complete
 
 
 def test_distances_are_compared_in_float64():
@@ -87,7 +87,7 @@ def test_a_query_without_a_match_has_negative_pairs():
     assert (alone.tpr_at_fpr, with_it.tpr_at_fpr) == ({0.0: 1}, {0.0: 0})
 
 
-def test_images_of_the_querys_own_camera_are_no_pairs():
+def test_images_of_the_querys_camera_are_no_pairs():
     scores = scores_from_distmat([[0.1, 0.5, 0.6]], [1], [0], [1, 1, 2], [0, 1, 1], fprs=[0.0])
     assert scores.tpr_at_fpr == {0.0: 1}
 

@@ -27,12 +27,12 @@ def test_positions_agree_with_choosing_images_one_by_one(case):
         assert scores.cmc[k - 1] == pytest.approx(np.mean([[p < k for p in positions] for positions in valid]))
 
 
-def test_all_but_the_curve_stays_over_the_whole_gallery():
-    whole, single = (scores_from_distmat(*without_ties(), single_gallery_shot=on) for on in (False, True))
-    assert (single.mAP, single.mINP) == (whole.mAP, whole.mINP)
-    assert torch.equal(single.per_query.first_match, whole.per_query.first_match)
-    assert not torch.equal(single.cmc, whole.cmc)
-    assert whole.per_query.single_shot.shape == (40, 0)
+def test_all_but_the_curve_stays_over_the_complete_gallery():
+    complete, single = (scores_from_distmat(*without_ties(), single_gallery_shot=on) for on in (False, True))
+    assert (single.mAP, single.mINP) == (complete.mAP, complete.mINP)
+    assert torch.equal(single.per_query.first_match, complete.per_query.first_match)
+    assert not torch.equal(single.cmc, complete.cmc)
+    assert complete.per_query.single_shot.shape == (40, 0)
 
 
 def test_every_image_is_chosen_with_the_same_probability():
@@ -48,11 +48,11 @@ def test_every_image_is_chosen_with_the_same_probability():
 
 @pytest.mark.parametrize("size", [1, 7, 40])
 def test_the_size_of_the_blocks_of_queries_changes_nothing(monkeypatch, size):
-    whole = scores_from_distmat(*without_ties(), single_gallery_shot=True)
+    complete = scores_from_distmat(*without_ties(), single_gallery_shot=True)
     monkeypatch.setattr(metrics, "QUERY_BLOCK", size)
     parts = scores_from_distmat(*without_ties(), single_gallery_shot=True)
-    assert torch.equal(parts.per_query.single_shot, whole.per_query.single_shot)
-    assert torch.equal(parts.cmc, whole.cmc)
+    assert torch.equal(parts.per_query.single_shot, complete.per_query.single_shot)
+    assert torch.equal(parts.cmc, complete.cmc)
 
 
 def test_pids_may_be_any_numbers():
