@@ -132,32 +132,42 @@ def open_store(file: Path, num_images: int, size: tuple[int, int]) -> np.ndarray
     return images
 
 
-def decode(path: Path, size: tuple[int, int]) -> bytes:
+class UnreadableImageError(ValueError):
+    """An image that cannot be decoded; its text is the reason in a few words."""
+
+
+def decode(source: Path | Image.Image, size: tuple[int, int]) -> bytes:
     """Return the image as H*W*3 bytes of RGB, resized by antialiased bilinear interpolation.
 
     The EXIF orientation is not applied and transparency is ignored, as in reid-strong-baseline.
+
+    Raises:
+        UnreadableImageError: The file is missing, damaged or not an image.
     """
-    # Read at once: PIL reads a JPEG's header in many small pieces, and that costs 10 % of all the time here.
-    with Image.open(io.BytesIO(path.read_bytes())) as image:
-        return pixels_of(image, size)
-
-
-def pixels_of(image: Image.Image, size: tuple[int, int]) -> bytes:
-    """Return the image as H*W*3 bytes of RGB, resized as in `decode`."""
-    height, width = size
-    # PIL warns when a palette with transparency becomes RGB at once; by way of RGBA the colors are the same.
-    opaque = image.convert("RGBA") if image.mode == "P" else image
-    rgb = opaque if opaque.mode == "RGB" else opaque.convert("RGB")
-    return rgb.resize((width, height), Image.Resampling.BILINEAR).tobytes()
+    try:
+        # Read at once: PIL reads a JPEG's header in many small pieces, and that costs 10 % of all the time here.
+        image = Image.open(io.BytesIO(source.read_bytes())) if isinstance(source, Path) else source
+        # PIL warns when a palette with transparency becomes RGB at once; by way of RGBA the colors are the same.
+        opaque = image.convert("RGBA") if image.mode == "P" else image
+        rgb = opaque if opaque.mode == "RGB" else opaque.convert("RGB")
+        return rgb.resize(size[::-1], Image.Resampling.BILINEAR).tobytes()
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError("empty or not an image") from error
+    except Exception as error:  # a damaged file makes PIL's decoders raise nearly anything
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+        raise UnreadableImageError(reason) from error
 
 
 def fault_of_image(path: Path) -> str | None:
     """Return why an image cannot be read, as `build_store` reports it; None if it can be."""
     try:
         decode(path, (1, 1))
-    except Exception as error:  # a broken file makes PIL's decoders raise nearly anything
-        return reason_of(error)
+    except UnreadableImageError as error:
+        return str(error)
     return None
+
+
+pixels_of, reason_of = decode, str  # until evaluation/embedder calls `decode` for all images
 
 
 def _names_below(paths: Sequence[Path]) -> dict[Path, str]:
@@ -184,8 +194,8 @@ def _write_images(
         for i, path in enumerate(paths[start : start + _CHUNK], start):
             try:
                 pixels = decode(path, size)
-            except Exception as error:  # a broken file makes PIL's decoders raise nearly anything
-                bad.append(f"{path} ({reason_of(error)})")
+            except UnreadableImageError as error:
+                bad.append(f"{path} ({error})")
             else:
                 write_at(descriptor, pixels, offset + i * stride)
         return bad
@@ -246,13 +256,6 @@ def _header(num_images: int, size: tuple[int, int]) -> bytes:
 
 def _num_pixel_bytes(num_images: int, size: tuple[int, int]) -> int:
     return num_images * size[0] * size[1] * 3
-
-
-def reason_of(error: Exception) -> str:
-    """Return why an image cannot be read, in a few words."""
-    if isinstance(error, UnidentifiedImageError):
-        return "empty or not an image"
-    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
 
 
 def _describe(bad: Sequence[str], num_images: int, full_list: Path) -> str:
