@@ -217,7 +217,7 @@ def _is_cached_on(device: torch.device, stores: Sequence[NDArray[np.uint8]], cho
 def _on_device(stores: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:
     lengths = [len(stored) for stored in stores]
     images = torch.empty((sum(lengths), *stores[0].shape[1:]), dtype=torch.uint8, device=device)
-    for stored, out in zip(stores, images.split(lengths), strict=True):
+    for stored, out in zip(stores, torch.split(images, lengths), strict=True):
         for start in range(0, len(stored), _CHUNK):
             out[start : start + _CHUNK] = torch.from_numpy(np.array(stored[start : start + _CHUNK]))
     logger.info("copied all %d training images (%.1f GB) to %s", len(images), images.nbytes / 1e9, device)

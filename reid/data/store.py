@@ -6,7 +6,6 @@ Its name holds a fingerprint of the image files, so a changed data set gets a ne
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import logging
@@ -30,7 +29,6 @@ FORMAT_VERSION = 1  # raise it when the same image files would give other pixels
 
 _CHUNK = 64  # images per task of a thread; one image takes about 0.6 ms
 _NUM_SHOWN = 20  # bad files in a message
-_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +70,7 @@ def build_store(
     """Decode and resize all images into `file`, unless it is already complete.
 
     The file is renamed atomically, so it is either absent or complete, and any number of processes may build it at once
-    (each in its own temporary file; the last rename wins). Temporary files of killed builds are removed first.
+    (each in another temporary file; the last rename wins). Temporary files of killed builds are removed first.
 
     Args:
         file: Path that `store_file` returned.
@@ -133,7 +131,7 @@ def open_store(file: Path, num_images: int, size: tuple[int, int]) -> np.ndarray
 
 
 class UnreadableImageError(ValueError):
-    """An image that cannot be decoded; its text is the reason in a few words."""
+    """An image that cannot be decoded; its text is the reason."""
 
 
 def decode(source: Path | Image.Image, size: tuple[int, int]) -> bytes:
@@ -216,17 +214,10 @@ def _disk_errors(file: Path, num_bytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_SPACE:
-            raise WorldError(
-                f"DATASETS.CACHE_DIR must be a writable folder, got {file.parent} ({error.strerror}). Fix: set "
-                "DATASETS.CACHE_DIR to another folder.",
-                key="DATASETS.CACHE_DIR",
-            ) from error
-        existing = next(folder for folder in file.absolute().parents if folder.exists())
-        free = shutil.disk_usage(existing).free
+        free = shutil.disk_usage(next(filter(os.path.exists, file.absolute().parents))).free
         raise WorldError(
-            f"the store {file} needs {num_bytes:,} bytes, but {free:,} bytes are free ({error.strerror}). Fix: free "
-            "some space, or set DATASETS.CACHE_DIR to another disk.",
+            f"DATASETS.CACHE_DIR must be a writable folder with {num_bytes:,} bytes for {file}, got {error.strerror!r} "
+            f"while {free:,} bytes are free. Fix: free some space, or set DATASETS.CACHE_DIR to another folder.",
             key="DATASETS.CACHE_DIR",
         ) from error
 

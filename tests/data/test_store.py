@@ -346,7 +346,7 @@ def test_a_cache_folder_that_cannot_be_written(tmp_path, cache_dir):
     (tmp_path / "file").touch()
     folder = Path(cache_dir.replace("FILE", str(tmp_path / "file")))
     paths = write_images(tmp_path / "images", 2)
-    with refused(WorldError, "DATASETS.CACHE_DIR", "DATASETS.CACHE_DIR", f"{folder} "):
+    with refused(WorldError, "DATASETS.CACHE_DIR", "DATASETS.CACHE_DIR", f"{folder}/store.npy"):
         build_store(folder / "store.npy", paths, SIZE)
 
 
