@@ -1,4 +1,4 @@
-"""What each rank of test_distributed.py does: it trains and evaluates in float64, and writes down the outcome."""
+"""Work of the ranks of test_collectives.py: they train and evaluate in float64, and save the outcome."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ VARIANTS = {
 # Trained also where each identity has as many images as a batch takes of it; unequal numbers are the general case.
 EQUAL_COUNTS = ("softmax", "softmax_triplet", "clipped", "no_batchnorm", "accumulated_no_batchnorm")
 EVALUATION_SIZES = (2, 7, 30, 61)  # images, in batches of 8: fewer batches than ranks, and fewer images
-# Those that see the same mathematics another way.
+# Variants with equal results: one takes micro-batches, the other the global batch.
 EQUAL_VARIANTS = {
     "accumulated_no_batchnorm": "no_batchnorm",
     "accumulated_triplet_no_batchnorm": "triplet_no_batchnorm",
@@ -99,7 +99,7 @@ class TinyTrunk(nn.Sequential):
 
 
 class TrunkWithIBN(nn.Sequential):
-    """The same with half an InstanceNorm."""
+    """Tiny backbone with half an InstanceNorm."""
 
     num_features = 16
 
@@ -109,7 +109,7 @@ class TrunkWithIBN(nn.Sequential):
 
 
 class TrunkWithoutBatchNorm(nn.Sequential):
-    """The same without BatchNorm."""
+    """Tiny backbone without BatchNorm."""
 
     num_features = 16
 
@@ -119,7 +119,7 @@ class TrunkWithoutBatchNorm(nn.Sequential):
 
 
 class GivenImages(BatchPreprocessor):
-    """Passes on images that are already normalised."""
+    """Preprocessor of images that are already normalized."""
 
     def for_training(self, batch: Batch) -> Tensor:
         return batch.images
@@ -144,7 +144,7 @@ def trained(
     wire: Callable[..., None],
     num_epochs: int,
 ) -> dict[str, Any]:
-    """Trains a model; returns it with what was logged at every step."""
+    """Train a model; return it with its gradients and the values logged at every step."""
     model = built(accelerator, cfg)
     training = build_training(cfg, accelerator, model, prepare(cfg, accelerator.device))
     trainer, wrapped, optimizer = training.trainer, training.wrapped, training.optimizer
@@ -161,8 +161,8 @@ def trained(
     gradients: dict[str, Tensor] = {}
 
     def keep_gradients() -> None:
-        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        gradients.update((name, gradient.clone()) for name, gradient in full_tensors(found).items())
+        sharded = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        gradients.update((name, gradient.clone()) for name, gradient in full_tensors(sharded).items())
 
     trainer.add_event_handler(Events.ITERATION_COMPLETED, log)
     trainer.add_event_handler(Events.ITERATION_COMPLETED(once=1), keep_gradients)
@@ -171,7 +171,7 @@ def trained(
 
 
 def trajectory(accelerator: Any, name: str) -> dict[str, Any]:
-    """The recorded ten steps of reid-strong-baseline, this rank taking its block of identities."""
+    """Take the recorded ten steps of reid-strong-baseline, with this rank's block of identities."""
     cfg = load_config(None, BASE + TRAJECTORIES[name])
     golden = np.load(GOLDEN / f"trajectory_{name}.npz")
     part = slice(*(16 * (collectives.rank() + i) // collectives.num_ranks() for i in (0, 1)))
@@ -196,7 +196,7 @@ def trajectory(accelerator: Any, name: str) -> dict[str, Any]:
 
 
 def variant(accelerator: Any, options: list[str], num_images_of_pid: list[int]) -> dict[str, Any]:
-    """Two epochs on random images through the real sampler, loader and augmentation."""
+    """Train two epochs on random images through the real sampler, loader and augmentation."""
     cfg = load_config(None, BASE + options)
     generator = np.random.default_rng(0)
     pids = np.repeat(np.arange(len(num_images_of_pid)), num_images_of_pid)
@@ -232,7 +232,7 @@ def variant(accelerator: Any, options: list[str], num_images_of_pid: list[int]) 
 
 
 def evaluated(accelerator: Any, num_images: int) -> dict[str, Any]:
-    """Scores of a fixed model on random images; the first quarter are queries; worked off in blocks of four."""
+    """Return the scores of a fixed model on random images, in blocks of four; the first quarter are queries."""
     metrics.QUERY_BLOCK = neighbours.PRODUCT_ROWS = 4
     options = ["TEST.IMS_PER_BATCH=8", "TEST.FPR=[0.01,0.3]", "TEST.FLIP=yes", "TEST.SINGLE_GALLERY_SHOT=yes"]
     cfg = load_config(None, [*BASE, *options])
@@ -260,7 +260,7 @@ def evaluated(accelerator: Any, num_images: int) -> dict[str, Any]:
 
 
 def gathered_rows() -> dict[str, Any]:
-    """Rows that the ranks hold in unequal numbers, the last rank none of them."""
+    """Gather rows of which the ranks hold unequal numbers, and the last rank none."""
     rank, num_ranks = collectives.rank(), collectives.num_ranks()
     owners = np.random.default_rng(1).integers(0, max(num_ranks - 1, 1), 11)
     ids = torch.from_numpy(np.flatnonzero(owners == rank)).flip(0)
@@ -269,7 +269,7 @@ def gathered_rows() -> dict[str, Any]:
 
 
 def shared_errors() -> dict[str, str]:
-    """What each rank hears of an error on one of them."""
+    """Return the error that this rank gets if the last one fails."""
 
     def fail_on_last() -> None:
         if collectives.rank() == collectives.num_ranks() - 1:
@@ -279,12 +279,12 @@ def shared_errors() -> dict[str, str]:
         with collectives.errors_shared():
             fail_on_last()
     except DataError as error:
-        return {"together": str(error)}
-    return {"together": "nothing"}
+        return {"shared": str(error)}
+    return {"shared": "nothing"}
 
 
 def disagreement() -> str:
-    """What a rank hears when the last one has other settings."""
+    """Return the error that this rank gets if the last one has other settings."""
     rate = 0.1 if collectives.rank() == collectives.num_ranks() - 1 else 0.2
     collectives.require_same_on_all_ranks({"SEED": 0})
     try:
@@ -295,7 +295,7 @@ def disagreement() -> str:
 
 
 def without_gather(work: Callable[[], Any]) -> Any:
-    """The work with every rank mining its own part only."""
+    """Run the work with every rank mining in its local batch only."""
     original, collectives.global_batch = collectives.global_batch, lambda feat, pids: (feat, pids)
     try:
         return work()
@@ -304,7 +304,7 @@ def without_gather(work: Callable[[], Any]) -> Any:
 
 
 def sharded(accelerator: Any, work: Callable[[], Any]) -> Any:
-    """The work with accelerate's FSDP2, which it would not turn on without a GPU by itself."""
+    """Run the work with accelerate's FSDP2, which accelerate turns on for GPUs only."""
     state = accelerator.state
     before, state.distributed_type = state.distributed_type, DistributedType.FSDP
     state.fsdp_plugin = fsdp_plugin()
@@ -316,7 +316,7 @@ def sharded(accelerator: Any, work: Callable[[], Any]) -> Any:
 
 
 def state_moved(accelerator: Any) -> dict[str, Any]:
-    """A sharded model's state, what becomes of it in another sharded and in a plain one, and one more step of each."""
+    """Move a sharded model's state to another sharded and to a plain model, and take one more step of each."""
     cfg = load_config(None, [*BASE, "SOLVER.WARMUP_ITERS=0"])
     generator = np.random.default_rng(collectives.rank())
     images = torch.from_numpy(generator.integers(0, 256, (8, 32, 16, 3), dtype=np.uint8))

@@ -544,4 +544,4 @@ def test_ranks_that_do_not_agree_do_not_start(place, straight, story, before, wo
     assert said.startswith("rank 1 on ")
     assert " does not agree with rank 0 on " in said
     assert words in said
-    assert said.endswith("start all ranks with the same command, code, packages and data")
+    assert said.endswith("Fix: start all ranks with the same command, code, packages and data.")

@@ -1,4 +1,4 @@
-"""Whole uint8 batches to normalised float batches on the device: flip, pad and crop, normalise, random erasing."""
+"""Augmentation of uint8 batches on the device: flip, pad and crop, normalize, random erasing."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _ERASE_ATTEMPTS = 100
 _ERASE_AREA = (0.02, 0.4)  # of the image
 _ERASE_RATIO = (0.3, 1 / 0.3)  # height / width
 
-# The columns of a draw.
+# Columns of a draw
 FLIP, TOP, LEFT, ERASE_TOP, ERASE_LEFT, ERASE_HEIGHT, ERASE_WIDTH = range(7)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done to a training image, in this order.
+    """Settings of the augmentation, in the order in which it is applied to a training image.
 
     Args:
         size: H and W in pixels.
-        flip_probability: of a horizontal flip.
-        padding: black pixels added on all four sides before a random crop back to `size`.
-        erasing_probability: of random erasing.
-        seed: of the whole run.
+        flip_probability: Probability of a horizontal flip.
+        padding: Black pixels added on all four sides before a random crop back to `size`.
+        erasing_probability: Probability of random erasing.
+        seed: Seed of the run.
 
     Source: Luo et al., Bag of Tricks and a Strong Baseline for Deep Person Re-identification, arXiv 1903.07071;
         erasing: Zhong et al., Random Erasing Data Augmentation, arXiv 1708.04896, with the aspect ratio drawn uniformly
@@ -45,11 +45,11 @@ class Recipe:
 
 
 def draw(recipe: Recipe, epoch: int, positions: NDArray[np.int64]) -> Tensor:
-    """What is done to each image, as a function of (seed, epoch, position in the epoch's global plan).
+    """Draw the augmentation of each image, as a function of (seed, epoch, position in the epoch's global plan).
 
     Args:
-        recipe: see there.
-        epoch: counts from 1.
+        recipe: Sizes, probabilities and seed.
+        epoch: Epoch, counted from 1.
         positions: [B].
 
     Returns:
@@ -58,16 +58,16 @@ def draw(recipe: Recipe, epoch: int, positions: NDArray[np.int64]) -> Tensor:
     """
     drawn = np.zeros((len(positions), 7), dtype=np.int32)
     drawn[:, FLIP] = uniform(recipe.seed, epoch, _FLIP, positions) < recipe.flip_probability
-    places = 2 * recipe.padding + 1
-    drawn[:, TOP] = uniform(recipe.seed, epoch, _CROP_TOP, positions) * places
-    drawn[:, LEFT] = uniform(recipe.seed, epoch, _CROP_LEFT, positions) * places
+    num_offsets = 2 * recipe.padding + 1
+    drawn[:, TOP] = uniform(recipe.seed, epoch, _CROP_TOP, positions) * num_offsets
+    drawn[:, LEFT] = uniform(recipe.seed, epoch, _CROP_LEFT, positions) * num_offsets
     erased = uniform(recipe.seed, epoch, _ERASE, positions) < recipe.erasing_probability
     drawn[erased, ERASE_TOP:] = _erased_boxes(recipe, epoch, positions[erased])
     return torch.from_numpy(drawn)
 
 
 def _erased_boxes(recipe: Recipe, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Top, left, height, width of the first of 100 random rectangles that fits into the image: [B, 4]."""
+    """Return top, left, height and width of the first of 100 random rectangles that fits into the image: [B, 4]."""
     height, width = recipe.size
     boxes = np.zeros((len(positions), 4), dtype=np.int32)
     pending = np.arange(len(positions))
@@ -86,12 +86,12 @@ def _erased_boxes(recipe: Recipe, epoch: int, positions: NDArray[np.int64]) -> N
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Scaled to [0, 1], minus mean, over standard deviation.
+    """Scale the images to [0, 1], subtract the mean and divide by the standard deviation.
 
     Args:
-        images: uint8 [B, H, W, 3].
-        mean: [3] of each channel, in [0, 1].
-        std: [3] of each channel, in [0, 1].
+        images: [B, H, W, 3], uint8.
+        mean: [3], for pixels in [0, 1].
+        std: [3], for pixels in [0, 1].
 
     Returns:
         [B, 3, H, W], of mean's dtype; contiguous on a CPU, in channels_last memory format elsewhere.
@@ -105,20 +105,19 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, drawn: Tensor, padding: int, mean: Tensor, std: Tensor) -> Tensor:
-    """Flip, pad with black and crop, normalise, erase.
+    """Flip, pad with black and crop, normalize, erase.
 
-    The erased rectangle is filled with `mean` after normalisation (so slightly bright, not grey), as published.
+    The erased rectangle is filled with `mean` after normalization (so slightly bright, not gray), as published.
 
     Args:
-        images: uint8 [B, H, W, 3].
-        drawn: int [B, 7], see `draw`.
-        padding: in pixels, as in the recipe that `drawn` came from.
-        mean: [3] of each channel, in [0, 1].
-        std: [3] of each channel, in [0, 1].
+        images: [B, H, W, 3], uint8.
+        drawn: [B, 7], integers that `draw` returned.
+        padding: Padding of the recipe in pixels.
+        mean: [3], for pixels in [0, 1].
+        std: [3], for pixels in [0, 1].
 
     Returns:
-        [B, 3, H, W], of mean's dtype; contiguous on a CPU, in channels_last memory format elsewhere. The numbers are
-        the same.
+        [B, 3, H, W], of mean's dtype; contiguous on a CPU, in channels_last memory format elsewhere, with equal values.
     """
     if images.device.type == "cpu":
         return augment_one_by_one(images, drawn, padding, mean, std)
@@ -126,43 +125,43 @@ def augment(images: Tensor, drawn: Tensor, padding: int, mean: Tensor, std: Tens
 
 
 def augment_one_by_one(images: Tensor, drawn: Tensor, padding: int, mean: Tensor, std: Tensor) -> Tensor:
-    """`augment` as a CPU does it best: every image stays in its cache from the first pass to the last."""
+    """Augment on a CPU, where an image stays in the cache from the first pass to the last."""
     _, height, width, _ = images.shape
     result = torch.empty((len(images), 3, height, width), dtype=mean.dtype)
     for image, out, choices in zip(images, result, drawn.tolist(), strict=True):
         flip, top, left, erase_top, erase_left, erase_height, erase_width = choices
-        rows, own_rows = _overlap(top - padding, height)
-        columns, own_columns = _overlap(left - padding, width)
+        rows, out_rows = _overlap(top - padding, height)
+        columns, out_columns = _overlap(left - padding, width)
         if flip:
             columns = slice(width - columns.stop, width - columns.start)
         kept = image[rows, columns].permute(2, 0, 1)
         if kept.shape != out.shape:
             out.zero_()
-        out[:, own_rows, own_columns] = kept.flip(2) if flip else kept
+        out[:, out_rows, out_columns] = kept.flip(2) if flip else kept
         _normalize_in_place(out, mean, std)
         out[:, erase_top : erase_top + erase_height, erase_left : erase_left + erase_width] = mean[:, None, None]
     return result
 
 
 def _overlap(offset: int, size: int) -> tuple[slice, slice]:
-    """Where `size` places from `offset` on and the places 0..size-1 overlap: counted in the latter, in the former."""
+    """Return the pixels of an image that a crop of its size at `offset` covers, and their positions in the crop."""
     start, stop = min(max(offset, 0), size), max(min(offset + size, size), 0)
     return slice(start, max(start, stop)), slice(start - offset, max(start, stop) - offset)
 
 
 def _normalize_in_place(image: Tensor, mean: Tensor, std: Tensor) -> None:
-    """An image [3, H, W] of 0..255."""
+    """Normalize an image [3, H, W] of 0..255."""
     image.div_(255).sub_(mean[:, None, None]).div_(std[:, None, None])
 
 
 def normalize_at_once(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """`normalize` as a GPU does it best, and without a loop over the images."""
+    """Normalize on a GPU, or where a loop over the images cannot be traced."""
     scaled = images.to(mean.dtype, memory_format=torch.contiguous_format).div_(255)
     return scaled.sub_(mean).div_(std).permute(0, 3, 1, 2)
 
 
 def augment_at_once(images: Tensor, drawn: Tensor, padding: int, mean: Tensor, std: Tensor) -> Tensor:
-    """`augment` as a GPU does it best: a few passes over the whole batch, whatever was drawn for its images."""
+    """Augment on a GPU, in a few passes over the batch, whatever was drawn for its images."""
     result = normalize_at_once(_flip_and_crop(images, drawn, padding), mean, std)
     erased = (
         _inside(drawn[:, ERASE_TOP], drawn[:, ERASE_HEIGHT], images.shape[1])[:, None, :, None]
@@ -172,7 +171,7 @@ def augment_at_once(images: Tensor, drawn: Tensor, padding: int, mean: Tensor, s
 
 
 def _flip_and_crop(images: Tensor, drawn: Tensor, padding: int) -> Tensor:
-    """[B, H, W, 3]: each pixel fetched from where flip, pad and crop leave it; black where that is the padding."""
+    """Fetch each pixel from its source, or black from the padding: [B, H, W, 3]."""
     num_images, height, width, channels = images.shape
     rows = torch.arange(height, device=images.device) + (drawn[:, TOP, None] - padding)  # [B, H] source rows
     columns = torch.arange(width, device=images.device) + (drawn[:, LEFT, None] - padding)  # [B, W]
@@ -186,6 +185,6 @@ def _flip_and_crop(images: Tensor, drawn: Tensor, padding: int) -> Tensor:
 
 
 def _inside(start: Tensor, length: Tensor, size: int) -> Tensor:
-    """Which of `size` places lie in [start, start + length): bool [B, size]."""
-    places = torch.arange(size, device=start.device)
-    return (places >= start[:, None]) & (places < (start + length)[:, None])
+    """Return which of `size` positions are in [start, start + length): bool [B, size]."""
+    positions = torch.arange(size, device=start.device)
+    return (positions >= start[:, None]) & (positions < (start + length)[:, None])

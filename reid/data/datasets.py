@@ -1,4 +1,4 @@
-"""The benchmarks that the settings name: those to train on, joined to one training set, and those to test on."""
+"""Benchmarks that the settings name: those to train on, joined to one training set, and those to test on."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from reid.config.benchmark_names import PARTS, BenchmarkOptions, Part
+from reid.config.benchmark_names import PARTS, Part
 from reid.config.rules import benchmark_options
 from reid.data.benchmarks.catalogue import load_benchmark, prepare_benchmark
 from reid.data.benchmarks.splits import Benchmark, Split, fingerprint
@@ -27,11 +28,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class DataSets:
-    """What a story works on.
+    """Benchmarks of a command.
 
     Attributes:
-        train: the benchmarks to train on; none for an evaluation.
-        test: the benchmarks to test on, the one that chooses the best checkpoint first.
+        train: Benchmarks to train on; none for an evaluation.
+        test: Benchmarks to test on. The first one chooses the best checkpoint.
     """
 
     train: tuple[Benchmark, ...]
@@ -39,11 +40,11 @@ class DataSets:
 
     @property
     def num_train_pids(self) -> int:
-        """C, the number of classes to train."""
+        """Return the number C of classes to train."""
         return sum(benchmark.num_train_pids for benchmark in self.train)
 
     def fingerprint_of_training(self) -> str:
-        """SHA-256 (hex) over the training images, see `benchmarks.fingerprint`."""
+        """Return the SHA-256 (hex) of the training images, see `splits.fingerprint`."""
         return _digest(fingerprint(benchmark.train) for benchmark in self.train)
 
     def fingerprint_of_tests(self) -> str:
@@ -55,13 +56,13 @@ def _digest(texts: Iterable[str]) -> str:
 
 
 def open_data_sets(cfg: CfgNode, *, train: bool) -> DataSets:
-    """The benchmarks of DATASETS.NAMES (to train) and TEST.DATASETS (to test; empty: the same). Called by all ranks.
+    """Open the benchmarks of DATASETS.NAMES (to train) and TEST.DATASETS (to test; the same if it is empty).
 
-    The synthetic one is generated where it is missing.
+    All ranks call it. The synthetic benchmark is generated if it is missing.
 
     Raises:
-        DataError: a benchmark is not what it must be.
-        WorldError: the ranks see different images.
+        DataError: A benchmark is incomplete or inconsistent.
+        WorldError: The ranks see different images.
     """
     to_train = tuple(cfg.DATASETS.NAMES) if train else ()
     to_test = tuple(cfg.TEST.DATASETS or cfg.DATASETS.NAMES)
@@ -71,9 +72,11 @@ def open_data_sets(cfg: CfgNode, *, train: bool) -> DataSets:
         if name == "synthetic":
             _generate(cfg, root_dir / name)
         parts: list[Part] = [part for part in PARTS if name in (to_train if part == "train" else to_test)]
-        opened[name] = _open(name, root_dir, options, parts)
+        collectives.once_per_node(partial(prepare_benchmark, name, root_dir, options))
+        with collectives.errors_shared():
+            opened[name] = load_benchmark(name, root_dir, options, parts=parts)
         logger.info("%s", opened[name].statistics())
-    _check_names(opened)
+    _validate_names(opened)
     data = DataSets(tuple(opened[name] for name in to_train), tuple(opened[name] for name in to_test))
     collectives.require_same_on_all_ranks(
         {
@@ -85,31 +88,25 @@ def open_data_sets(cfg: CfgNode, *, train: bool) -> DataSets:
     return data
 
 
-def _open(name: str, root_dir: Path, options: BenchmarkOptions, parts: Sequence[Part]) -> Benchmark:
-    collectives.once_per_node(lambda: prepare_benchmark(name, root_dir, options))
-    with collectives.errors_shared():
-        return load_benchmark(name, root_dir, options, parts=parts)
-
-
-def _check_names(opened: Mapping[str, Benchmark]) -> None:
-    """Scores and stores go by the benchmarks' own names, which two tables may share."""
-    given: dict[str, str] = {}
+def _validate_names(opened: Mapping[str, Benchmark]) -> None:
+    """Require unique benchmark names, which scores and stores are named by: two tables may have the same one."""
+    setting_of: dict[str, str] = {}
     for setting, benchmark in opened.items():
-        other = given.setdefault(benchmark.name, setting)
+        other = setting_of.setdefault(benchmark.name, setting)
         if other != setting:
             raise shared(
                 SettingsError(
-                    f"DATASETS.NAMES and TEST.DATASETS must name benchmarks with names of their own, got {other} and "
-                    f"{setting}, both called {benchmark.name}; rename one of them",
+                    f"DATASETS.NAMES and TEST.DATASETS must name benchmarks of different names, got {other} and "
+                    f"{setting}, both called {benchmark.name}. Fix: rename one of them.",
                     key="DATASETS.NAMES",
                 )
             )
 
 
 def join_training(benchmarks: Sequence[Benchmark]) -> Split:
-    """One training set of several: labels 0..C-1 and cameras of each behind those of the ones before it.
+    """Join the training sets: labels 0..C-1 and cameras of a benchmark follow those of the benchmarks before it.
 
-    Nobody is taken to be the same person, and no camera the same camera, in two benchmarks.
+    No person and no camera is taken to be the same in two benchmarks.
     """
     pids, camids, num_pids, num_cameras = [], [], 0, 0
     for benchmark in benchmarks:

@@ -1,4 +1,4 @@
-"""This rank's batches, built out of settings and folders: stores, samplers, loaders."""
+"""Batches of a rank: stores, samplers and loaders, built from settings and benchmarks."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import os
 import platform
 import secrets
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice, pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,6 +23,7 @@ from torch import Tensor
 from reid.data import augment, store
 from reid.data.benchmarks.splits import Benchmark, Split
 from reid.data.datasets import DataSets, join_training
+from reid.data.prefetch import prefetched
 from reid.data.samplers import EvaluationBatches, IdentityPlan, PlannedBatch, ShufflePlan, TrainBatches
 from reid.distributed import collectives
 from reid.errors import DataError
@@ -36,28 +35,27 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_DEVICE_CACHE_SHARE = 0.2  # of a GPU's memory that DATASETS.DEVICE_CACHE auto takes at most
+_DEVICE_CACHE_SHARE = 0.2  # largest share of a GPU's memory that DATASETS.DEVICE_CACHE auto takes
 _CHUNK = 1024  # images copied to the device at once
-_NUM_AHEAD = 2  # batches that wait for the trainer
 
 
 class Batch(NamedTuple):
-    """This rank's part of a batch, in host memory."""
+    """Part of a global batch that this rank computes, in host memory."""
 
-    images: Tensor  # uint8 [B, H, W, 3]; [0, H, W, 3] where all images lie on the device already
-    pids: Tensor  # int64 [B]; of training images 0..C-1
-    sample_ids: Tensor  # int64 [B] positions in the data set
-    drawn: Tensor  # int32 [B, 7] what augmentation does to each image; [B, 0] in evaluation
+    images: Tensor  # uint8 [B, H, W, 3]; [0, H, W, 3] if all images are on the device already
+    pids: Tensor  # int64 [B], in training 0..C-1
+    sample_ids: Tensor  # int64 [B], positions in the data set
+    drawn: Tensor  # int32 [B, 7], result of `augment.draw`; [B, 0] in evaluation
 
 
 class StoredImages:
-    """The images of memory-mapped stores, gathered a whole `PlannedBatch` at a time.
+    """Images of memory-mapped stores, gathered one `PlannedBatch` at a time.
 
     Args:
-        stores: uint8 [N_i, H, W, 3] each; the data set is their concatenation.
+        stores: [N_i, H, W, 3] each, uint8; the data set is their concatenation.
         pids: [N].
-        recipe: augmentation; None for evaluation.
-        with_images: whether a batch holds its images, or only their `sample_ids`.
+        recipe: Augmentation; None for evaluation.
+        with_images: Whether a batch holds its images, or only their `sample_ids`.
     """
 
     def __init__(
@@ -77,7 +75,7 @@ class StoredImages:
         return len(self._pids)
 
     def batch(self, planned: PlannedBatch, *, pin_memory: bool = False) -> Batch:
-        """Return the planned batch, in page-locked memory where `pin_memory` is set."""
+        """Return the planned batch, in page-locked memory if `pin_memory` is set."""
         if self._recipe is None:
             drawn = torch.zeros((len(planned.sample_ids), 0), dtype=torch.int32)
         else:
@@ -99,21 +97,21 @@ class StoredImages:
         bounds = np.flatnonzero(np.diff(parts, prepend=-1, append=-1))
         for start, stop in pairwise(bounds.tolist()):  # consecutive images of one store
             rows = sample_ids[start:stop] - self._starts[parts[start]]
-            # One call releases the interpreter lock once, page faults included. Assigned image by image, 1,024 images
-            # took twice as long beside a busy thread (117 to 56 ms). With mode="raise", numpy would copy twice.
+            # One call releases the interpreter lock once, page faults included. With a busy thread, 1,024 images took
+            # 56 ms, and 117 ms when assigned image by image. With mode="raise", numpy would copy twice.
             np.take(self._stores[parts[start]], rows, axis=0, out=out[start:stop], mode="clip")
         return images
 
 
 class BatchLoader:
-    """The batches of a sampler, in its order, from its position at the time of `iter`.
+    """Batches of a sampler, in its order, from its position at the time of `iter`.
 
     Args:
-        dataset: images of which batches are made.
-        batches: sampler of this rank.
-        prefetch: whether a thread loads the next batches while the trainer computes.
-        pin_memory: whether batches lie in page-locked memory. Each lies in its own: torch gives it to another one only
-            after the copies to a device that read it.
+        dataset: Images of the batches.
+        batches: Sampler of this rank.
+        prefetch: Whether a thread loads the next batches while the trainer computes.
+        pin_memory: Whether batches are in page-locked memory. No two batches share any: torch reuses it only after the
+            copies to a device that read it.
     """
 
     def __init__(
@@ -127,55 +125,38 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         planned = list(self._batches)  # so the thread never asks the sampler, whose position the trainer sets
-        return _prefetched(self._load, planned) if self._prefetch else map(self._load, planned)
-
-
-def _prefetched(load: Callable[[PlannedBatch], Batch], planned: Sequence[PlannedBatch]) -> Iterator[Batch]:
-    """Yield all batches, loaded by one thread that is at most `_NUM_AHEAD` batches ahead.
-
-    The thread ends with the iteration, also an abandoned one, after the batch that it is loading. The interpreter waits
-    for it before it exits: it would abort a daemon thread within torch.
-    """
-    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
-    upcoming = iter(planned)
-    loading = deque(thread.submit(load, item) for item in islice(upcoming, _NUM_AHEAD))
-    try:
-        while loading:
-            loading.extend(thread.submit(load, item) for item in islice(upcoming, 1))
-            yield loading.popleft().result()
-    finally:
-        thread.shutdown(wait=False, cancel_futures=True)
+        return (prefetched if self._prefetch else map)(self._load, planned)
 
 
 @dataclass(frozen=True)
 class TrainData:
-    """What training draws from."""
+    """Training images, their sampler and their loader."""
 
     loader: BatchLoader
     batches: TrainBatches
     images: StoredImages
     num_pids: int  # C
     recipe: augment.Recipe
-    on_device: Tensor | None  # uint8 [N, H, W, 3], all images, where DATASETS.DEVICE_CACHE keeps them there
+    on_device: Tensor | None  # uint8 [N, H, W, 3], all images, if DATASETS.DEVICE_CACHE keeps them there
 
 
 @dataclass(frozen=True)
 class TestData:
-    """What evaluation compares; the images are the queries first, then the gallery."""
+    """Test images of a benchmark: the queries, then the gallery."""
 
     loader: BatchLoader
     query: Labels
     gallery: Labels
     images: StoredImages
-    query_paths: tuple[Path, ...] = ()  # as many as queries where the images are files
-    single_gallery_shot: bool = False  # whether the benchmark's CMC curve is that of one image of each identity
+    query_paths: tuple[Path, ...] = ()  # one per query if the images are files
+    single_gallery_shot: bool = False  # whether the benchmark's CMC curve takes one gallery image of each identity
 
 
 def build_stores(cfg: CfgNode, data: DataSets) -> None:
-    """Decodes whatever is not in a store yet, once per node; called by all ranks.
+    """Decode the images that are not in a store yet, once per node; all ranks call it.
 
     Raises:
-        DataError: images of any split that cannot be read, all of them in one message.
+        DataError: Images of any split cannot be read; all are in one message.
     """
     needed = [
         *((f"{b.name}-train", b.train, cfg.INPUT.SIZE_TRAIN) for b in data.train),
@@ -185,8 +166,8 @@ def build_stores(cfg: CfgNode, data: DataSets) -> None:
     def build() -> None:
         faults: list[DataError] = []
         for name, split, size in needed:
-            file = _store_file(cfg, name, split, tuple(size))
             try:
+                file = _store_file(cfg, name, split, tuple(size))
                 store.build_store(file, split.paths, tuple(size), progress=collectives.is_main())
             except DataError as error:
                 faults.append(error)
@@ -197,15 +178,15 @@ def build_stores(cfg: CfgNode, data: DataSets) -> None:
 
 
 def test_splits(benchmark: Benchmark) -> tuple[tuple[str, Split], ...]:
-    """In the order in which evaluation embeds them."""
+    """Return the names and splits of the test images, in the order in which evaluation embeds them."""
     return ("query", benchmark.query), ("gallery", benchmark.gallery)
 
 
 def build_train_data(cfg: CfgNode, benchmarks: Sequence[Benchmark], device: torch.device | None = None) -> TrainData:
-    """Of all the benchmarks together, for a model on the device; called by all ranks.
+    """Join the benchmarks' training images for a model on the device; all ranks call it.
 
     Raises:
-        DataError: fewer identities (or images) than a batch needs.
+        DataError: The benchmarks have fewer identities (or images) than a batch.
     """
     recipe = augment.Recipe(
         size=tuple(cfg.INPUT.SIZE_TRAIN),
@@ -234,30 +215,23 @@ def _is_cached_on(device: torch.device, stores: Sequence[NDArray[np.uint8]], cho
 
 
 def _on_device(stores: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:
-    num_images = sum(map(len, stores))
-    images = torch.empty((num_images, *stores[0].shape[1:]), dtype=torch.uint8, device=device)
-    done = 0
-    for store_ in stores:
-        for start in range(0, len(store_), _CHUNK):
-            chunk = torch.from_numpy(np.array(store_[start : start + _CHUNK]))
-            images[done : done + len(chunk)] = chunk
-            done += len(chunk)
-    logger.info("all %d training images (%.1f GB) lie in the memory of %s", num_images, images.nbytes / 1e9, device)
+    lengths = [len(stored) for stored in stores]
+    images = torch.empty((sum(lengths), *stores[0].shape[1:]), dtype=torch.uint8, device=device)
+    for stored, out in zip(stores, torch.split(images, lengths), strict=True):
+        for start in range(0, len(stored), _CHUNK):
+            out[start : start + _CHUNK] = torch.from_numpy(np.array(stored[start : start + _CHUNK]))
+    logger.info("copied all %d training images (%.1f GB) to %s", len(images), images.nbytes / 1e9, device)
     return images
 
 
 def build_test_data(cfg: CfgNode, benchmark: Benchmark) -> TestData:
-    """Called by all ranks."""
+    """Open the test images of the benchmark; all ranks call it."""
     size = tuple(cfg.INPUT.SIZE_TEST)
     splits = test_splits(benchmark)
     stores = [_open_store(cfg, f"{benchmark.name}-{name}", split, size) for name, split in splits]
     pids = np.concatenate([split.pids for _, split in splits])
-    batches = EvaluationBatches(
-        len(pids),
-        batch_size=cfg.TEST.IMS_PER_BATCH,
-        rank=collectives.rank(),
-        num_ranks=collectives.num_ranks(),
-    )
+    rank, num_ranks = collectives.rank(), collectives.num_ranks()
+    batches = EvaluationBatches(len(pids), batch_size=cfg.TEST.IMS_PER_BATCH, rank=rank, num_ranks=num_ranks)
     images = StoredImages(stores, pids, None)
     loader = _build_loader(cfg, images, batches)
     query, gallery = (Labels.of(split.pids, split.camids) for _, split in splits)
@@ -266,64 +240,58 @@ def build_test_data(cfg: CfgNode, benchmark: Benchmark) -> TestData:
 
 def _build_plan(cfg: CfgNode, train: Split) -> IdentityPlan | ShufflePlan:
     batch_size, num_instances = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE
-    if cfg.DATALOADER.SAMPLER == "softmax":
-        if len(train) < batch_size:
-            raise DataError(
-                f"SOLVER.IMS_PER_BATCH={batch_size} needs at least as many training images, but DATASETS.NAMES has "
-                f"{len(train)}; lower SOLVER.IMS_PER_BATCH",
-                key="SOLVER.IMS_PER_BATCH",
-            )
-        return ShufflePlan(len(train), batch_size=batch_size, seed=cfg.SEED)
-    num_pids, num_train_pids = batch_size // num_instances, len(np.unique(train.pids))
-    if num_train_pids < num_pids:
+    num_pids, is_shuffled = len(np.unique(train.pids)), cfg.DATALOADER.SAMPLER == "softmax"
+    largest = len(train) if is_shuffled else num_pids * num_instances
+    if batch_size > largest:
+        limit = f"{num_pids} training identities with DATALOADER.NUM_INSTANCE={num_instances}"
         raise DataError(
-            f"SOLVER.IMS_PER_BATCH={batch_size} with DATALOADER.NUM_INSTANCE={num_instances} needs {num_pids} training "
-            f"identities, but DATASETS.NAMES has {num_train_pids}; lower SOLVER.IMS_PER_BATCH to "
-            f"{num_train_pids * num_instances} or less, or raise DATALOADER.NUM_INSTANCE",
+            f"SOLVER.IMS_PER_BATCH must be at most {largest}, got {batch_size}: DATASETS.NAMES has "
+            f"{f'{largest} training images' if is_shuffled else limit}. Fix: lower SOLVER.IMS_PER_BATCH to {largest}"
+            f"{'' if is_shuffled else ' or raise DATALOADER.NUM_INSTANCE'}.",
             key="SOLVER.IMS_PER_BATCH",
         )
-    return IdentityPlan(train.pids, num_pids=num_pids, num_instances=num_instances, seed=cfg.SEED)
+    if is_shuffled:
+        return ShufflePlan(len(train), batch_size=batch_size, seed=cfg.SEED)
+    return IdentityPlan(train.pids, num_pids=batch_size // num_instances, num_instances=num_instances, seed=cfg.SEED)
+
+
+def _store_file(cfg: CfgNode, name: str, split: Split, size: tuple[int, int]) -> Path:
+    return store.store_file(Path(cfg.DATASETS.CACHE_DIR), name, split.paths, size)
 
 
 def _open_store(cfg: CfgNode, name: str, split: Split, size: tuple[int, int]) -> NDArray[np.uint8]:
     file = _store_file(cfg, name, split, size)
     collectives.once_per_node(lambda: store.build_store(file, split.paths, size, progress=collectives.is_main()))
     with _local_copy(cfg, file) as nearest, collectives.errors_shared():
-        return store.open_store(nearest(), len(split), size)
+        return store.open_store(nearest, len(split), size)
 
 
 @contextmanager
-def _local_copy(cfg: CfgNode, file: Path) -> Iterator[Callable[[], Path]]:
-    """What gives the nearest of the store and its copy on this node's own disk.
+def _local_copy(cfg: CfgNode, file: Path) -> Iterator[Path]:
+    """Yield the store's copy in this node's DATASETS.NODE_LOCAL_DIR, or the store itself if there is no copy.
 
-    The copy loses its name as soon as all ranks of the node have opened it: so the system removes it when the last of
-    them ends, in whatever way.
+    The copy is unlinked as soon as all ranks of the node have opened it, so that it vanishes with the last of them,
+    however that one ends.
     """
     folder = os.path.expandvars(cfg.DATASETS.NODE_LOCAL_DIR)
-    token = collectives.from_rank_zero(lambda: secrets.token_hex(8))
-    copy = copy_path(file, Path(folder), token)
-    begun = ExitStack()
+    copy = copy_path(file, Path(folder), collectives.from_rank_zero(lambda: secrets.token_hex(8)))
     faults: list[str] = []
+    with ExitStack() as copies:
 
-    def begin() -> None:
-        if not folder or "$" in folder:
-            return
-        try:
-            start = time.monotonic()
-            begun.enter_context(temporary_copy(file, copy))
-            logger.info("%s: copied to %s in %.1f s", file, folder, time.monotonic() - start)
-        except OSError as error:
-            faults.append(f"{folder} on {platform.node()} has no room or cannot be written to: {error.strerror}")
+        def make_copy() -> None:
+            if not folder or "$" in folder:
+                return
+            try:
+                start = time.monotonic()
+                copies.enter_context(temporary_copy(file, copy))
+                logger.info("%s: copied to %s in %.1f s", file, folder, time.monotonic() - start)
+            except OSError as error:
+                faults.append(f"{folder} on {platform.node()} has no room or cannot be written to: {error.strerror}")
 
-    collectives.once_per_node(begin)
-    for fault in dict.fromkeys(chain(*collectives.gather_objects(faults))):
-        logger.warning("warning: DATASETS.NODE_LOCAL_DIR=%s; images are read from DATASETS.CACHE_DIR there", fault)
-    with begun:
-        yield lambda: copy if copy.exists() else file
-
-
-def _store_file(cfg: CfgNode, name: str, split: Split, size: tuple[int, int]) -> Path:
-    return store.store_file(Path(cfg.DATASETS.CACHE_DIR), name, split.paths, size)
+        collectives.once_per_node(make_copy)
+        for fault in dict.fromkeys(chain(*collectives.gather_objects(faults))):
+            logger.warning("warning: DATASETS.NODE_LOCAL_DIR=%s; images are read from DATASETS.CACHE_DIR there", fault)
+        yield copy if copy.exists() else file
 
 
 def _build_loader(cfg: CfgNode, dataset: StoredImages, batches: TrainBatches | EvaluationBatches) -> BatchLoader:

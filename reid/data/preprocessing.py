@@ -1,4 +1,4 @@
-"""Batches from host memory to the model's input, on the device."""
+"""Preprocessing of batches on the device."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ if TYPE_CHECKING:
 
 
 class BatchPreprocessor:
-    """From uint8 images in host memory to what the model takes, on the device.
+    """Converts uint8 images in host memory to the model's input on the device.
 
     Args:
-        cfg: the whole configuration; INPUT, MODEL.NAME and SOLVER.PRECISION are read.
-        device: of the model.
-        images: all images of the data set, uint8 [N, H, W, 3], where they lie on the device; None where each batch
-            brings its own.
+        cfg: Configuration; INPUT, MODEL.NAME and SOLVER.PRECISION are read.
+        device: Device of the model.
+        images: [N, H, W, 3], uint8, all images of the data set on the device; None if each batch holds its images.
     """
 
     def __init__(self, cfg: CfgNode, device: torch.device, images: Tensor | None = None) -> None:
@@ -36,18 +35,17 @@ class BatchPreprocessor:
         return tensor.to(self._device, non_blocking=True)
 
     def for_training(self, batch: Batch) -> Tensor:
-        """Augmented images [B, 3, H, W]."""
-        drawn = self.to_device(batch.drawn)
+        """Return the augmented images of the batch: [B, 3, H, W]."""
         if self._images is None:
             images = self.to_device(batch.images)
         else:
             images = self._images.index_select(0, self.to_device(batch.sample_ids))
-        return augment(images, drawn, self._padding, self._mean, self._std)
+        return augment(images, self.to_device(batch.drawn), self._padding, self._mean, self._std)
 
     def for_evaluation(self, batch: Batch) -> Tensor:
-        """Normalised images [B, 3, H, W]."""
+        """Return the normalized images of the batch: [B, 3, H, W]."""
         return self.normalized(batch.images)
 
     def normalized(self, images: Tensor) -> Tensor:
-        """Images uint8 [B, H, W, 3] as the model takes them: [B, 3, H, W]."""
+        """Return uint8 images [B, H, W, 3] as the model takes them: [B, 3, H, W]."""
         return normalize(self.to_device(images), self._mean, self._std)

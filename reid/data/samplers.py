@@ -1,4 +1,4 @@
-"""Which images the global batch of (seed, epoch, step) holds, and which part of it is this rank's; pure."""
+"""Batch samplers: the images of the global batch of (seed, epoch, step), and the part of each rank (pure)."""
 
 from __future__ import annotations
 
@@ -14,64 +14,61 @@ from reid.randomness import random_bits, uniform
 
 Int64 = NDArray[np.int64]
 
-_DRAWN_AT_ONCE = 2**14  # numbers; which ones are drawn together changes none of them
+_NUM_DRAWN_AT_ONCE = 2**14  # any value gives the same numbers
 
 # One number per purpose, so that no two purposes share random numbers.
 _IMAGE_ORDER, _REPEATS, _IDENTITIES, _SHUFFLE, _LENGTH = range(1, 6)
 
 
 class PlannedBatch(NamedTuple):
-    """What the loader is asked for: this rank's part of one global batch."""
+    """Images of a global batch that this rank loads."""
 
     epoch: int
-    sample_ids: Int64  # [B] positions in the data set
-    positions: Int64  # [B] positions in the epoch's global plan, which seed the augmentation
+    sample_ids: Int64  # [B], positions in the data set
+    positions: Int64  # [B], positions in the epoch's global plan, which seed the augmentation
 
 
 class IdentityPlan:
-    """The P x K plan of reid-strong-baseline's identity sampler, with an equal number of batches in every epoch.
+    """P x K plan of reid-strong-baseline's identity sampler, with the same number of batches in every epoch.
 
     An epoch cuts the shuffled images of every identity into groups of K (an identity with fewer than K images gives one
-    group, drawn with replacement). Each batch takes P distinct identities, uniformly among those that have groups left,
-    and one group of each. The original stops when fewer than P identities are left, after a number of batches that
-    varies by about one between epochs; here `num_batches` is the length of one such pass, drawn from the data alone,
-    and identities that would otherwise be left over are taken first where an epoch would fall short of it (rarely, and
-    only near its end).
+    group, drawn with replacement). Each batch takes P distinct identities, uniformly among those with groups left, and
+    one group of each. The original stops when fewer than P identities are left, after a number of batches that varies
+    by about one between epochs. Here `num_batches` is the length of one such pass, drawn from the data alone. An epoch
+    that would fall short of it (rarely, and only near its end) takes first the identities that would be left over.
 
     Args:
-        pids: [N] identity of every training image.
-        num_pids: P, distinct identities in a batch.
-        num_instances: K, images of each.
-        seed: of the whole run.
+        pids: [N], identity of every training image.
+        num_pids: Number P of distinct identities in a batch.
+        num_instances: Number K of images of each.
+        seed: Seed of the run.
 
     Raises:
-        ValueError: fewer than P identities.
+        ValueError: There are fewer than P identities.
     """
 
     def __init__(self, pids: Int64, *, num_pids: int, num_instances: int, seed: int) -> None:
         self.num_pids, self.num_instances, self._seed = num_pids, num_instances, seed
         _, self._label, self._count = np.unique(pids, return_inverse=True, return_counts=True)
         if len(self._count) < num_pids:
-            raise ValueError(f"a batch of {num_pids} identities needs as many, the data has {len(self._count)}")
-        self._first = (
-            np.cumsum(self._count) - self._count
-        )  # [I] where an identity's images start once sorted by identity
-        self._num_groups = np.maximum(self._count // num_instances, 1)  # [I]
+            raise ValueError(f"a batch must have at most {len(self._count)} identities, got {num_pids} identities")
+        self._first = np.cumsum(self._count) - self._count  # [C], first image of each once sorted by identity
+        self._num_groups = np.maximum(self._count // num_instances, 1)  # [C]
         canonical = _uniforms_by_step((_LENGTH,), num_pids)
         self.num_batches = len(_draw_identities(self._num_groups, num_pids, canonical, None))
 
     def __call__(self, epoch: int) -> Int64:
-        """The images of an epoch in global order: [num_batches, P * K]."""
+        """Return the images of an epoch in global order: [num_batches, P * K]."""
         uniforms = _uniforms_by_step((self._seed, epoch, _IDENTITIES), self.num_pids)
         identities = _draw_identities(self._num_groups, self.num_pids, uniforms, self.num_batches)  # [T, P]
         return self._groups(epoch, identities.reshape(-1)).reshape(self.num_batches, -1)
 
     def _groups(self, epoch: int, identities: Int64) -> Int64:
-        """The images [n, K] of the groups that the identities [n] hand out one after the other."""
+        """Return the images [n, K] of the next group of each identity [n], in their order."""
         keys = random_bits(self._seed, epoch, _IMAGE_ORDER, np.arange(len(self._label)))
-        by_identity = np.lexsort((keys, self._label))  # [N] images sorted by identity, shuffled within
+        by_identity = np.lexsort((keys, self._label))  # [N], images sorted by identity, shuffled within
         slots = np.arange(self.num_instances)
-        offsets = _occurrence(identities)[:, None] * self.num_instances + slots  # [n, K] within the identity
+        offsets = _occurrence(identities)[:, None] * self.num_instances + slots  # [n, K], within the identity
         counts = self._count[identities][:, None]
         repeats = uniform(self._seed, epoch, _REPEATS, identities[:, None], slots)
         offsets = np.where(counts < self.num_instances, (repeats * counts).astype(np.int64), offsets)
@@ -79,31 +76,31 @@ class IdentityPlan:
 
 
 class ShufflePlan:
-    """All images in random order, cut into batches; the last incomplete batch of an epoch is left out.
+    """Plan of all images in random order, without the last incomplete batch of an epoch.
 
     Args:
-        num_images: N.
-        batch_size: of the global batch.
-        seed: of the whole run.
+        num_images: Number N of images.
+        batch_size: Number of images of the global batch.
+        seed: Seed of the run.
 
     Raises:
-        ValueError: fewer images than one batch.
+        ValueError: There are fewer images than in a batch.
     """
 
     def __init__(self, num_images: int, *, batch_size: int, seed: int) -> None:
         if num_images < batch_size:
-            raise ValueError(f"a batch of {batch_size} images needs as many, the data has {num_images}")
+            raise ValueError(f"a batch must have at most {num_images} images, got {batch_size} images")
         self._num_images, self._batch_size, self._seed = num_images, batch_size, seed
         self.num_batches = num_images // batch_size
 
     def __call__(self, epoch: int) -> Int64:
-        """The images of an epoch in global order: [num_batches, batch_size]."""
+        """Return the images of an epoch in global order: [num_batches, batch_size]."""
         order = np.argsort(random_bits(self._seed, epoch, _SHUFFLE, np.arange(self._num_images)), kind="stable")
         return order[: self.num_batches * self._batch_size].reshape(self.num_batches, self._batch_size)
 
 
 def _occurrence(values: Int64) -> Int64:
-    """For every element, how many equal ones stand before it: [n]."""
+    """Return for every element the number of equal ones before it: [n]."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
@@ -114,8 +111,8 @@ def _occurrence(values: Int64) -> Int64:
 
 
 def _uniforms_by_step(key: tuple[int, ...], width: int) -> Iterator[list[float]]:
-    """The uniform numbers [width] of one step after the other, without end."""
-    num_steps = max(1, _DRAWN_AT_ONCE // width)
+    """Yield the uniform numbers [width] of step after step, without end."""
+    num_steps = max(1, _NUM_DRAWN_AT_ONCE // width)
     for step in count(0, num_steps):
         yield from uniform(*key, np.arange(step, step + num_steps)[:, None], np.arange(width)).tolist()
 
@@ -123,10 +120,10 @@ def _uniforms_by_step(key: tuple[int, ...], width: int) -> Iterator[list[float]]
 def _draw_identities(
     num_groups: Int64, num_pids: int, uniforms: Iterator[list[float]], num_batches: int | None
 ) -> Int64:
-    """P distinct identities for every batch: [T, P].
+    """Draw P distinct identities for every batch: [T, P].
 
-    With `num_batches` None, until fewer than P identities have groups left (the original's rule); otherwise exactly
-    that many batches, which must be possible: sum(min(num_groups, num_batches)) >= P * num_batches.
+    If `num_batches` is None, stop when fewer than P identities have groups left (the original's rule). Otherwise draw
+    exactly that many batches, which must be possible: sum(min(num_groups, num_batches)) >= P * num_batches.
     """
     left = num_groups.tolist()
     available = list(range(len(left)))
@@ -151,8 +148,8 @@ class _Reserve:
     """Keeps an epoch from running out of identities before its fixed number of batches.
 
     With R batches to go and c_i groups left, the rest is possible exactly while surplus = sum(min(c_i, R)) - P * R >=
-    0. A batch lowers the surplus by the number of identities with c_i >= R ("tight") that it leaves out, so only so
-    many may be. A tight identity stays tight to the end.
+    0. A batch lowers the surplus by the number of identities with c_i >= R ("tight") that it leaves out. So it may
+    leave out `surplus` of them at most. A tight identity stays tight to the end.
     """
 
     def __init__(self, num_groups: Int64, num_pids: int, num_batches: int) -> None:
@@ -160,12 +157,12 @@ class _Reserve:
         self._surplus = int(np.minimum(num_groups, num_batches).sum()) - num_pids * num_batches
         self._by_size = np.argsort(-num_groups, kind="stable").tolist()
         self._sizes = num_groups.tolist()
-        self._num_candidates = 0  # of _by_size: identities that began with enough groups to be tight by now
-        self._tight: dict[int, None] = {}  # an ordered set
+        self._num_candidates = 0  # first ones of _by_size, which started with enough groups to be tight by now
+        self._tight: dict[int, None] = {}  # ordered set
 
     def enforce(self, available: list[int], left: list[int]) -> None:
-        """Swaps tight identities into the first P places of `available` where the surplus does not let them wait."""
-        self._find_tight(left)
+        """Swap the tight identities that must not be left out into the first P positions of `available`."""
+        self._update_tight(left)
         self._batches_left -= 1
         if not self._tight:
             return
@@ -178,7 +175,7 @@ class _Reserve:
             available[slot], available[other] = available[other], available[slot]
         self._surplus -= len(omitted) - num_forced
 
-    def _find_tight(self, left: list[int]) -> None:
+    def _update_tight(self, left: list[int]) -> None:
         while (
             self._num_candidates < len(self._by_size)
             and self._sizes[self._by_size[self._num_candidates]] >= self._batches_left
@@ -190,24 +187,26 @@ class _Reserve:
 
 
 def rank_part(batch_size: int, rank: int, num_ranks: int) -> slice:
-    """The places of a rank in a global batch: a block of consecutive ones, hence of whole identities.
+    """Return a rank's positions in a global batch: consecutive ones, hence complete identities.
 
     Raises:
-        ValueError: the batch cannot be shared out evenly.
+        ValueError: The number of ranks does not divide the batch.
     """
     if batch_size % num_ranks:
-        raise ValueError(f"a global batch of {batch_size} cannot be shared out among {num_ranks} ranks")
+        raise ValueError(
+            f"the number of ranks must divide the global batch, got {batch_size} images on {num_ranks} ranks"
+        )
     share = batch_size // num_ranks
     return slice(rank * share, (rank + 1) * share)
 
 
 class TrainBatches(Sampler[PlannedBatch]):
-    """This rank's part of every batch of one epoch, from a given step on.
+    """Sampler of this rank's part of every batch of an epoch, starting at a given step.
 
     Args:
-        plan: epoch -> [num_batches, batch_size].
-        rank: of this process.
-        num_ranks: that share the global batch.
+        plan: Function of the epoch that returns its images: [num_batches, batch_size].
+        rank: Rank of this process.
+        num_ranks: Number of ranks that share the global batch.
     """
 
     def __init__(self, plan: IdentityPlan | ShufflePlan, *, rank: int, num_ranks: int) -> None:
@@ -215,11 +214,11 @@ class TrainBatches(Sampler[PlannedBatch]):
         self._epoch, self._step = 1, 0
 
     def set_position(self, epoch: int, step: int) -> None:
-        """The next pass is of `epoch` (from 1), beginning behind its first `step` batches."""
+        """Start the next pass in `epoch` (from 1), after its first `step` batches."""
         self._epoch, self._step = epoch, step
 
     def first_global_batch(self) -> PlannedBatch:
-        """What all ranks together get in the first step of the first epoch."""
+        """Return the global batch of the first step of the first epoch."""
         sample_ids = self._plan(1)[0]
         return PlannedBatch(1, sample_ids, np.arange(len(sample_ids)))
 
@@ -235,9 +234,9 @@ class TrainBatches(Sampler[PlannedBatch]):
 
 
 class EvaluationBatches(Sampler[PlannedBatch]):
-    """Every image exactly once, without padding: the data set's order in batches, dealt out to the ranks in blocks.
+    """Sampler of every image exactly once, in the data set's order; each rank takes consecutive batches.
 
-    A batch holds the same images whatever the number of ranks, so that an image's embedding cannot depend on it.
+    A batch holds the same images on any number of ranks, so that an image's embedding cannot depend on it.
     """
 
     def __init__(self, num_images: int, *, batch_size: int, rank: int, num_ranks: int) -> None:

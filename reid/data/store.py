@@ -6,7 +6,6 @@ Its name holds a fingerprint of the image files, so a changed data set gets a ne
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import logging
@@ -30,7 +29,6 @@ FORMAT_VERSION = 1  # raise it when the same image files would give other pixels
 
 _CHUNK = 64  # images per task of a thread; one image takes about 0.6 ms
 _NUM_SHOWN = 20  # bad files in a message
-_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +70,7 @@ def build_store(
     """Decode and resize all images into `file`, unless it is already complete.
 
     The file is renamed atomically, so it is either absent or complete, and any number of processes may build it at once
-    (each in its own temporary file; the last rename wins). Temporary files of killed builds are removed first.
+    (each in another temporary file; the last rename wins). Temporary files of killed builds are removed first.
 
     Args:
         file: Path that `store_file` returned.
@@ -132,32 +130,42 @@ def open_store(file: Path, num_images: int, size: tuple[int, int]) -> np.ndarray
     return images
 
 
-def decode(path: Path, size: tuple[int, int]) -> bytes:
+class UnreadableImageError(ValueError):
+    """An image that cannot be decoded; its text is the reason."""
+
+
+def decode(source: Path | Image.Image, size: tuple[int, int]) -> bytes:
     """Return the image as H*W*3 bytes of RGB, resized by antialiased bilinear interpolation.
 
     The EXIF orientation is not applied and transparency is ignored, as in reid-strong-baseline.
+
+    Raises:
+        UnreadableImageError: The file is missing, damaged or not an image.
     """
-    # Read at once: PIL reads a JPEG's header in many small pieces, and that costs 10 % of all the time here.
-    with Image.open(io.BytesIO(path.read_bytes())) as image:
-        return pixels_of(image, size)
-
-
-def pixels_of(image: Image.Image, size: tuple[int, int]) -> bytes:
-    """Return the image as H*W*3 bytes of RGB, resized as in `decode`."""
-    height, width = size
-    # PIL warns when a palette with transparency becomes RGB at once; by way of RGBA the colors are the same.
-    opaque = image.convert("RGBA") if image.mode == "P" else image
-    rgb = opaque if opaque.mode == "RGB" else opaque.convert("RGB")
-    return rgb.resize((width, height), Image.Resampling.BILINEAR).tobytes()
+    try:
+        # Read at once: PIL reads a JPEG's header in many small pieces, and that costs 10 % of all the time here.
+        image = Image.open(io.BytesIO(source.read_bytes())) if isinstance(source, Path) else source
+        # PIL warns when a palette with transparency becomes RGB at once; by way of RGBA the colors are the same.
+        opaque = image.convert("RGBA") if image.mode == "P" else image
+        rgb = opaque if opaque.mode == "RGB" else opaque.convert("RGB")
+        return rgb.resize(size[::-1], Image.Resampling.BILINEAR).tobytes()
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError("empty or not an image") from error
+    except Exception as error:  # a damaged file makes PIL's decoders raise nearly anything
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+        raise UnreadableImageError(reason) from error
 
 
 def fault_of_image(path: Path) -> str | None:
     """Return why an image cannot be read, as `build_store` reports it; None if it can be."""
     try:
         decode(path, (1, 1))
-    except Exception as error:  # a broken file makes PIL's decoders raise nearly anything
-        return reason_of(error)
+    except UnreadableImageError as error:
+        return str(error)
     return None
+
+
+pixels_of, reason_of = decode, str  # until evaluation/embedder calls `decode` for all images
 
 
 def _names_below(paths: Sequence[Path]) -> dict[Path, str]:
@@ -184,8 +192,8 @@ def _write_images(
         for i, path in enumerate(paths[start : start + _CHUNK], start):
             try:
                 pixels = decode(path, size)
-            except Exception as error:  # a broken file makes PIL's decoders raise nearly anything
-                bad.append(f"{path} ({reason_of(error)})")
+            except UnreadableImageError as error:
+                bad.append(f"{path} ({error})")
             else:
                 write_at(descriptor, pixels, offset + i * stride)
         return bad
@@ -206,17 +214,10 @@ def _disk_errors(file: Path, num_bytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_SPACE:
-            raise WorldError(
-                f"DATASETS.CACHE_DIR must be a writable folder, got {file.parent} ({error.strerror}). Fix: set "
-                "DATASETS.CACHE_DIR to another folder.",
-                key="DATASETS.CACHE_DIR",
-            ) from error
-        existing = next(folder for folder in file.absolute().parents if folder.exists())
-        free = shutil.disk_usage(existing).free
+        free = shutil.disk_usage(next(filter(os.path.exists, file.absolute().parents))).free
         raise WorldError(
-            f"the store {file} needs {num_bytes:,} bytes, but {free:,} bytes are free ({error.strerror}). Fix: free "
-            "some space, or set DATASETS.CACHE_DIR to another disk.",
+            f"DATASETS.CACHE_DIR must be a writable folder with {num_bytes:,} bytes for {file}, got {error.strerror!r} "
+            f"while {free:,} bytes are free. Fix: free some space, or set DATASETS.CACHE_DIR to another folder.",
             key="DATASETS.CACHE_DIR",
         ) from error
 
@@ -246,13 +247,6 @@ def _header(num_images: int, size: tuple[int, int]) -> bytes:
 
 def _num_pixel_bytes(num_images: int, size: tuple[int, int]) -> int:
     return num_images * size[0] * size[1] * 3
-
-
-def reason_of(error: Exception) -> str:
-    """Return why an image cannot be read, in a few words."""
-    if isinstance(error, UnidentifiedImageError):
-        return "empty or not an image"
-    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
 
 
 def _describe(bad: Sequence[str], num_images: int, full_list: Path) -> str:

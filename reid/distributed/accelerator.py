@@ -1,4 +1,4 @@
-"""Precision and wrapping for training, by accelerate, joined to the process group that stands."""
+"""Precision, wrapping and clipping by accelerate, joined to the existing process group."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ logger = logging.getLogger(__name__)
 
 
 def build_accelerator(cfg: CfgNode, *, on_gpu: bool, num_ranks: int) -> Accelerator:
-    """The owner of precision, wrapping and the backward pass.
+    """Build the owner of precision, wrapping and the backward pass.
 
     Args:
-        cfg: the whole configuration; SOLVER.PRECISION and SOLVER.SHARDING are read.
-        on_gpu: of this run.
-        num_ranks: of this run.
+        cfg: Configuration; SOLVER.PRECISION and SOLVER.SHARDING are read.
+        on_gpu: Whether the run is on GPUs.
+        num_ranks: Number of ranks of the run.
 
     Raises:
         SettingsError: accelerate would silently ignore a setting on a CPU.
@@ -46,22 +46,22 @@ def build_accelerator(cfg: CfgNode, *, on_gpu: bool, num_ranks: int) -> Accelera
     precision = cfg.SOLVER.PRECISION
     if precision == "fp16" and not on_gpu:
         raise SettingsError(
-            "SOLVER.PRECISION fp16 needs a GPU, and this run is on a CPU; use fp32 or bf16", key="SOLVER.PRECISION"
+            "SOLVER.PRECISION fp16 needs a GPU, got a CPU. Fix: set it to fp32 or bf16.", key="SOLVER.PRECISION"
         )
     if cfg.SOLVER.SHARDING == "fsdp" and not (on_gpu and num_ranks > 1):
         got = f"{num_ranks} rank" if on_gpu else "a CPU"
         raise SettingsError(
-            f"SOLVER.SHARDING fsdp needs several GPUs, and this run is on {got}; use none", key="SOLVER.SHARDING"
+            f"SOLVER.SHARDING fsdp needs several GPUs, got {got}. Fix: set it to none.", key="SOLVER.SHARDING"
         )
     if precision == "bf16" and not has_bf16(on_gpu=on_gpu):
         device = "GPU" if on_gpu else "CPU"
-        logger.info("SOLVER.PRECISION bf16: this %s has no instructions for it, and is slower than with fp32", device)
-    # Without it accelerate sets the number of threads itself, with a warning; torch has set them already.
+        logger.info("SOLVER.PRECISION bf16 is slower than fp32 on this %s, which has no instructions for it", device)
+    # Otherwise accelerate sets the number of threads, with a warning, although torch has set them already.
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     return Accelerator(
         cpu=not on_gpu,
         mixed_precision="no" if precision in ("fp32", "fp64") else precision,
-        # Micro-batches are the engine's own: accelerate knows no loss over several of them.
+        # The training step accumulates micro-batches: accelerate supports no loss over several of them.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         step_scheduler_with_optimizer=False,
         fsdp_plugin=fsdp_plugin() if cfg.SOLVER.SHARDING == "fsdp" else None,
@@ -70,16 +70,16 @@ def build_accelerator(cfg: CfgNode, *, on_gpu: bool, num_ranks: int) -> Accelera
 
 
 def forget_accelerator() -> None:
-    """Allow another `build_accelerator` in this process: accelerate keeps the first one's settings for ever."""
+    """Allow another `build_accelerator` in this process: accelerate keeps the settings of the first one."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
 
 def has_bf16(*, on_gpu: bool) -> bool:
-    """Whether the device multiplies bfloat16 itself; a convolution took 20 times as long on a CPU with AVX2 only."""
+    """Return whether the device multiplies bfloat16: a convolution took 20 times as long on a CPU with only AVX2."""
     if on_gpu:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return platform.machine() not in ("x86_64", "AMD64") or has_fast_bfloat16()  # of others it is not known
+    return platform.machine() not in ("x86_64", "AMD64") or has_fast_bfloat16()  # unknown for other CPUs
 
 
 def move_model(model: nn.Module, cfg: CfgNode, device: torch.device) -> None:
@@ -92,18 +92,18 @@ def move_model(model: nn.Module, cfg: CfgNode, device: torch.device) -> None:
 
 
 def fsdp_plugin() -> FullyShardedDataParallelPlugin:
-    """FSDP2 with one group for every module of a million parameters or more."""
+    """Return FSDP2's configuration, with one group for every module of a million parameters or more."""
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="size_based_wrap",
         min_num_params=1_000_000,
-        cpu_ram_efficient_loading=False,  # every rank has made the same weights from the same seed or file
+        cpu_ram_efficient_loading=False,  # every rank has the same weights, from the same seed or file
         state_dict_type="FULL_STATE_DICT",
     )
 
 
 def full_tensors(value: Any) -> Any:
-    """The same value with sharded tensors put together; called by all ranks. `state_dict()`s are meant."""
+    """Return a state dict with its sharded tensors gathered; all ranks call it."""
     if isinstance(value, DTensor):
         return value.full_tensor()
     if isinstance(value, dict):
@@ -114,14 +114,14 @@ def full_tensors(value: Any) -> Any:
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """This rank's share of a whole tensor where `like` is sharded; else the tensor itself."""
+    """Return this rank's shard of a full tensor if `like` is sharded, else the tensor."""
     if not isinstance(like, DTensor):
         return value
     return distribute_tensor(value.to(like.device, like.dtype), like.device_mesh, like.placements)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Takes over what `whole` made of another optimiser's state dict, sharded as this one's parameters are."""
+    """Load another optimizer's state dict of full tensors, sharded like this optimizer's parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     of_parameters = {
         index: {
@@ -130,25 +130,24 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         }
         for index, values in state["state"].items()
     }
-    # How the step is computed is this run's own matter: torch would take over that of the other, which may have had
-    # another device.
+    # torch would also load how the step is computed, although the other run may have used another device.
     groups = [
-        {**saved, **{name: own[name] for name in ("fused", "foreach") if name in own}}
-        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
+        {**saved, **{name: group[name] for name in ("fused", "foreach") if name in group}}
+        for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
     optimizer.load_state_dict({"state": of_parameters, "param_groups": groups})
 
 
 def fix_gradient_buckets(wrapped: nn.Module, size: tuple[int, int]) -> None:
-    """One backward pass before the first step, of which nothing else remains; called by all ranks.
+    """Run a backward pass before the first step, with no other effect than the bucket layout; all ranks call it.
 
-    DistributedDataParallel lays its buckets out anew behind its first backward pass, and on more than two ranks another
-    layout sums in another order. So the first step behind a resume would differ in its last bits from that of a run
-    that was not interrupted.
+    DistributedDataParallel changes the layout of its buckets after its first backward pass, and on more than two ranks
+    another layout sums in another order. So the first step after a resume would differ in its last bits from that of an
+    uninterrupted run.
 
     Args:
-        wrapped: by `wrap`; anything but DistributedDataParallel needs none of this.
-        size: H and W of an image, in pixels.
+        wrapped: Model that `wrap` returned; only DistributedDataParallel needs this pass.
+        size: H and W of an image in pixels.
     """
     if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
         return
@@ -161,7 +160,7 @@ def fix_gradient_buckets(wrapped: nn.Module, size: tuple[int, int]) -> None:
 
 @contextmanager
 def preserve_batchnorm_statistics(model: nn.Module) -> Iterator[None]:
-    """BatchNorm's running statistics are afterwards what they were."""
+    """Restore BatchNorm's running statistics at the end of the context."""
     buffers = [buffer for layer in model.modules() if isinstance(layer, _BatchNorm) for buffer in layer.buffers()]
     before = [buffer.clone() for buffer in buffers]
     yield
@@ -171,7 +170,7 @@ def preserve_batchnorm_statistics(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Ranks may use the model independently of each other in here, as in an evaluation of unequal parts."""
+    """Let ranks use the model independently of each other, as in an evaluation of unequal parts."""
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in shards:
         module.unshard()
@@ -185,43 +184,43 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 def wrap(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, *, compiled: bool = False
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Model and optimiser as training uses them; accelerate would shard a loader again and step a schedule W times.
+    """Wrap model and optimizer only: accelerate would shard a loader again and step a schedule W times.
 
     Raises:
-        WorldError: there is no compiler to compile with.
+        WorldError: There is no compiler for `compiled`.
     """
     if compiled and accelerator.device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise shared(
             WorldError(
-                "MODEL.COMPILE needs a C++ compiler on a CPU, but there is none; install g++, or set it to no",
+                "MODEL.COMPILE needs a C++ compiler on a CPU, got none. Fix: install g++, or set it to no.",
                 key="MODEL.COMPILE",
             )
         )
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if isinstance(wrapped, nn.parallel.DistributedDataParallel):
         # BatchNorm statistics are equal on all ranks (SyncBN), or broadcast before an evaluation; centers are equal.
-        # Set here, as the name of the argument depends on torch's version.
+        # Set as an attribute, because the name of the argument depends on torch's version.
         wrapped.broadcast_buffers = False
     if compiled:
-        wrapped.compile()  # in place: parameter names stay as they are, and evaluation uses the model as it is
+        wrapped.compile()  # in place: keeps the parameter names, and the uncompiled model for evaluation
     return wrapped, optimizer
 
 
 def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:
-    """Clips the gradients and returns their 2-norm before, all together: a scalar on the device; nothing waits for it.
+    """Clip the gradients and return their total 2-norm before, a scalar on the device, without waiting for it.
 
-    The gradients are those of the global batch, so the norm is the same on every rank and for any number of them.
+    The gradients are those of the global batch, so the norm is the same on every rank and for any number of ranks.
 
     Args:
-        accelerator: which wrapped the model.
-        model: wrapped, behind its backward pass.
-        max_norm: the largest norm; 0: not clipped.
+        accelerator: Accelerator that wrapped the model.
+        model: Wrapped model after its backward pass.
+        max_norm: Largest norm; 0 to clip nothing.
     """
     if max_norm:
         norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
     else:
-        accelerator.unscale_gradients()  # of fp16
+        accelerator.unscale_gradients()  # fp16
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-    whole_norm: Tensor = full_tensors(norm.detach())
-    return whole_norm
+    total_norm: Tensor = full_tensors(norm.detach())
+    return total_norm

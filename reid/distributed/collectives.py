@@ -1,4 +1,4 @@
-"""Collectives: what ranks send each other, and the agreement of all ranks on errors."""
+"""Collectives: objects, tensors and errors that ranks exchange."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import ignite.distributed as idist
 import torch
@@ -17,9 +17,6 @@ from torch import Tensor, nn
 
 from reid.config.schema import SETTINGS
 from reid.errors import ReidError, WorldError, shared
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 
@@ -61,14 +58,14 @@ def errors_shared() -> Iterator[None]:
 
 
 def require_same_on_all_ranks(facts: Mapping[str, object], *, key: str | None = None) -> None:
-    """Refuses to go on where the ranks do not know the same facts.
+    """Raise an error on every rank unless the facts are equal on all of them.
 
     Args:
-        facts: name -> value, with the same meaning on every rank.
-        key: Key of the error where the facts are no settings; a setting that differs goes by its own.
+        facts: Values by name.
+        key: Key of the error if no setting differs.
 
     Raises:
-        WorldError: on every rank; names the first rank that differs from rank 0, its host, and the differences.
+        WorldError: A rank differs from rank 0. The error names the first such rank, its host, and the differences.
     """
     first, *others = gather_objects((platform.node(), dict(facts)))
     for other, (host, theirs) in enumerate(others, start=1):
@@ -76,8 +73,8 @@ def require_same_on_all_ranks(facts: Mapping[str, object], *, key: str | None = 
         if names:
             differences = "; ".join(f"{name} is {theirs.get(name)!r}, not {first[1].get(name)!r}" for name in names)
             error = WorldError(
-                f"rank {other} on {host} does not agree with rank 0 on {first[0]}: {differences}; start all ranks "
-                "with the same command, code, packages and data",
+                f"rank {other} on {host} does not agree with rank 0 on {first[0]}: {differences}. Fix: start all ranks "
+                "with the same command, code, packages and data.",
                 key=next((name for name in names if name in SETTINGS), key),
             )
             raise shared(error)
@@ -92,70 +89,67 @@ def once_per_node(work: Callable[[], object]) -> None:
 
 def from_rank_zero(work: Callable[[], T]) -> T:
     """Run the work on rank 0 and return its result on every rank; errors as in `errors_shared`."""
-    box: list[T | None] = [None]
     with errors_shared():
-        if is_main():
-            box[0] = work()
+        box = [work() if is_main() else None]
     if num_ranks() > 1:
         dist.broadcast_object_list(box, src=0)
     return cast("T", box[0])
 
 
-def gather_objects(own: T) -> list[T]:
-    """One object of every rank, in rank order."""
+def gather_objects(local: T) -> list[T]:
+    """Return one object of every rank, in rank order."""
     if num_ranks() == 1:
-        return [own]
+        return [local]
     gathered: list[Any] = [None] * num_ranks()
-    dist.all_gather_object(gathered, own)
+    dist.all_gather_object(gathered, local)
     return gathered
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The element-wise sum of every rank's tensor."""
+    """Return the element-wise sum of every rank's tensor."""
     return cast("Tensor", idist.all_reduce(values.clone()))
 
 
 def on_any_rank(*, own: bool) -> bool:
-    """Whether it is so on at least one rank; called by all."""
+    """Return whether the argument is true on at least one rank; all ranks call it."""
     return any(gather_objects(own))
 
 
 class Consensus:
-    """The largest number that any rank named at the step before: the same on all ranks, and waited for by none.
+    """The largest number that any rank passed at the step before: the same on all ranks, without waiting.
 
-    Every call begins a small all-reduce, in a group of its own on the CPU, and ends the one that the call before began,
-    which has run beside the step.
+    Every call starts a small all-reduce on the CPU and completes that of the call before, which ran during the step.
     """
 
     def __init__(self) -> None:
         self._group: Any = dist.new_group(backend="gloo") if num_ranks() > 1 else None
-        self._begun: tuple[dist.Work, Tensor] | None = None
+        self._pending: tuple[dist.Work | None, Tensor] = (None, torch.tensor(0))
 
-    def exchange(self, own: int) -> int:
-        """Called by all ranks at every step; 0 at the first, without others the number itself."""
+    def exchange(self, local: int) -> int:
+        """Return the largest number of the last step, 0 at the first; a single rank gets its number back.
+
+        All ranks call it at every step.
+        """
         if self._group is None:
-            return own
-        agreed = 0
-        if self._begun is not None:
-            work, value = self._begun
+            return local
+        work, largest = self._pending
+        if work is not None:
             work.wait()
-            agreed = int(value)
-        value = torch.tensor(own)
-        begun = dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        self._begun = (begun, value)
-        return agreed
+        value = torch.tensor(local)
+        self._pending = dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._group, async_op=True), value
+        return int(largest)
 
 
 class Noticeboard:
-    """Short texts of all ranks, which can be put up and read while a collective hangs.
+    """Short texts of all ranks, which can be posted and read while a collective hangs.
 
     Args:
-        topic: keeps the texts of different uses apart.
-        patience: seconds to wait for the process that keeps them.
+        topic: Name of the use, which keeps its texts apart from others.
+        patience: Seconds to wait for the process that keeps the texts.
     """
 
     def __init__(self, topic: str, patience: float) -> None:
-        # torchrun may keep the store for the next group; its own count of them differs between nodes.
+        # torchrun may keep the store for the next group, and its count of groups differs between nodes.
         attempt = from_rank_zero(lambda: secrets.token_hex(4))
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=patience))  # type: ignore[attr-defined]
@@ -165,28 +159,28 @@ class Noticeboard:
         self._store.set(str(rank()), text)
 
     def read(self) -> dict[int, str]:
-        """The texts by rank, of those that have put one up."""
+        """Return the posted texts by rank."""
         present = [other for other in range(num_ranks()) if self._store.check([str(other)])]
         return {other: self._store.get(str(other)).decode() for other in present}
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Whether a collective has failed because another rank is gone or silent."""
+    """Return whether a collective failed because another rank is gone or silent."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 def global_batch(feat: Tensor, pids: Tensor) -> tuple[Tensor, Tensor]:
-    """Features and identities of the global batch, in rank order, with one collective.
+    """Gather the features and identities of the global batch, in rank order, in one collective.
 
-    Only this rank's own rows carry a gradient. A loss over *all* rows therefore has, with respect to them, the gradient
-    of the single process; as gradients are averaged over the ranks, it must be multiplied by their number.
+    Only the rows of this rank carry a gradient. A loss over *all* rows therefore has, with respect to them, the
+    gradient of the single process. It must be multiplied by the number of ranks, over which gradients are averaged.
 
     Args:
         feat: [B_rank, D], as many rows on every rank.
         pids: [B_rank], below 2**24, so that float32 holds them exactly.
 
     Returns:
-        feat [B, D] and pids [B].
+        Features [B, D] and identities [B].
     """
     if num_ranks() == 1:
         return feat, pids
@@ -194,48 +188,48 @@ def global_batch(feat: Tensor, pids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _GlobalBatch(torch.autograd.Function):
-    """Packed, gathered and taken apart without another copy; the gradient of this rank's rows is theirs."""
+    """Features and identities packed into one tensor, gathered, and unpacked as views."""
 
     @staticmethod
     def forward(ctx: Any, feat: Tensor, pids: Tensor) -> tuple[Tensor, Tensor]:
         gathered = all_gather(torch.cat([feat, pids[:, None].to(feat.dtype)], dim=1))  # [B, D + 1]
         all_pids = gathered[:, -1].to(pids.dtype)
-        ctx.own = slice(rank() * len(feat), (rank() + 1) * len(feat))
+        ctx.local_rows = slice(rank() * len(feat), (rank() + 1) * len(feat))
         ctx.mark_non_differentiable(all_pids)
         return gathered[:, :-1], all_pids
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0][ctx.own], None
+        return grads[0][ctx.local_rows], None
 
 
-def all_gather(own: Tensor) -> Tensor:
-    """The tensors [n, ...] of all ranks, of which there are several, one behind the other, without gradient."""
-    gathered = own.new_empty((num_ranks() * len(own), *own.shape[1:]))
-    dist.all_gather_into_tensor(gathered, own.contiguous())
+def all_gather(local: Tensor) -> Tensor:
+    """Concatenate the tensors [n, ...] of all ranks, of which there are several; without gradient."""
+    gathered = local.new_empty((num_ranks() * len(local), *local.shape[1:]))
+    dist.all_gather_into_tensor(gathered, local.contiguous())
     return gathered
 
 
 def gather_rows(rows: Tensor, ids: Tensor, num_rows: int) -> Tensor:
-    """The rows of all ranks, each at the place that its id names; ranks may hold different numbers of rows, or none.
+    """Gather the rows of all ranks in the order of their ids; ranks may have different numbers of rows, or none.
 
     Args:
         rows: [n_rank, ...].
         ids: [n_rank], every one of 0..num_rows-1 on exactly one rank.
-        num_rows: over all ranks.
+        num_rows: Number of rows of all ranks.
 
     Returns:
-        [num_rows, ...] on every rank, on the CPU or device of `rows`.
+        [num_rows, ...] on every rank, on the device of `rows`.
 
     Raises:
-        WorldError: an id is missing or comes twice.
+        WorldError: An id is missing or duplicate.
     """
     if num_ranks() > 1:
         counts = gather_objects(len(ids))
         longest = max(counts)
         rows, ids = (_gather_uneven(part, counts, longest) for part in (rows, ids))
     if not torch.equal(ids.sort().values.cpu(), torch.arange(num_rows)):
-        raise shared(WorldError(f"every one of {num_rows} rows must come from exactly one rank, but {len(ids)} came"))
+        raise shared(WorldError(f"each of {num_rows} rows must come from exactly one rank, got {len(ids)} rows"))
     ordered = torch.empty_like(rows)
     ordered[ids] = rows
     return ordered
@@ -249,7 +243,7 @@ def _gather_uneven(part: Tensor, counts: list[int], longest: int) -> Tensor:
 
 
 def broadcast_buffers(model: nn.Module) -> None:
-    """Gives every rank rank 0's buffers: without SyncBN each has BatchNorm statistics of its own."""
+    """Copy rank 0's buffers to every rank: without SyncBN, BatchNorm statistics differ between ranks."""
     if num_ranks() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)

@@ -1,4 +1,4 @@
-"""How fast collectives are: over all ranks, within a node, and between neighbouring nodes."""
+"""Speed of collectives over all ranks, within each node, and between neighboring nodes."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ _ROUNDS = {_SMALL: 20, _LARGE: 3}
 
 @dataclass(frozen=True)
 class Link:
-    """An all-reduce among some ranks."""
+    """Speed of an all-reduce among some ranks."""
 
     name: str
     num_ranks: int
     latency: float  # seconds for 8 bytes
-    seconds: float  # for 32 MiB
+    seconds: float  # seconds for 32 MiB
 
     @property
     def bandwidth(self) -> float:
-        """Bytes that each rank sends per second in a ring."""
+        """Return the bytes that each rank sends per second in a ring."""
         return 2 * (self.num_ranks - 1) / self.num_ranks * _LARGE / self.seconds
 
 
 def measure(device: torch.device) -> list[Link]:
-    """All ranks; each node's ranks, if they are several; each node's first rank with the next node's. Called by all.
+    """Measure all ranks, the ranks of each node, and each node's first rank with the next node's; all ranks call it.
 
     Args:
-        device: of this rank's tensors.
+        device: Device of the tensors of this rank.
 
     Returns:
-        the same on all ranks; none where there is one rank.
+        The same links on all ranks; none for a single rank.
     """
     if collectives.num_ranks() == 1:
         return []
@@ -49,13 +49,13 @@ def measure(device: torch.device) -> list[Link]:
 
 
 def _within(hosts: list[str]) -> dict[str, list[int]]:
-    """The ranks of each node, where there are several nodes with several ranks."""
+    """Return the ranks of each node that has several, if there are several nodes."""
     nodes = {host: [rank for rank, other in enumerate(hosts) if other == host] for host in hosts}
     return {f"within {host}": ranks for host, ranks in nodes.items() if len(ranks) > 1 and len(nodes) > 1}
 
 
 def _between(hosts: list[str]) -> dict[str, list[int]]:
-    """The first ranks of two nodes; each node with the next one, and the last with the first."""
+    """Return the first ranks of each node and the next one, and of the last node and the first."""
     first = {host: hosts.index(host) for host in hosts}
     names = list(first)
     pairs = zip(names, names[1:] + names[:1] if len(names) > 2 else names[1:], strict=False)
@@ -63,15 +63,15 @@ def _between(hosts: list[str]) -> dict[str, list[int]]:
 
 
 def _measure(name: str, ranks: list[int], device: torch.device) -> Link:
-    """The slowest rank's median; called by all ranks."""
+    """Return the slowest rank's median; all ranks call it."""
     group = dist.new_group(ranks)
-    own = {}
+    local = {}
     for num_bytes, rounds in _ROUNDS.items():
         if collectives.rank() in ranks:
             tensor = torch.zeros(num_bytes // 4, device=device)
             seconds = [_seconds(tensor, group) for _ in range(rounds + 1)]
-            own[num_bytes] = statistics.median(seconds[1:])
-    measured = [of_rank for of_rank in collectives.gather_objects(own) if of_rank]
+            local[num_bytes] = statistics.median(seconds[1:])
+    measured = [of_rank for of_rank in collectives.gather_objects(local) if of_rank]
     dist.destroy_process_group(group)
     slowest = {num_bytes: max(of_rank[num_bytes] for of_rank in measured) for num_bytes in _ROUNDS}
     return Link(name, len(ranks), slowest[_SMALL], slowest[_LARGE])

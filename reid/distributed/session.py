@@ -26,21 +26,23 @@ if TYPE_CHECKING:
 
 @contextmanager
 def session(world: World, cfg: CfgNode, *, keep_group: bool = False) -> Iterator[Accelerator]:
-    """The process group from start to end (none where a single process was started), and accelerate joined to it.
+    """Keep the process group for as long as the context lasts, and yield an accelerator that joined it.
 
-    accelerate owns precision, wrapping and the backward pass; ranks, collectives and devices are Ignite's.
+    accelerate owns precision, wrapping and the backward pass; Ignite owns ranks, collectives and devices. A single
+    process without a launcher has no process group.
 
     Args:
-        world: what the launcher told this process.
-        cfg: the whole configuration; MODEL.DEVICE, SOLVER.PRECISION and SOLVER.TIMEOUT_MINUTES are read.
+        world: Rank of this process, from the launcher.
+        cfg: Configuration; MODEL.DEVICE, SOLVER.PRECISION, SOLVER.SHARDING and SOLVER.TIMEOUT_MINUTES are read.
+        keep_group: Whether the process group stays until the interpreter exits, for the next session.
 
     Raises:
-        WorldError: no GPU where one is asked for, fewer GPUs than processes on this node, or a library that does not
-            see the world that the launcher made.
+        WorldError: There is no GPU for MODEL.DEVICE cuda, this node has fewer GPUs than processes, or a library
+            detects other ranks than the launcher set.
     """
     on_gpu = _on_gpu(world, cfg.MODEL.DEVICE)
     if world.has_group and not dist.is_initialized():
-        # A minute more than the watchdog waits, which can say who is missing and where.
+        # A minute more than the watchdog waits, which reports the rank that is missing.
         timeout = timedelta(minutes=cfg.SOLVER.TIMEOUT_MINUTES + 1)
         with _slurm_variables_for_ignite(by_srun=world.by_srun):
             idist.initialize("nccl" if on_gpu else "gloo", timeout=timeout)
@@ -64,54 +66,47 @@ def session(world: World, cfg: CfgNode, *, keep_group: bool = False) -> Iterator
 
 
 def _on_gpu(world: World, device: str) -> bool:
-    if device == "cpu":
-        return False
-    if not torch.cuda.is_available():
-        if device == "cuda":
-            error = WorldError(
-                "MODEL.DEVICE is cuda, but torch finds no GPU on this machine; use MODEL.DEVICE auto or cpu",
-                key="MODEL.DEVICE",
-            )
-            raise error if world.local_rank == 0 else shared(error)
-        return False
-    num_gpus = torch.cuda.device_count()
-    if world.local_rank >= num_gpus:
+    num_gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+    if num_gpus == 0 and device == "cuda":
         error = WorldError(
-            f"every process needs a GPU of its own, but {num_gpus + 1} or more processes were started on a node with "
-            f"{num_gpus}; lower --nproc_per_node, or set MODEL.DEVICE cpu",
+            "MODEL.DEVICE must be auto or cpu on a machine without a GPU that torch can use, got cuda. Fix: set "
+            "MODEL.DEVICE to auto or cpu.",
+            key="MODEL.DEVICE",
+        )
+        raise error if world.local_rank == 0 else shared(error)
+    if 0 < num_gpus <= world.local_rank:
+        error = WorldError(
+            f"--nproc_per_node must be at most the {num_gpus} GPUs of the node, got at least {num_gpus + 1} processes. "
+            "Fix: lower --nproc_per_node, or set MODEL.DEVICE cpu.",
             key="--nproc_per_node",
         )
         raise error if world.local_rank == num_gpus else shared(error)
-    return True
+    return num_gpus > 0
 
 
 @contextmanager
 def _slurm_variables_for_ignite(*, by_srun: bool) -> Iterator[None]:
-    """Ignite takes every process in a Slurm job for one of the job's tasks.
+    """Adjust Slurm's variables for Ignite, which takes every process in a Slurm job for one of the job's tasks.
 
-    Where torchrun made the ranks, it would overwrite LOCAL_RANK by the task's; and the tasks of a step may be fewer
-    than those that the job asked for, for which it would wait.
+    Under torchrun, it would overwrite LOCAL_RANK by the task's. Under srun, it would wait for all tasks of the job,
+    although a step may have fewer.
     """
-    if by_srun:
-        step = {"NTASKS": "NUM_TASKS", "JOB_NUM_NODES": "NUM_NODES", "JOB_NODELIST": "NODELIST"}
-        seen = {f"SLURM_{job}": os.environ[f"SLURM_STEP_{own}"] for job, own in step.items()}
-    else:
-        seen = {}
-    ours = {name: os.environ[name] for name in ("SLURM_JOB_ID", *seen) if name in os.environ}
+    step_names = {"NTASKS": "NUM_TASKS", "JOB_NUM_NODES": "NUM_NODES", "JOB_NODELIST": "NODELIST"} if by_srun else {}
+    adjusted = {f"SLURM_{job}": os.environ[f"SLURM_STEP_{step}"] for job, step in step_names.items()}
+    original = {name: os.environ[name] for name in ("SLURM_JOB_ID", *adjusted) if name in os.environ}
     if not by_srun:
         os.environ.pop("SLURM_JOB_ID", None)
-    os.environ.update(seen)
+    os.environ.update(adjusted)
     try:
         yield
     finally:
-        os.environ.update(ours)
+        os.environ.update(original)
 
 
-def _require_same_world(library: str, num_ranks: int, own_rank: int, world: World) -> None:
-    if (num_ranks, own_rank) != (world.num_ranks, world.rank):
+def _require_same_world(library: str, num_ranks: int, rank: int, world: World) -> None:
+    if (num_ranks, rank) != (world.num_ranks, world.rank):
         raise WorldError(
-            f"{library} must see rank {world.rank} of {world.num_ranks} as the launcher made it, but it sees rank "
-            f"{own_rank} of {num_ranks}, and the processes would train side by side; start them with torchrun, and "
-            "unset other variables that speak of ranks",
+            f"{library} must detect rank {world.rank} of {world.num_ranks}, which the launcher set, got rank {rank} of "
+            f"{num_ranks}. Fix: start the processes with torchrun, and unset other variables that set ranks.",
             key="WORLD_SIZE",
         )

@@ -1,4 +1,4 @@
-"""BatchNorm over the global batch: torch's own on GPUs, a small one of ours on CPUs, which torch's refuses."""
+"""BatchNorm over the global batch: torch's on GPUs, and one for CPUs, which torch's does not support."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reid.distributed import collectives
 
 
 def synchronize_batchnorm(model: nn.Module) -> nn.Module:
-    """The model with every BatchNorm replaced, around the same parameters and buffers; as it is on a single rank."""
+    """Return the model with every BatchNorm synchronized, or unchanged on a single rank; parameters stay the same."""
     if collectives.num_ranks() == 1:
         return model
     if any(parameter.is_cuda for parameter in model.parameters()):
@@ -27,7 +27,7 @@ def synchronize_batchnorm(model: nn.Module) -> nn.Module:
 
 
 def _is_fused(layer: nn.Module) -> bool:
-    """Whether it is timm's BatchNormAct2d, which applies the activation behind it too."""
+    """Return whether the layer is timm's BatchNormAct2d, which includes the activation that follows."""
     return hasattr(layer, "act")
 
 
@@ -41,11 +41,11 @@ def _synchronize_on_gpus(model: nn.Module) -> nn.Module:
 
 
 class _CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm1d or 2d whose training statistics are those of all ranks together."""
+    """BatchNorm1d or 2d with the training statistics of all ranks together."""
 
     @classmethod
     def like(cls, original: nn.modules.batchnorm._BatchNorm) -> _CPUSyncBatchNorm:
-        """The same layer, with the very same parameters and buffers."""
+        """Return a synchronized layer with the same parameters and buffers (not copies)."""
         layer = cls(
             original.num_features, original.eps, original.momentum, original.affine, original.track_running_stats
         )
@@ -60,7 +60,7 @@ class _CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        # Under autocast the input may be bfloat16; statistics are not taken in that.
+        # Under autocast the input may be bfloat16, which is too inexact for statistics.
         wide = input.to(self.weight.dtype)
         output, mean, variance, count = _GlobalBatchNorm.apply(wide, self.weight, self.bias, self.eps)
         with torch.no_grad():
@@ -75,7 +75,7 @@ class _CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class _CPUSyncBatchNormAct(_CPUSyncBatchNorm):
-    """The same with what timm's BatchNormAct2d has behind it."""
+    """Synchronized BatchNorm with the dropout and activation of timm's BatchNormAct2d."""
 
     drop: nn.Module
     act: nn.Module
@@ -96,10 +96,10 @@ class _GlobalBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, float]:
-        # PyTorch's own CPU kernel for it: a fifth of the time of torch.var_mean, and what a single process uses.
-        own_mean, own_variance = torch.batch_norm_update_stats(x, None, None, 0.0)
-        own_count = own_mean.new_full((1,), x.numel() / x.shape[1])
-        gathered = collectives.all_gather(torch.cat([own_mean, own_variance, own_count])[None])  # [W, 2 C + 1]
+        # The kernel that a single process uses, in a fifth of the time of torch.var_mean.
+        local_mean, local_variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+        local_count = local_mean.new_full((1,), x.numel() / x.shape[1])
+        gathered = collectives.all_gather(torch.cat([local_mean, local_variance, local_count])[None])  # [W, 2 C + 1]
         means, variances, counts = torch.split(gathered, [x.shape[1], x.shape[1], 1], dim=1)
         count = float(counts.sum())
         mean = (counts * means).sum(0) / count
@@ -116,11 +116,11 @@ class _GlobalBatchNorm(torch.autograd.Function):
         x, weight, mean, inverse_std = ctx.saved_tensors
         shape = [1, -1] + [1] * (x.dim() - 2)
         dims = [0, *range(2, x.dim())]
-        centred = x - mean.view(shape)
-        grad_weight = (grad * centred).sum(dims) * inverse_std  # this rank's; averaged with the other gradients
+        centered = x - mean.view(shape)
+        grad_weight = (grad * centered).sum(dims) * inverse_std  # this rank's; averaged with the other gradients
         grad_bias = grad.sum(dims)
         total_weight, total_bias = collectives.sum_over_ranks(torch.stack([grad_weight, grad_bias])) / ctx.count
         scale = inverse_std * weight
-        grad_x = centred.mul_((-scale * inverse_std * total_weight).view(shape))
+        grad_x = centered.mul_((-scale * inverse_std * total_weight).view(shape))
         grad_x.addcmul_(grad, scale.view(shape)).sub_((scale * total_bias).view(shape))
         return grad_x, grad_weight, grad_bias, None

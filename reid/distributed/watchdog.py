@@ -1,4 +1,4 @@
-"""Ends all ranks when one of them hangs, and logs its stack."""
+"""Watchdog that ends all ranks when one of them hangs, and logs its stack."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ class Watchdog:
         try:
             # In a thread, because it waits forever if rank 0's process, which keeps the board, is stopped.
             states = ThreadPoolExecutor(1).submit(self._exchange, local).result(timeout=3 * _GRACE)
-        except Exception:  # whatever happened to that process, this one must end
+        except Exception:  # store and thread may fail in any way, and this process must end
             states, silent = [local], [0]
         else:
             silent = sorted(set(range(collectives.num_ranks())) - {state.rank for state in states})
         if states[0] == local:
             _report(states, silent, f"SOLVER.TIMEOUT_MINUTES={self._limit / 60:g} minutes")
         else:
-            # The rank that reports may be up to _GRACE behind; if this one had ended, it would report a lost rank.
+            # The reporting rank may be up to _GRACE later; if this rank had ended, it would report a lost rank.
             time.sleep(2 * _GRACE)
         os._exit(_EXIT_CODE)  # sys.exit would need the main thread
 
@@ -113,16 +113,12 @@ def _report(states: list[_State], silent: list[int], limit: str) -> None:
     fix = "Fix: start again to resume from the last checkpoint, or raise it if a step may take longer."
     if silent:
         ranks = ", ".join(map(str, silent))
-        logger.error(
-            "error: rank %s did not answer within %s: its process is stopped or its machine is gone. All ranks end. %s",
-            *(ranks, limit, fix),
-        )
+        cause = "its process is stopped or its machine is gone"
+        logger.error("error: rank %s did not answer within %s: %s. All ranks end. %s", ranks, limit, cause, fix)
         return
     suspects = [state for state in states if not state.is_waiting] or states
     least = min(state.num_beats for state in suspects)
-    for state in suspects:
-        if state.num_beats == least:
-            logger.error(
-                "error: rank %d on %s made no step within %s. All ranks end. %s Its stack:\n%s",
-                *(state.rank, state.host, limit, fix, state.stack),
-            )
+    for rank, host, num_beats, _, stack in suspects:
+        if num_beats == least:
+            text = "error: rank %d on %s made no step within %s. All ranks end. %s Its stack:\n%s"
+            logger.error(text, rank, host, limit, fix, stack)

@@ -66,9 +66,9 @@ def test_flips_and_erased_rectangles_come_with_their_probability(probability):
 @pytest.mark.parametrize("padding", [0, 1, 10])
 def test_crops_are_uniform_over_all_offsets(column, padding):
     counts = np.bincount(drawn(padding=padding)[:, column])
-    places = 2 * padding + 1
-    assert len(counts) == places
-    np.testing.assert_allclose(counts / N, 1 / places, atol=5 * np.sqrt(1 / places / N))
+    num_offsets = 2 * padding + 1
+    assert len(counts) == num_offsets
+    np.testing.assert_allclose(counts / N, 1 / num_offsets, atol=5 * np.sqrt(1 / num_offsets / N))
 
 
 @pytest.mark.parametrize("size", [(256, 128), (384, 128), (32, 16), (8, 24)])
@@ -122,12 +122,12 @@ def test_the_decisions_for_an_image_are_independent():
     columns = np.stack([choices[:, FLIP], choices[:, TOP], choices[:, LEFT], erased])
     np.testing.assert_allclose(np.corrcoef(columns), np.eye(4), atol=5 / np.sqrt(N))
     boxes = choices[erased]
-    places = [
+    corners = [
         boxes[:, ERASE_TOP] / (256 - boxes[:, ERASE_HEIGHT]),
         boxes[:, ERASE_LEFT] / (128 - boxes[:, ERASE_WIDTH]),
     ]
     others = [boxes[:, FLIP], boxes[:, TOP], boxes[:, LEFT], boxes[:, ERASE_HEIGHT] * boxes[:, ERASE_WIDTH]]
-    correlations = np.corrcoef(np.stack([*places, *others]))[:2]
+    correlations = np.corrcoef(np.stack([*corners, *others]))[:2]
     np.testing.assert_allclose(correlations, np.eye(2, 6), atol=5 / np.sqrt(erased.sum()))
 
 
@@ -138,14 +138,14 @@ def test_the_decisions_for_an_image_are_independent():
     cut=st.integers(0, 20),
 )
 def test_an_images_draw_depends_on_seed_epoch_and_position_only(positions, epoch, seed, cut):
-    whole = draw(recipe(seed=seed), epoch, np.array(positions))
+    together = draw(recipe(seed=seed), epoch, np.array(positions))
     alone = [draw(recipe(seed=seed), epoch, np.array([position])) for position in positions]
-    assert torch.equal(whole, torch.cat(alone))
+    assert torch.equal(together, torch.cat(alone))
     parts = [
         draw(recipe(seed=seed), epoch, np.array(part, dtype=np.int64)) for part in (positions[:cut], positions[cut:])
     ]
-    assert torch.equal(whole, torch.cat(parts))
-    assert torch.equal(whole.flip(0), draw(recipe(seed=seed), epoch, np.array(positions[::-1])))
+    assert torch.equal(together, torch.cat(parts))
+    assert torch.equal(together.flip(0), draw(recipe(seed=seed), epoch, np.array(positions[::-1])))
 
 
 def test_draws_differ_between_epochs_and_seeds():
@@ -188,7 +188,7 @@ def test_both_ways_to_augment_are_the_slow_one(size, num_images, padding, seed, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_draw_that_does_nothing_only_normalises(dtype):
+def test_a_draw_that_does_nothing_only_normalizes(dtype):
     images = pictures(4, (16, 8))
     nothing = draw(recipe(size=(16, 8), flip=0.0, padding=0, erasing=0.0), 1, np.arange(4))
     assert torch.equal(augment(images, nothing, 0, *constants(dtype)), normalize(images, *constants(dtype)))
@@ -205,7 +205,7 @@ def test_flip_crop_and_erasing_on_an_image_small_enough_to_read():
         torch.testing.assert_close(way(image, choices, 1, mean, std)[0], expected.expand(3, 2, 3), rtol=0, atol=1e-14)
 
 
-def test_the_erased_rectangle_holds_the_mean_after_normalisation():
+def test_the_erased_rectangle_holds_the_mean_after_normalization():
     choices = torch.tensor([[0, 0, 0, 2, 1, 3, 4]])
     result = augment(pictures(1, (8, 6)), choices, 0, *constants(torch.float64))
     filled = result[0, :, 2:5, 1:5]
@@ -236,20 +236,20 @@ def test_memory_format_fits_device_and_input_is_unchanged(num_images):
         pytest.param(lambda images: images.repeat_interleave(2, 0)[::2], id="every other image"),
     ],
 )
-def test_the_batchs_own_layout_does_not_matter(view):
+def test_the_memory_layout_of_a_batch_does_not_matter(view):
     images = pictures(3, (16, 8))
     strided = view(images)
     assert not strided.is_contiguous()
     choices = draw(recipe(size=(16, 8), padding=3), 1, np.arange(3))
     for way in (augment_at_once, augment_one_by_one):
-        whole = way(images, choices, 3, *constants(torch.float32))
-        assert torch.equal(way(strided, choices, 3, *constants(torch.float32)), whole)
-    normalised = normalize(strided, *constants(torch.float32))
-    assert torch.equal(normalised, normalize(images, *constants(torch.float32)))
-    assert normalised.is_contiguous()
+        expected = way(images, choices, 3, *constants(torch.float32))
+        assert torch.equal(way(strided, choices, 3, *constants(torch.float32)), expected)
+    normalized = normalize(strided, *constants(torch.float32))
+    assert torch.equal(normalized, normalize(images, *constants(torch.float32)))
+    assert normalized.is_contiguous()
 
 
-def test_test_images_are_normalised_as_recorded():
+def test_test_images_are_normalized_as_recorded():
     golden = np.load(GOLDEN)
     for i in range(3):
         resized = Image.fromarray(golden[f"image_{i}"]).resize((128, 256), Image.Resampling.BILINEAR)

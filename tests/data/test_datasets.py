@@ -43,10 +43,10 @@ def test_people_and_cameras_of_different_benchmarks_stay_apart(parts):
     joined = join_training(benchmarks)
     assert joined.paths == tuple(path for benchmark in benchmarks for path in benchmark.train.paths)
     whose = [int(path.parent.name) for path in joined.paths]
-    own_pids = [pid for pids, _ in parts for pid in pids]
-    own_camids = [camid for _, camids in parts for camid in camids]
-    for joined_ids, own_ids in ((joined.pids, own_pids), (joined.camids, own_camids)):
-        meant = list(zip(whose, own_ids, strict=True))
+    all_pids = [pid for pids, _ in parts for pid in pids]
+    all_camids = [camid for _, camids in parts for camid in camids]
+    for joined_ids, ids in ((joined.pids, all_pids), (joined.camids, all_camids)):
+        meant = list(zip(whose, ids, strict=True))
         assert len(set(zip(joined_ids.tolist(), meant, strict=True))) == len(set(meant)) == len(set(joined_ids))
     assert sorted(set(joined.pids.tolist())) == list(range(sum(b.num_train_pids for b in benchmarks)))
 
@@ -70,7 +70,7 @@ def test_training_fingerprint_depends_on_train_sets_and_order():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Place:
-    """With the generated benchmark, and another one in Market-1501's layout."""
+    """Return a place with the generated benchmark and another one in Market-1501's layout."""
     small = TINY.replace("resnet18", SMALL)
     place = Place(tmp_path_factory.mktemp("sets"), small)
     (place.folder / "two.yml").write_text(small.replace("NAMES: synthetic", "NAMES: [synthetic, market1501]"))
@@ -83,8 +83,8 @@ def place(tmp_path_factory) -> Place:
     return place
 
 
-def two(place: Place, story: str, *settings: object, **options: object):
-    ended = place.run(story, "--config_file", "two.yml", *settings, bare=True, **options)
+def two(place: Place, command: str, *settings: object, **options: object):
+    ended = place.run(command, "--config_file", "two.yml", *settings, bare=True, **options)
     assert [rank.code for rank in ended] == [0] * len(ended), ended
     return ended[0]
 
@@ -95,18 +95,18 @@ def trained(place) -> tuple[str, Path]:
 
 
 def test_training_on_two_sets_has_the_people_of_both(trained):
-    said, folder = trained
-    assert "13 identities, " in said
+    output, folder = trained
+    assert "13 identities, " in output
     assert len(newest(folder)["model"]["classifier.weight"]) == 8 + 5
 
 
-def test_every_test_set_is_evaluated_and_all_stand_in_one_table(trained):
-    said, folder = trained
+def test_every_test_set_is_evaluated_and_listed_in_one_table(trained):
+    output, folder = trained
     result = json.loads((folder / "result.json").read_text())
     assert list(result["datasets"]) == ["synthetic", "market1501"]
     assert result["mAP"] == result["datasets"]["synthetic"]["mAP"] != result["datasets"]["market1501"]["mAP"]
     assert [record["datasets"] for record in records(folder, "val")][-1] == result["datasets"]
-    table = said[said.index("test set ") :].splitlines()
+    table = output[output.index("test set ") :].splitlines()
     assert table[0].split() == ["test", "set", "mAP", "mINP", "rank-1", "rank-5", "rank-10", "queries"]
     best = max(records(folder, "val"), key=lambda record: record["mAP"])["datasets"]
     for line, (name, scores) in zip(table[1:3], best.items(), strict=True):

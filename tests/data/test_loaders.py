@@ -1,4 +1,7 @@
-"""From plans to batches: the right images with the right labels and draws, whoever loads them."""
+"""Batches have the images, labels and draws of their plan, with and without prefetching.
+
+Also covers reid.data.prefetch.
+"""
 
 import logging
 import os
@@ -29,7 +32,7 @@ SIZE = (8, 8)
 
 
 def numbered(first: int, number: int) -> np.ndarray:
-    """Images [number, 2, 1, 3] that are filled with their numbers."""
+    """Return images [number, 2, 1, 3] that are filled with their numbers."""
     return np.arange(first, first + number, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 1, 3), np.uint8)
 
 
@@ -197,12 +200,12 @@ def test_a_signal_handler_that_raises_ends_a_wait():
         is_over.set()
 
 
-def test_a_pass_keeps_the_position_that_it_began_at(folder, benchmark):
+def test_a_pass_keeps_the_position_that_it_started_at(folder, benchmark):
     data = build_train_data(settings(folder, "DATALOADER.NUM_WORKERS=1"), [benchmark])
     data.batches.set_position(epoch=3, step=1)
-    begun = iter(data.loader)
+    started = iter(data.loader)
     data.batches.set_position(epoch=4, step=0)
-    third, fourth = batches(begun), batches(data.loader)
+    third, fourth = batches(started), batches(data.loader)
     data.batches.set_position(epoch=3, step=1)
     assert equal(third, batches(data.loader))
     assert equal(third, batches(data.loader))  # a pass moves no position
@@ -228,8 +231,8 @@ if sys.argv[1] == "exit_process":
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["exit_process", "return"])
 def test_program_exits_in_the_middle_of_a_pass(how):
-    words = [sys.executable, "-c", KEEPS_AN_ITERATOR, how]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    command = [sys.executable, "-c", KEEPS_AN_ITERATOR, how]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
 
 
@@ -291,20 +294,20 @@ def test_prefetching_changes_no_batch_of_several_epochs(folder, benchmark, num_w
 def test_epoch_resumed_after_a_step_yields_the_remaining_batches(folder, benchmark, num_workers):
     data = build_train_data(settings(folder, f"DATALOADER.NUM_WORKERS={num_workers}"), [benchmark])
     data.batches.set_position(epoch=3, step=0)
-    whole = batches(data.loader)
+    complete = batches(data.loader)
     data.batches.set_position(epoch=3, step=1)
-    assert equal(batches(data.loader), whole[1:])
+    assert equal(batches(data.loader), complete[1:])
     data.batches.set_position(epoch=4, step=0)
-    assert not equal(batches(data.loader), whole)
+    assert not equal(batches(data.loader), complete)
 
 
 def test_two_ranks_together_load_what_one_loads(folder, benchmark):
     data = build_train_data(settings(folder), [benchmark])
     dataset, plan = data.images, data.batches._plan
     parts = [TrainBatches(plan, rank=rank, num_ranks=2) for rank in (0, 1)]
-    for whole, *shares in zip(data.loader, *parts, strict=True):
+    for batch, *shares in zip(data.loader, *parts, strict=True):
         loaded = [dataset.batch(share) for share in shares]
-        assert equal([whole], [tuple(torch.cat(tensors) for tensors in zip(*loaded, strict=True))])
+        assert equal([batch], [tuple(torch.cat(tensors) for tensors in zip(*loaded, strict=True))])
 
 
 def test_training_batch_has_pixels_and_pid_of_its_image_file(folder, benchmark):
@@ -337,14 +340,14 @@ def test_ranks_share_test_images_in_complete_batches():
 
 def test_too_few_identities_error_suggests_valid_batch_size(folder, benchmark):
     cfg = settings(folder, "SOLVER.IMS_PER_BATCH=40")
-    with refused(DataError, "SOLVER.IMS_PER_BATCH", "10 training identities", "has 8", "SOLVER.IMS_PER_BATCH to 32"):
+    with refused(DataError, "SOLVER.IMS_PER_BATCH", "got 40", "8 training identities", "IMS_PER_BATCH to 32"):
         build_train_data(cfg, [benchmark])
 
 
 def test_too_few_images_for_a_batch_error_names_the_setting(folder, benchmark):
     cfg = settings(folder, "SOLVER.IMS_PER_BATCH=4000", "DATALOADER.SAMPLER=softmax")
     num_images = len(benchmark.train)
-    with refused(DataError, "SOLVER.IMS_PER_BATCH", "4000", f"has {num_images}", "lower SOLVER.IMS_PER_BATCH"):
+    with refused(DataError, "SOLVER.IMS_PER_BATCH", "got 4000", f"{num_images} training images", "Fix: lower"):
         build_train_data(cfg, [benchmark])
 
 
@@ -372,12 +375,12 @@ def test_batches_are_the_same_with_all_images_on_the_device(folder, benchmark, n
     assert usual.on_device is None
     assert cached.on_device.shape == (2 * len(benchmark.train), 32, 16, 3)
     device = torch.device("cpu")
-    preparations = BatchPreprocessor(cfg, device), BatchPreprocessor(cfg, device, cached.on_device)
+    preprocessors = BatchPreprocessor(cfg, device), BatchPreprocessor(cfg, device, cached.on_device)
     assert len(usual.loader) == len(cached.loader) > 1
     for one, other in zip(usual.loader, cached.loader, strict=True):
         assert other.images.shape == (0, 32, 16, 3)
         assert torch.equal(one.pids, other.pids)
-        expected, got = (way.for_training(batch) for way, batch in zip(preparations, (one, other), strict=True))
+        expected, got = (way.for_training(batch) for way, batch in zip(preprocessors, (one, other), strict=True))
         assert torch.equal(got, expected)
 
 
@@ -385,7 +388,7 @@ def test_batches_are_the_same_with_all_images_on_the_device(folder, benchmark, n
 
 
 def loaded_through(folder, benchmark, local_dir):
-    """What comes out of both loaders, and the files that they have open."""
+    """Return the batches of both loaders, and the memory map of the process with their files."""
     cfg = settings(folder, f"DATASETS.NODE_LOCAL_DIR={local_dir}")
     train, test = build_train_data(cfg, [benchmark]), build_test_data(cfg, benchmark)
     train.batches.set_position(epoch=2, step=0)
@@ -399,9 +402,9 @@ def test_images_are_read_from_local_copy_removed_at_exit(folder, benchmark, tmp_
     monkeypatch.setenv("SCRATCH", str(tmp_path))
     leftover = tmp_path / "x.npy.0.partial"  # of a process that was killed
     leftover.touch()
-    found, opened = loaded_through(folder, benchmark, "$SCRATCH/below")
+    loaded, opened = loaded_through(folder, benchmark, "$SCRATCH/below")
     loaded_through(folder, benchmark, "$SCRATCH")
-    assert all(equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(equal(a, b) for a, b in zip(loaded, expected, strict=True))
     assert opened.count(f"{tmp_path}/below") == 3  # stores
     assert [file.name for file in tmp_path.iterdir()] == ["below"]
     assert list((tmp_path / "below").iterdir()) == []

@@ -20,7 +20,7 @@ MAY_GROW = 8e6  # bytes between a fifth of the way and the end: allocators round
 
 
 def lose_memory() -> None:
-    """To be done before the program starts: every record leaves 64 kB behind."""
+    """Make every record leak 64 kB; called before the program starts."""
     from reid.training.meters import TrainMeter
 
     publish, lost = TrainMeter._publish, []
@@ -33,15 +33,15 @@ def lose_memory() -> None:
 
 
 def used(pid: int) -> tuple[int, int, int]:
-    """Bytes of memory of its own, open files, threads."""
+    """Return the bytes of private memory, the open files and the threads of a process."""
     process = Path("/proc") / str(pid)
-    found = re.search(r"^RssAnon:\s+(\d+) kB", (process / "status").read_text(), flags=re.MULTILINE)
-    assert found is not None
-    return 1024 * int(found[1]), len(list((process / "fd").iterdir())), len(list((process / "task").iterdir()))
+    match = re.search(r"^RssAnon:\s+(\d+) kB", (process / "status").read_text(), flags=re.MULTILINE)
+    assert match is not None
+    return 1024 * int(match[1]), len(list((process / "fd").iterdir())), len(list((process / "task").iterdir()))
 
 
 def growth(place: Place, folder: str, **options) -> tuple[float, float, float]:
-    """Medians of the last fifth of the steps less those of the second fifth."""
+    """Return the medians over the last fifth of the steps less those over the second fifth."""
     gc.collect()  # the forked process starts with what this one has
     ranks = place.start("train", "OUTPUT_DIR", folder, *LONG, **options)
     seen: dict[bool, list[tuple[int, int, int]]] = {False: [], True: []}

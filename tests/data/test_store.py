@@ -19,14 +19,14 @@ from PIL import Image, ImageDraw
 from program import TIMEOUT
 from refusals import refused
 
-from reid.data.store import build_store, decode, fault_of_image, open_store, store_file
+from reid.data.store import UnreadableImageError, build_store, decode, open_store, store_file
 from reid.errors import DataError, WorldError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "val_transform.npz"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZE = (32, 16)
 
-# Builds a store in a process of its own: `python -c CHILD LIMIT FILE IMAGE...`, and says how it went.
+# Builds a store in a child process, `python -c CHILD LIMIT FILE IMAGE...`, and prints the outcome.
 CHILD = f"""
 import json, resource, sys
 from pathlib import Path
@@ -59,7 +59,7 @@ def built(cache_dir: Path, paths: list[Path], size=SIZE, name="train") -> Path:
 
 
 def expected(paths: list[Path], size=SIZE) -> np.ndarray:
-    """What reid-strong-baseline's dataset and Resize give, by way of arrays."""
+    """Return the pixels that reid-strong-baseline's dataset and Resize give, by way of arrays."""
     images = []
     for path in paths:
         with Image.open(path) as image:
@@ -80,7 +80,7 @@ def answer_of(child: subprocess.Popen) -> list[str]:
 
 @contextmanager
 def stuck_build(file: Path, paths: list[Path]):
-    """A build in another process that has written its first chunk and waits for a pipe that nobody fills."""
+    """Start a build in another process that has written its first chunk and waits for an empty pipe."""
     pipe = paths[0].with_name("pipe.jpg")
     os.mkfifo(pipe)
     with start_child(file, [*paths, pipe]) as child:
@@ -143,7 +143,7 @@ def test_the_number_of_threads_does_not_matter(tmp_path, num_threads, num_images
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "1", "RGB", "RGBA", "P", "CMYK"])
-def test_every_colour_mode_becomes_rgb(tmp_path, mode):
+def test_every_color_mode_becomes_rgb(tmp_path, mode):
     picture = Image.new("RGB", (20, 40), (200, 30, 60))
     ImageDraw.Draw(picture).rectangle((3, 3, 12, 30), fill=(10, 220, 90))
     path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
@@ -231,13 +231,23 @@ def test_images_of_one_name_in_other_folders_are_other_images(tmp_path):
     assert store_file(tmp_path, "train", moved, SIZE) == first
 
 
-def test_fault_of_image_equals_reason_in_build_error(tmp_path):
-    good, cut = write_images(tmp_path / "images", 2)
+def test_reason_of_decode_equals_reason_in_build_error(tmp_path):
+    (cut,) = write_images(tmp_path / "images", 1)
     cut.write_bytes(cut.read_bytes()[:-100])
-    assert fault_of_image(good) is None
     for path in (cut, tmp_path / "images" / "absent.jpg", tmp_path / "images"):
-        with refused(DataError, "DATASETS.ROOT_DIR", f"{path} ({fault_of_image(path)})"):
+        with pytest.raises(UnreadableImageError) as raised:
+            decode(path, SIZE)
+        with refused(DataError, "DATASETS.ROOT_DIR", f"{path} ({raised.value})"):
             built(tmp_path, [path])
+
+
+def test_open_images_are_decoded_as_their_files(tmp_path):
+    intact, cut = write_images(tmp_path / "images", 2)
+    cut.write_bytes(cut.read_bytes()[:-100])
+    with Image.open(intact) as image:
+        assert decode(image, SIZE) == decode(intact, SIZE)
+    with Image.open(cut) as image, pytest.raises(UnreadableImageError, match="truncated"):
+        decode(image, SIZE)
 
 
 def test_a_replaced_image_is_decoded_again(tmp_path):
@@ -285,8 +295,8 @@ def test_open_refuses_a_missing_store_and_another_shape(tmp_path):
 
 def test_all_bad_images_are_named_in_one_error(tmp_path):
     paths = write_images(tmp_path / "images", 200)
-    whole = paths[3].read_bytes()
-    paths[3].write_bytes(whole[: len(whole) * 9 // 10])
+    content = paths[3].read_bytes()
+    paths[3].write_bytes(content[: len(content) * 9 // 10])
     paths[70].write_bytes(b"")
     paths[90].write_bytes(b"no image at all")
     paths[199].unlink()
@@ -332,11 +342,11 @@ def test_no_images(tmp_path):
 
 @pytest.mark.parametrize("cache_dir", ["/proc", "/proc/cache", "FILE", "FILE/cache"])
 def test_a_cache_folder_that_cannot_be_written(tmp_path, cache_dir):
-    # Nobody, not even root, makes a file in /proc.
+    # Not even root can make a file in /proc.
     (tmp_path / "file").touch()
     folder = Path(cache_dir.replace("FILE", str(tmp_path / "file")))
     paths = write_images(tmp_path / "images", 2)
-    with refused(WorldError, "DATASETS.CACHE_DIR", "DATASETS.CACHE_DIR", f"{folder} "):
+    with refused(WorldError, "DATASETS.CACHE_DIR", "DATASETS.CACHE_DIR", f"{folder}/store.npy"):
         build_store(folder / "store.npy", paths, SIZE)
 
 
@@ -348,7 +358,7 @@ def check_full(message: str, file: Path, num_bytes: int) -> None:
 
 @contextmanager
 def small_disk(folder: Path):
-    """A disk of 64 KiB at `folder`; yields False where this process may not mount one."""
+    """Mount a disk of 64 KiB at `folder`; yield False if this process may not."""
     folder.mkdir()
     command = [shutil.which("mount") or "false", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)]
     mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
@@ -363,7 +373,7 @@ def test_full_disk(tmp_path):
     paths = write_images(tmp_path / "images", 100)
     with small_disk(tmp_path / "disk") as mounted:
         file = tmp_path / "disk" / "store.npy"
-        # Without the right to mount, a limit on the length of a file makes the kernel refuse in the same place.
+        # Without the right to mount, a limit on the length of a file makes the kernel refuse at the same point.
         kind, message = answer_of(start_child(file, paths, resource.RLIM_INFINITY if mounted else 65536))
         assert kind == "WorldError"
         check_full(message, file, 128 + 100 * 32 * 16 * 3)

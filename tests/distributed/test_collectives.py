@@ -1,4 +1,4 @@
-"""N processes = 1 process, in float64; one launch a number of ranks, see distributed_checks.py.
+"""N processes = 1 process, in float64, with one launch per number of ranks; see distributed_checks.py.
 
 Also covers reid.training.criterion, reid.training.guards, reid.training.schedule, reid.evaluation.evaluator,
 reid.distributed.sync_batchnorm, reid.distributed.session.
@@ -32,13 +32,13 @@ CASES = [*(("unequal", name) for name in VARIANTS), *(("equal", name) for name i
 
 
 def ranks(*numbers: int) -> list[Any]:
-    """Numbers of ranks; more than two are slow, on two cores."""
+    """Return parameters with the numbers of ranks; more than two are slow on two cores."""
     return [pytest.param(number, marks=[pytest.mark.slow] if number > 2 else []) for number in numbers]
 
 
 @pytest.fixture(scope="module")
 def launch(place, tmp_path_factory):
-    """A function: work, number of ranks -> what each rank wrote down; each launch is made once."""
+    """Return a function of work and number of ranks that returns what each rank saved; a launch runs once."""
 
     @cache
     def run(work: Callable[[Path], int], num_ranks: int) -> list[dict[str, Any]]:
@@ -52,12 +52,12 @@ def launch(place, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outcomes(launch):
-    """A function: number of ranks -> the outcome of each rank."""
+    """Return a function of the number of ranks that returns the outcome of each rank."""
     return partial(launch, compare_ranks)
 
 
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], floor: float = 1e-9) -> float:
-    """Over all entries of two state dicts, relative to the entry's largest value, or to `floor` if that is larger."""
+    """Return the largest difference of two state dicts, relative to the entry's largest value or `floor`."""
     assert one.keys() == other.keys()
     return max(
         float((one[name].double() - other[name].double()).abs().max() / one[name].double().abs().max().clamp(min=floor))
@@ -66,7 +66,7 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
 
 
 def largest_difference_of_gradients(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """A bias before a BatchNorm has no gradient but rounding: entries below a thousandth of the largest count as it."""
+    """Return the largest difference, with a floor for biases before a BatchNorm, whose gradients are rounding."""
     return largest_difference(one, other, floor=1e-3 * max(float(gradient.abs().max()) for gradient in one.values()))
 
 
@@ -114,7 +114,7 @@ def test_gradient_of_micro_batches_equals_that_of_global_batch(outcomes, name, c
 @pytest.mark.parametrize("num_ranks", ranks(2, 4))
 @pytest.mark.parametrize("name", ["softmax_triplet_center", "clipped", "accumulated"])
 def test_sharding_changes_nothing(outcomes, name, num_ranks):
-    """accelerate's FSDP2 for real, though over gloo."""
+    """Run accelerate's FSDP2 over gloo."""
     alone, sharded = outcomes(1)[0]["unequal"][name], outcomes(num_ranks)[0]["sharded"][name]
     assert sharded["is_sharded"]
     np.testing.assert_allclose(sharded["logged"]["loss"], alone["logged"]["loss"], rtol=1e-9)
@@ -124,7 +124,7 @@ def test_sharding_changes_nothing(outcomes, name, num_ranks):
 
 @pytest.mark.parametrize("num_ranks", ranks(2, 4))
 def test_evaluation_of_a_sharded_model_is_the_same(outcomes, num_ranks):
-    """Ranks without a batch included, which would hang if the others asked them for their shares."""
+    """Include ranks without a batch, for which the other ranks would wait if they needed their shards."""
     alone, sharded = outcomes(1)[0]["evaluation"], outcomes(num_ranks)[0]["sharded evaluation"]
     for num_images in EVALUATION_SIZES:
         assert sharded[num_images]["summary"] == alone[num_images]["summary"]
@@ -144,7 +144,10 @@ def test_checkpoints_fit_sharded_and_plain_models_alike(outcomes, num_ranks):
 
 def test_clipping_makes_the_gradient_as_small_as_asked(outcomes):
     plain, clipped = (outcomes(1)[0]["equal"][name]["gradients"] for name in ("softmax_triplet", "clipped"))
-    norms = [float(torch.stack([g.square().sum() for g in found.values()]).sum().sqrt()) for found in (plain, clipped)]
+    norms = [
+        float(torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt())
+        for gradients in (plain, clipped)
+    ]
     assert norms[0] > 0.5
     assert norms[1] == pytest.approx(0.5, rel=1e-4)  # torch divides by the norm plus 1e-6
 
@@ -182,7 +185,7 @@ def test_rows_come_back_in_order_from_ranks_with_unequal_numbers(outcomes, num_r
 
 @pytest.mark.parametrize("num_ranks", ranks(2, 3))
 def test_an_error_on_one_rank_is_raised_on_all(outcomes, num_ranks):
-    assert outcomes(num_ranks)[0]["errors"] == [{"together": f"no such folder (on rank {num_ranks - 1})"}] * num_ranks
+    assert outcomes(num_ranks)[0]["errors"] == [{"shared": f"no such folder (on rank {num_ranks - 1})"}] * num_ranks
 
 
 @pytest.mark.parametrize("num_ranks", ranks(2, 3))

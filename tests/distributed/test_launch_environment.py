@@ -1,4 +1,4 @@
-"""What a launcher's variables mean, and when they are refused."""
+"""Launchers' environment variables: ranks, starts, and combinations that are rejected."""
 
 import pytest
 from refusals import refused
@@ -48,7 +48,7 @@ def test_many_processes_that_cannot_find_each_other_are_rejected(name):
 
 @pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
 def test_incomplete_torchrun_variables_are_rejected_by_name(missing):
-    with refused(WorldError, "WORLD_SIZE", f"but {missing} is not set"):
+    with refused(WorldError, "WORLD_SIZE", f"{missing} must be set"):
         read_world({name: value for name, value in TORCHRUN.items() if name != missing})
 
 
@@ -70,7 +70,7 @@ def test_ranks_outside_the_world_are_rejected(ranks, key):
         read_world(TORCHRUN | ranks)
 
 
-def test_the_tasks_of_a_slurm_step_must_be_its_own():
+def test_tasks_outside_the_slurm_step_are_rejected():
     with refused(WorldError, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "2 and 0 of 2"):
         read_world(SLURM | {"SLURM_PROCID": "2"})
 
@@ -82,7 +82,7 @@ def test_slurm_step_with_some_torchrun_variables_is_rejected(name):
 
 
 @pytest.mark.parametrize(
-    ("environment", "speaks"),
+    ("environment", "is_reporter"),
     [
         ({}, True),
         (TORCHRUN, False),
@@ -91,8 +91,8 @@ def test_slurm_step_with_some_torchrun_variables_is_rejected(name):
         (SLURM | {"SLURM_LOCALID": "1"}, False),
     ],
 )
-def test_one_process_per_node_reports_errors(environment, speaks):
-    assert speaks_for_node(environment) == speaks
+def test_one_process_per_node_reports_errors(environment, is_reporter):
+    assert speaks_for_node(environment) == is_reporter
 
 
 # ---- which start of which job ----
@@ -108,7 +108,7 @@ def test_starts_are_read_of_slurm_and_of_torchrun():
 
 
 @pytest.mark.parametrize(
-    ("own", "former", "order"),
+    ("start", "former", "order"),
     [
         (Start("7", 1, "7-1"), Start("7", 0, "7-0"), "replaces"),  # requeued
         (Start("7", 0, "7-0"), Start("7", 1, "7-1"), "precedes"),
@@ -117,10 +117,10 @@ def test_starts_are_read_of_slurm_and_of_torchrun():
         (Start("7", 0, ""), Start("7", 0, ""), None),  # twice srun in one job
         (Start("7", 0, "x"), Start("7", 0, "y"), None),  # twice torchrun in one job
         (Start("8", 1, "8-1"), Start("7", 0, "7-0"), None),  # another job
-        (Start("", 0, ""), Start("", 0, ""), None),  # nobody counts
+        (Start("", 0, ""), Start("", 0, ""), None),  # no launcher counts
         (Start("7", 1, "7-1"), Start("", 0, ""), None),
     ],
 )
-def test_only_an_earlier_start_of_the_same_job_is_replaced(own, former, order):
-    assert own.replaces(former) == (order == "replaces")
-    assert own.precedes(former) == (order == "precedes")
+def test_only_an_earlier_start_of_the_same_job_is_replaced(start, former, order):
+    assert start.replaces(former) == (order == "replaces")
+    assert start.precedes(former) == (order == "precedes")

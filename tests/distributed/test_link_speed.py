@@ -1,4 +1,4 @@
-"""Which ranks are measured together, and that the figures are those of an all-reduce."""
+"""Groups of ranks that are measured together, and the figures of a link."""
 
 import pytest
 import torch

@@ -200,4 +200,4 @@ def test_more_ranks_than_gpus_are_refused(place, device):
     settings = ("OUTPUT_DIR", "too_many", "MODEL.DEVICE", "cuda", "SOLVER.IMS_PER_BATCH", 4 * num_ranks)
     ended = place.run("train", *settings, num_ranks=num_ranks)
     assert ended[-1].code == 1
-    assert sum("every process needs a GPU of its own" in one.err for one in ended) == 1
+    assert sum("--nproc_per_node must be at most" in one.err for one in ended) == 1
