@@ -180,7 +180,7 @@ def time_agreement(title: str, step: Callable[[], None], num_rounds: int) -> Non
         "nothing": lambda: None,
         "nothing, again (the noise)": lambda: None,
         "Consensus.exchange": lambda: inside.append(seconds_of(lambda: consensus.exchange(0))),
-        "on_any_rank, which waits": lambda: collectives.on_any_rank(own=False),
+        "on_any_rank, which waits": lambda: collectives.on_any_rank(local=False),
     }
     names = list(ways)
     wall, cpu = ({name: list[float]() for name in names} for _ in range(2))  # seconds of a step, one of each round

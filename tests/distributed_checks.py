@@ -87,7 +87,7 @@ EQUAL_VARIANTS = {
 }
 
 
-class TinyTrunk(nn.Sequential):
+class TinyBackbone(nn.Sequential):
     """Two strided convolutions with BatchNorm, so that many configurations can be trained in a moment."""
 
     num_features = 16
@@ -98,7 +98,7 @@ class TinyTrunk(nn.Sequential):
         super().__init__(*layers)
 
 
-class TrunkWithIBN(nn.Sequential):
+class BackboneWithIBN(nn.Sequential):
     """Tiny backbone with half an InstanceNorm."""
 
     num_features = 16
@@ -108,7 +108,7 @@ class TrunkWithIBN(nn.Sequential):
         super().__init__(nn.Conv2d(3, 8, 3, 2), IBN(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.BatchNorm2d(16))
 
 
-class TrunkWithoutBatchNorm(nn.Sequential):
+class BackboneWithoutBatchNorm(nn.Sequential):
     """Tiny backbone without BatchNorm."""
 
     num_features = 16
@@ -376,8 +376,8 @@ def compare_ranks(folder: Path) -> int:
         num_ranks = collectives.num_ranks()
         outcome: dict[str, Any] = {"rows": gathered_rows(), "errors": collectives.gather_objects(shared_errors())}
         outcome["disagreement"] = disagreement()
-        BACKBONES["resnet18"], BACKBONES["resnet34"] = TinyTrunk, TrunkWithoutBatchNorm
-        BACKBONES["resnet50_ibn_a"] = TrunkWithIBN
+        BACKBONES["resnet18"], BACKBONES["resnet34"] = TinyBackbone, BackboneWithoutBatchNorm
+        BACKBONES["resnet50_ibn_a"] = BackboneWithIBN
         outcome["evaluation"] = {n: evaluated(accelerator, n) for n in EVALUATION_SIZES}
         if num_ranks > 1:
             outcome["sharded evaluation"] = {

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 from tqdm import tqdm
 
 from reid.checkpoints.trained import TrainedModel, load_trained
-from reid.commands.gallery import EmbeddingFile, Metadata, write_gallery, write_unreadable, writing_embeddings
 from reid.config.load import dump
 from reid.data.benchmarks.splits import IMAGE_SUFFIXES, shown
 from reid.distributed import collectives
 from reid.distributed.watchdog import Watchdog
 from reid.errors import DataError
 from reid.evaluation.embedder import ImageEmbedder, distance_of
+from reid.evaluation.gallery import EmbeddingFile, Metadata, write_gallery, write_unreadable, writing_embeddings
 from reid.process.signals import Signals
 
 if TYPE_CHECKING:

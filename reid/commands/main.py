@@ -19,7 +19,7 @@ from reid.commands.arguments import COMMANDS, ParsedArguments, parse_arguments
 from reid.config.load import load_config
 from reid.config.parsing import nearest
 from reid.config.rules import fitting_nodes, validate_training
-from reid.distributed.launch_environment import World, read_world, speaks_for_node
+from reid.distributed.launch_environment import World, read_world, reports_for_node
 from reid.errors import ReidError, SettingsError, UnsavedError, WorldError
 from reid.process import logs
 from reid.process.environment import load_environment_file
@@ -167,7 +167,7 @@ def _run_command(name: str, signals: Signals) -> int:
         cfg, run = _prepare(name, arguments, cfg)
     except ReidError as error:  # the same on all processes of a node, so one of them reports it
         signals.release()
-        return _report(error, is_reporter=speaks_for_node(os.environ))
+        return _report(error, is_reporter=reports_for_node(os.environ))
     try:
         run(cfg, world, signals)
     except Preempted:

@@ -17,13 +17,13 @@ from PIL import Image
 from reid.checkpoints import weights
 from reid.checkpoints.recorded_settings import settings_in
 from reid.checkpoints.trained import load_trained
-from reid.commands.gallery import Gallery, GalleryImage, Metadata, read_gallery, read_metadata
 from reid.config.load import as_plain_dict
 from reid.config.parsing import RawSetting, example
 from reid.data.benchmarks.splits import DISTRACTOR_PID, JUNK_PID
 from reid.errors import DataError, SettingsError, WorldError
 from reid.evaluation.drawing import GalleryCell, pixels_of, ranked_gallery, sheet
 from reid.evaluation.embedder import ImageEmbedder
+from reid.evaluation.gallery import Gallery, GalleryImage, Metadata, read_gallery, read_metadata
 from reid.process.files import atomic_write, printable, write_text
 from reid.process.signals import Signals
 from reid.process.text_tables import format_table

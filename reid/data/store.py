@@ -165,9 +165,6 @@ def fault_of_image(path: Path) -> str | None:
     return None
 
 
-pixels_of, reason_of = decode, str  # until evaluation/embedder calls `decode` for all images
-
-
 def _names_below(paths: Sequence[Path]) -> dict[Path, str]:
     """Return, for each folder of an image, its path below their common parent folder: "" or "NAME/.../"."""
     folders = {path.parent: path.parent.absolute() for path in paths}

@@ -110,9 +110,9 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return cast("Tensor", idist.all_reduce(values.clone()))
 
 
-def on_any_rank(*, own: bool) -> bool:
+def on_any_rank(*, local: bool) -> bool:
     """Return whether the argument is true on at least one rank; all ranks call it."""
-    return any(gather_objects(own))
+    return any(gather_objects(local))
 
 
 class Consensus:

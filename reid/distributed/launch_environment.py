@@ -65,7 +65,7 @@ def _world(environment: Mapping[str, str], names: tuple[str, str, str], *, by_sr
     return World(rank, local_rank, num_ranks, has_group=True, by_srun=by_srun)
 
 
-def speaks_for_node(environment: Mapping[str, str]) -> bool:
+def reports_for_node(environment: Mapping[str, str]) -> bool:
     """Return whether this process reports the errors that all processes of its node have before they are connected."""
     return environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", "0")) == "0"
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from reid.data.loaders import Batch
 from reid.data.preprocessing import BatchPreprocessor
 from reid.data.samplers import EvaluationBatches
-from reid.data.store import decode, pixels_of, reason_of
+from reid.data.store import UnreadableImageError, decode
 from reid.distributed import collectives
 from reid.errors import DataError, NonFiniteError
 from reid.models.reid_model import ReIDModel
@@ -144,12 +144,12 @@ class Embedder:
                 key="images",
             )
         try:
-            if isinstance(image, Path | str):
-                return decode(Path(image), self.input_size)
-            return pixels_of(Image.fromarray(image) if isinstance(image, np.ndarray) else image, self.input_size)
-        except (OSError, ValueError, SyntaxError) as error:
+            if isinstance(image, np.ndarray):
+                return decode(Image.fromarray(image), self.input_size)
+            return decode(Path(image) if isinstance(image, str) else image, self.input_size)
+        except UnreadableImageError as error:
             raise DataError(
-                f"{image} at position {number} must be an image that can be read, got {reason_of(error)}; replace it",
+                f"{image} at position {number} must be an image that can be read, got {error}. Fix: replace it.",
                 key="images",
             ) from error
 
@@ -268,8 +268,8 @@ class ImageEmbedder(BatchEmbedder):
         for image, (position, future) in zip(images, decoded.items(), strict=True):
             try:
                 image[:] = np.frombuffer(future.result(), np.uint8).reshape(image.shape)
-            except Exception as error:  # a broken file makes PIL's decoders raise nearly anything
-                self._unreadable[position] = reason_of(error)
+            except UnreadableImageError as error:
+                self._unreadable[position] = str(error)
         ids = torch.tensor(list(decoded))
         no_draws = torch.zeros((len(ids), 0), dtype=torch.int32)
         return Batch(torch.from_numpy(images), torch.zeros_like(ids), ids, no_draws)

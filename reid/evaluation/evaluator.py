@@ -95,7 +95,7 @@ class Evaluator(BatchEmbedder):
         with unsharded(self._model):
             self._embed_batches(self._data.loader, len(self._data.loader))
         self._model.train(was_training)
-        if collectives.on_any_rank(own=self._is_stopped()):
+        if collectives.on_any_rank(local=self._is_stopped()):
             raise shared(Preempted())
         return self._gathered(len(self._data.query.pids) + len(self._data.gallery.pids))
 

@@ -89,7 +89,7 @@ class ReIDModel(nn.Module):
 
 
 def build_model(cfg: CfgNode, num_pids: int) -> ReIDModel:
-    """Return the model that the settings describe, with random weights.
+    """Return the model that the settings describe, with random weights, in eval mode: images to embeddings.
 
     Args:
         cfg: Complete configuration; MODEL, TEST.NECK_FEAT and the choice of losses are read.
@@ -109,4 +109,4 @@ def build_model(cfg: CfgNode, num_pids: int) -> ReIDModel:
         # They would get no gradient, and DistributedDataParallel waits for one for every parameter that requires it.
         for parameter in (*model.bottleneck.parameters(), *model.classifier.parameters()):
             parameter.requires_grad = False
-    return model
+    return model.eval()

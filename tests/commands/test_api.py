@@ -147,5 +147,5 @@ def test_a_model_that_cannot_be_loaded_is_refused(tmp_path, trained):
 
 def test_model_maps_images_to_embeddings():
     cfg = reid.load_config(overrides=["MODEL.NAME=resnet18", "MODEL.PRETRAIN_CHOICE=none", "MODEL.DEVICE=cpu"])
-    model = reid.build_model(cfg, 5).eval()
+    model = reid.build_model(cfg, 5)
     assert model(torch.zeros(2, 3, 64, 32)).shape == (2, 512)

@@ -13,10 +13,10 @@ from refusals import refused
 from reid.checkpoints.state_dicts import state_dict_of
 from reid.checkpoints.weights import load_state, read_file
 from reid.commands.embed import list_images
-from reid.commands.gallery import read_gallery
 from reid.config.load import load_config
 from reid.data.store import decode
 from reid.errors import DataError
+from reid.evaluation.gallery import read_gallery
 from reid.models.reid_model import build_model
 
 PHOTOS = ["0002_c1s1_000451_03.jpg", "b/0002_c2.PNG", "b/c/x y.webp", "b/c/z.bmp", "ü.jpeg"]

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from program import untrained
 
-from reid.commands.gallery import read_gallery
+from reid.evaluation.gallery import read_gallery
 
 QUERY = "0002_c1_query.jpg"
 # In gallery order: copies of the query whose names state different identities; images of noise follow.

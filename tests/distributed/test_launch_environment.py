@@ -3,7 +3,7 @@
 import pytest
 from refusals import refused
 
-from reid.distributed.launch_environment import Start, World, read_start, read_world, speaks_for_node
+from reid.distributed.launch_environment import Start, World, read_start, read_world, reports_for_node
 from reid.errors import WorldError
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
@@ -92,7 +92,7 @@ def test_slurm_step_with_some_torchrun_variables_is_rejected(name):
     ],
 )
 def test_one_process_per_node_reports_errors(environment, is_reporter):
-    assert speaks_for_node(environment) == is_reporter
+    assert reports_for_node(environment) == is_reporter
 
 
 # ---- which start of which job ----

@@ -29,7 +29,7 @@ from wandb_server import ENTITY, Run, WandbServer
 
 from reid.checkpoints import weights
 from reid.checkpoints.state_dicts import checksum_of
-from reid.commands.gallery import read_metadata
+from reid.evaluation.gallery import read_metadata
 
 pytestmark = pytest.mark.slow
 

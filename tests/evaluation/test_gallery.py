@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from refusals import refused
 
-from reid.commands.gallery import (
+from reid.errors import DataError
+from reid.evaluation.gallery import (
     GalleryImage,
     Metadata,
     read_gallery,
@@ -18,7 +19,6 @@ from reid.commands.gallery import (
     write_unreadable,
     writing_embeddings,
 )
-from reid.errors import DataError
 
 METADATA = Metadata(
     folder="/images",
