@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_SOURCE = Path(__file__).parents[1]  # the package reid
 _PACKAGES = ("torch", "torchvision", "pytorch-ignite", "accelerate", "wandb", "numpy", "pillow")
 
 
@@ -227,16 +228,15 @@ def environment_facts() -> dict[str, Any]:
 
 def source_fingerprint() -> str:
     """Return a hash of this package's source files: a commit does not cover changed or copied files."""
-    package = Path(__file__).parent
     digest = hashlib.sha256()
-    for file in sorted(package.rglob("*.py")):
-        digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
+    for file in sorted(_SOURCE.rglob("*.py")):
+        digest.update(f"{file.relative_to(_SOURCE)}\0".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def commit() -> str:
     """Return the commit of this package's source tree, with "+" if it was changed; "unknown" without git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe"]
+    command = ["git", "-C", str(_SOURCE), "describe"]
     command += ["--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -3,13 +3,16 @@
 import csv
 import json
 import logging
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from program import Place
 
+import reid
 from reid.config.load import load_config
+from reid.runs import directory
 from reid.runs.directory import RunDirectory
 
 
@@ -57,6 +60,17 @@ def test_the_settings_are_written_as_they_can_be_loaded(folder):
     )
     folder.describe(cfg, torch.device("cpu"))
     assert load_config(str(folder.path / "config.yaml"), []) == cfg
+
+
+def test_source_fingerprint_covers_every_file_of_the_package(tmp_path, monkeypatch):
+    assert Path(reid.__file__).parent == directory._SOURCE
+    monkeypatch.setattr(directory, "_SOURCE", tmp_path)
+    (tmp_path / "training").mkdir()
+    file = tmp_path / "training" / "step.py"
+    file.write_text("a")
+    before = directory.source_fingerprint()
+    file.write_text("b")
+    assert directory.source_fingerprint() != before
 
 
 class Row(NamedTuple):
