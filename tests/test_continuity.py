@@ -1,6 +1,6 @@
 """Interrupted is the same as uninterrupted, whatever interrupts it, wherever, on however many ranks it goes on.
 
-Also covers reid.training.interruption, reid.distributed.watchdog, reid.runs.start_checks.
+Also covers reid.distributed.watchdog, reid.runs.start_checks.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def test_a_second_training_in_the_same_folder_is_rejected(place: Place):
     ranks = place.start("train", "OUTPUT_DIR", "busy", "SOLVER.MAX_EPOCHS", 1000)
     ranks.wait_for("epoch 1/1000 step 1/2")
     said = place.refusal("train", "OUTPUT_DIR", "busy", num_ranks=2, code=1)
-    assert "OUTPUT_DIR=busy" in said
+    assert "OUTPUT_DIR must be free, got busy" in said
     assert "in use" in said
     ranks.kill()
     place.train("OUTPUT_DIR", "busy", "SOLVER.MAX_EPOCHS", 1)

@@ -25,6 +25,7 @@ from reid.config.load import load_config
 from reid.errors import NonFiniteError, UnsavedError, WorldError
 from reid.runs.progress import Progress, Records
 from reid.training.checkpointing import Checkpoints, _differences
+from reid.training.meters import TrainMeter
 
 DATASET = "a fingerprint"
 
@@ -37,10 +38,11 @@ class Training:
         self.model = nn.Linear(2, 2)
         nn.init.zeros_(self.model.weight)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        self.scaler, self.meter = None, TrainMeter(log_period=9, batch_size=1, optimizer=self.optimizer)
         self.progress = Progress()
         self.engine = Engine(self._step)
         self.engine.register_events(*Records)
-        self.checkpoints = Checkpoints(folder, self.model, self.optimizer, self.progress, self.cfg, dataset)
+        self.checkpoints = Checkpoints(self.cfg, folder, dataset, self, self.progress)
         scores = iter(scores)
 
         @self.engine.on(Events.EPOCH_COMPLETED)
