@@ -152,7 +152,7 @@ def wandb_process_of(ranks: Ranks) -> int:
     raise AssertionError("no process of W&B")
 
 
-def test_training_outlives_wandbs_own_process(place):
+def test_training_outlives_wandb_core(place):
     go_on = place.folder / "W&B is dead"
     settings = ("OUTPUT_DIR", "lost", "WANDB.ENABLE", "yes", "SOLVER.MAX_EPOCHS", 3)
     ranks = place.start("train", *settings, before=partial(at_step, 2, partial(wait_for_file, go_on)))

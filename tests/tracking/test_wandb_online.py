@@ -213,8 +213,8 @@ def test_embed_search_and_export_fetch_model_from_wandb(place, story, photos):
 @pytest.mark.parametrize(
     ("weight", "words", "code"),
     [
-        ("wandb:best", "TEST.WEIGHT must be a file or wandb:ENTITY/PROJECT/NAME:ALIAS, got 'wandb:best'; use", 2),
-        (f"wandb:{ENTITY}/{PROJECT}/nothing:best", "nothing:best cannot be fetched from W&B: ", 1),
+        ("wandb:best", "TEST.WEIGHT must be a file or wandb:ENTITY/PROJECT/NAME:ALIAS, got 'wandb:best'. Fix: use", 2),
+        (f"wandb:{ENTITY}/{PROJECT}/nothing:best", "TEST.WEIGHT must be available at W&B, got ", 1),
     ],
 )
 def test_missing_model_artifact_is_reported_in_one_sentence(place, story, photos, weight, words, code):
@@ -471,7 +471,7 @@ def test_on_failure_raise_ends_at_once_at_the_start(place, server):
     given = settings("raise", 1, "WANDB.INIT_TIMEOUT", 1, "WANDB.ON_FAILURE", "raise")
     sentence = place.refusal("train", *given, environment=server.environment, num_ranks=2, code=1)
     assert sentence.startswith("W&B cannot be reached: W&B did not answer (")
-    assert sentence.endswith("WANDB.ON_FAILURE offline records on the disk then, WANDB.MODE offline always")
+    assert "WANDB.ON_FAILURE offline" in sentence
 
 
 def test_on_failure_raise_ends_later_with_all_saved(place, server):
@@ -499,7 +499,7 @@ def test_on_failure_raise_ends_later_with_all_saved(place, server):
 def test_resume_must_refuses_another_run(place, server):
     given = settings("must", 1, "WANDB.RESUME", "must", "WANDB.RUN_ID", "unknown1")
     sentence = place.refusal("train", *given, environment=server.environment, code=2)
-    assert sentence.startswith("WANDB.RESUME is must, but W&B says: ")
+    assert sentence.startswith("WANDB.RESUME must fit the run at W&B, got must: ")
 
 
 def test_training_does_not_depend_on_wandb(place, server):
