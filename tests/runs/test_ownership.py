@@ -1,4 +1,4 @@
-"""One training at a time writes into a run's folder, and the latest start of a job is the one."""
+"""Only one training writes into a run directory: the latest start of its job."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from reid.runs.progress import Records
 
 
 class Folder:
-    """A run's folder; whether it is locked by another training is the test's choice."""
+    """A run directory whose lock is free or held by another training, as the test sets it."""
 
     def __init__(self, path):
         self.path, self.is_free, self.num_tidied, self.num_locked = path, True, 0, 0
