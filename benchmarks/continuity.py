@@ -18,6 +18,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from reid.config.load import load_config
 from reid.models.reid_model import ReIDModel, build_model
 from reid.runs.progress import Progress
 from reid.training.checkpointing import Checkpoints
+from reid.training.meters import TrainMeter
 from reid.training.optim import build_optimizer
 
 NUM_PIDS = 751  # Market-1501's
@@ -81,7 +83,9 @@ def checkpoint_cost(folder: Path, name: str, repeats: int) -> Path:
     kept, file = torch.zeros_like(flat), folder / "last_0001_00000001.pt"
     copied = host_copy(content)
 
-    checkpoints = Checkpoints(folder, model, optimizer, Progress(), load_config(None, []), "none")
+    meter = TrainMeter(log_period=1, batch_size=1, optimizer=optimizer)
+    training: Any = SimpleNamespace(model=model, optimizer=optimizer, scaler=None, meter=meter)
+    checkpoints = Checkpoints(load_config(None, []), folder, "none", training, Progress())
     trainer = Engine(lambda engine, batch: None)
     trainer.state.iteration, trainer.state.epoch_length = 1, 1
     memcpy, memory = (median_seconds(work, repeats) for work in (lambda: kept.copy_(flat), flat.clone))

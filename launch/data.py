@@ -1,7 +1,8 @@
 """Verify benchmarks on disk: python launch/data.py check [NAME ...] [--root DIR] [--images] [KEY=VALUE ...]."""
 
+import sys
+
 from reid.commands.check_data import main
-from reid.commands.main import exit_process
 
 if __name__ == "__main__":
-    exit_process(main())
+    sys.exit(main())

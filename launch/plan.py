@@ -3,7 +3,9 @@
 plan.py --nodes N --ranks_per_node R --config_file FILE [KEY VALUE ...]. All ranks share every batch evenly.
 """
 
-from reid.commands.main import exit_process, print_plan
+import sys
+
+from reid.commands.main import print_plan
 
 if __name__ == "__main__":
-    exit_process(print_plan())
+    sys.exit(print_plan())

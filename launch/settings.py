@@ -1,7 +1,8 @@
 """Print settings with their documentation: python launch/settings.py [PREFIX] [--markdown]."""
 
-from reid.commands.main import exit_process
+import sys
+
 from reid.commands.settings import main
 
 if __name__ == "__main__":
-    exit_process(main())
+    sys.exit(main())

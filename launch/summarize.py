@@ -1,7 +1,8 @@
 """Print mean and spread of several runs: summarize.py OUTPUT_DIR... (such as the seeds of slurm/array.sbatch)."""
 
-from reid.commands.main import exit_process
+import sys
+
 from reid.commands.summarize import main
 
 if __name__ == "__main__":
-    exit_process(main())
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""How the tests run: the examples of properties, the order of files, what may be run again, and shared fixtures."""
+"""Settings of the test run: examples of properties, order of files, reruns, and shared fixtures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LONG = ("test_train_sbatch", "test_continuity", "test_wandb_online", "test_colle
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Orders the files; refuses a test that would be run again without a reason."""
+    """Order the files, and reject a test that is rerun without a reason."""
     for item in items:
         marker = item.get_closest_marker("flaky")
         if marker is not None and not marker.kwargs.get("reason"):
@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """Where the tests start the program; what they make there has names of their own."""
+    """Return the folder in which tests start the program; each uses names that no other uses."""
     from program import TINY
 
     yield from _place(tmp_path_factory.mktemp("place"), TINY)
@@ -48,7 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 @pytest.fixture(scope="session")
 def small_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """Another, with a model of a thirtieth of the weights: a short training is mostly writing and reading them."""
+    """Return a folder whose model has a thirtieth of the weights: short trainings mostly write and read them."""
     from program import SMALL, TINY
 
     yield from _place(tmp_path_factory.mktemp("small"), TINY.replace("resnet18", SMALL))
@@ -64,5 +64,5 @@ def _place(folder: Path, settings: str) -> Iterator[Place]:
 
 @pytest.fixture(scope="session")
 def golden() -> Mapping[str, np.ndarray]:
-    """Embeddings, labels and scores recorded of reid-strong-baseline."""
+    """Return embeddings, labels and scores recorded from reid-strong-baseline."""
     return np.load(Path(__file__).parent / "golden" / "evaluation.npz")

@@ -35,7 +35,7 @@ from reid.models.backbones import BACKBONES, IBN
 from reid.models.reid_model import build_model
 from reid.retrieval import metrics, neighbours
 from reid.retrieval.metrics import Labels
-from reid.training import guards, schedule
+from reid.training import schedule
 from reid.training.build import build_training
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -213,7 +213,7 @@ def variant(accelerator: Any, options: list[str], num_images_of_pid: list[int]) 
 
     def wire(trainer: Any) -> None:
         schedule.set_sampler_position(trainer, batches)
-        guards.check_first_batch(trainer, cfg)
+        schedule.check_first_batch(trainer, cfg)
 
         def note(engine: Any) -> None:
             batch = engine.state.batch

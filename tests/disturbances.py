@@ -1,7 +1,7 @@
-"""Disturbances at an exact point of a training, which its own process makes.
+"""Disturbances at an exact point of a training, made by the training process itself.
 
-A test that waits for a line and then acts would race with the training on a busy machine. Each function here is to be
-done before the program starts (`before` of `Place.start`); an action is any picklable function.
+A test that waits for a line and then acts would race with the training on a busy machine. Each function here runs
+before the program starts (argument `before` of `Place.start`); an action is any picklable function.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ Action = Callable[[], object]
 
 
 def at_step(number: int, action: Action, ranks: Collection[int] | None = None) -> None:
-    """Within the step of this number, counted from 1 in each start; on all ranks by default."""
+    """Act within the step of this number, counted from 1 in each start; on all ranks by default."""
     from reid.training.criterion import Criterion
 
     _at_call(Criterion, "__call__", number, action, ranks)
 
 
 def in_evaluation(action: Action, ranks: Collection[int] | None = None) -> None:
-    """When the first batch of the first evaluation is embedded."""
+    """Act when the first batch of the first evaluation is embedded."""
     from reid.evaluation.evaluator import Evaluator
 
     _at_call(Evaluator, "_collect", 1, action, ranks)
 
 
 def before_model(action: Action) -> None:
-    """When the data is open, and before the model is built."""
+    """Act after the data is opened and before the model is built."""
     from reid.training import build
 
     _at_call(build, "build_model", 1, action, None)
 
 
 def write_at_once() -> None:
-    """Each checkpoint is on the disk before the next step, so that the clock finds no write under way."""
+    """Write each checkpoint before the next step, so that a timed checkpoint is never skipped."""
     from reid.checkpoints.save import BackgroundWriter
 
     original = BackgroundWriter.start
@@ -73,7 +73,7 @@ def signal_self(number: int) -> None:
 
 
 def signal_self_twice(number: int, file: str) -> None:
-    """When the file is there; the second signal comes when the first one has been handled."""
+    """Signal twice when the file exists; the second signal comes when the first one has been handled."""
     wait_for_file(file)
     signal_self(number)
     os.write(1, b"signalled once\n")
@@ -81,19 +81,19 @@ def signal_self_twice(number: int, file: str) -> None:
 
 
 def kill_self_when(file: str) -> None:
-    """SIGKILL as soon as a file of this pattern is there."""
+    """Send SIGKILL as soon as a file of this pattern exists."""
     wait_for_file(file)
     signal_self(signal.SIGKILL)
 
 
 def hang() -> None:
-    """Waits for ever."""
+    """Wait forever."""
     while True:
         time.sleep(0.1)
 
 
 def fill_disk(file: str, first: str) -> None:
-    """When the first file is there: until the file system of the other has no byte left."""
+    """Fill the file system of `file` to the last byte when the file `first` exists."""
     wait_for_file(first)
     with Path(file).open("wb", buffering=0) as stream:
         try:
@@ -107,5 +107,5 @@ def fill_disk(file: str, first: str) -> None:
 
 
 def small_files_only() -> None:
-    """No file may grow beyond 1 MB, as on a disk that is nearly full."""
+    """Limit every file to 1 MB, as on a disk that is nearly full."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))

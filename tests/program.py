@@ -1,7 +1,7 @@
-"""The program as its user starts it, again and again in one workplace.
+"""The program as its user starts it, repeatedly in one folder.
 
-A start with torch takes ten seconds, so ranks are forked from a server that has imported it. What a real launcher adds
-(its own words, its variables, its signals) is checked with the real one, by `Place.command`.
+A start with torch takes ten seconds, so ranks are forked from a server that has imported it. The contribution of a real
+launcher (arguments, variables, signals) is tested with the real one, by `Place.command`.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Place:
         bare: bool = False,
         folder: Path | None = None,
     ) -> Ranks:
-        """Forked ranks with the tiny settings, or, `bare`, with the arguments alone; None unsets a variable."""
+        """Fork ranks with the tiny settings or, if `bare`, with the arguments only; None unsets a variable."""
         arguments = [*([] if bare else ["--config_file", "tiny.yml"]), *map(str, settings)]
         return self.fork(
             partial(_command, story, arguments, before), num_ranks=num_ranks, environment=environment, folder=folder
@@ -121,17 +121,17 @@ class Place:
         return Ranks(num_ranks, work, folder or self.folder, wanted)
 
     def run(self, story: str, *settings: object, **options: Any) -> list[Ended]:
-        """All ranks to their end."""
+        """Run all ranks to their end."""
         return self.start(story, *settings, **options).ended()
 
     def train(self, *settings: object, **options: Any) -> Ended:
-        """Rank 0 of a training that must succeed."""
+        """Run a training that must succeed, and return its rank 0."""
         ended = self.run("train", *settings, **options)
         assert [rank.code for rank in ended] == [0] * len(ended), ended
         return ended[0]
 
     def refusal(self, story: str, *settings: object, code: int, **options: Any) -> str:
-        """The one sentence that a user reads on stderr when the program ends with this code."""
+        """Return the one error line on stderr of a program that must end with this code."""
         first, *others = self.run(story, *settings, **options)
         assert first.code == code, first
         assert all(other.err == "" for other in others), others
@@ -139,7 +139,7 @@ class Place:
         return first.err.removeprefix("error: ").removesuffix("\n")
 
     def command(self, *words: object, environment: Mapping[str, str] | None = None) -> Ended:
-        """A real command to its end; this virtual environment's programs are found first."""
+        """Run a real command to its end; programs of this virtual environment take precedence."""
         done = subprocess.run(
             [str(word) for word in words],
             cwd=self.folder,
@@ -152,7 +152,7 @@ class Place:
         return Ended(done.returncode, done.stdout, done.stderr)
 
     def wandb_records(self, output_dir: Path) -> list[dict[str, Any]]:
-        """What the offline run of this folder, which must be its only one, has recorded."""
+        """Return the records of the only offline run of this folder."""
         (file,) = output_dir.glob("wandb/offline-run-*/run-*.wandb")
         done = self.command("wandb", "leet", "inspect", file.parent, "--json")
         assert done.code == 0, done
@@ -160,7 +160,7 @@ class Place:
 
 
 class Ranks:
-    """Processes that think that torchrun has started them; one alone thinks that a user has."""
+    """Forked processes with the environment of torchrun; a single one has that of a user's shell."""
 
     def __init__(
         self,
@@ -169,7 +169,7 @@ class Ranks:
         folder: Path,
         environment: Mapping[str, str],
     ) -> None:
-        self._folder = folder / "said" / str(next(_NUMBERS))
+        self._folder = folder / "output" / str(next(_NUMBERS))
         self._folder.mkdir(parents=True)
         for rank in range(num_ranks):
             for file in self._files(rank):
@@ -193,33 +193,33 @@ class Ranks:
         assert number is not None
         return number
 
-    def wait_for(self, words: str, *, rank: int = 0, or_end: bool = False) -> None:
-        """Until a rank has said this on stdout."""
+    def wait_for(self, text: str, *, rank: int = 0, or_end: bool = False) -> None:
+        """Wait until a rank has written this text to stdout."""
         deadline = time.monotonic() + TIMEOUT
         file = self._files(rank)[0]
-        while words not in file.read_text():
-            assert time.monotonic() < deadline, f"rank {rank} did not say {words!r}"
+        while text not in file.read_text():
+            assert time.monotonic() < deadline, f"rank {rank} did not write {text!r}"
             if or_end and not self.processes[rank].is_alive():
                 return
-            assert self.processes[rank].is_alive(), f"rank {rank} ended before it said {words!r}"
+            assert self.processes[rank].is_alive(), f"rank {rank} ended before it wrote {text!r}"
             time.sleep(0.01)
 
     def signal(self, number: int) -> None:
-        """To all ranks that are alive."""
+        """Send a signal to all ranks that are alive."""
         for rank, process in enumerate(self.processes):
             if process.is_alive():
                 with contextlib.suppress(ProcessLookupError):  # it has ended since
                     os.kill(self.pid(rank), number)
 
     def kill(self) -> None:
-        """As a power failure: nobody can do anything about it."""
+        """Kill all ranks, as a power failure does."""
         self.signal(signal.SIGKILL)
         for process in self.processes:
             process.join(TIMEOUT)
             assert process.exitcode == -signal.SIGKILL
 
     def ended(self) -> list[Ended]:
-        """Every rank, once all have ended; as under torchrun, the first that fails ends the others."""
+        """Return every rank after all have ended; as under torchrun, the first that fails ends the others."""
         deadline, patience = time.monotonic() + TIMEOUT, 300
         while any(process.is_alive() for process in self.processes):
             if any(process.exitcode for process in self.processes):
@@ -280,16 +280,16 @@ def _command(story: str, words: Sequence[str], before: Callable[[], object] | No
 
 
 def wait_for_file(pattern: str | Path) -> Path:
-    """The first file of this pattern, as soon as there is one."""
+    """Return the first file of this pattern as soon as one exists."""
     pattern, deadline = Path(pattern), time.monotonic() + TIMEOUT
-    while not (found := sorted(pattern.parent.glob(pattern.name))):
+    while not (files := sorted(pattern.parent.glob(pattern.name))):
         assert time.monotonic() < deadline, f"no {pattern}"
         time.sleep(0.005)
-    return found[0]
+    return files[0]
 
 
 def first_rank_is_slow() -> None:
-    """To be done before the program starts: one second behind the others."""
+    """Delay rank 0 by one second; called before the program starts."""
     if os.environ.get("RANK") == "0":
         time.sleep(1)
 
@@ -301,21 +301,21 @@ class _NoTorchvision:
 
 
 def torchvision_is_of_another_torch() -> None:
-    """To be done before the program starts: importing it fails as torchvision does there."""
+    """Make the import fail as a torchvision of another torch does; called before the program starts."""
     import reid.training
 
     del sys.modules["reid.training.train"], reid.training.train
     sys.meta_path.insert(0, _NoTorchvision())  # type: ignore[arg-type]
 
 
-# ---- what a run leaves behind ----
+# ---- files of a run ----
 
 
 def records(folder: Path, kind: str, *, speeds: bool = True) -> list[dict]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    found = [record for record in map(json.loads, lines) if record["kind"] == kind]
+    of_kind = [record for record in map(json.loads, lines) if record["kind"] == kind]
     left_out = () if speeds else ("images_per_second", "data_wait", "gpu_mem_max_mb")
-    return [{name: value for name, value in record.items() if name not in left_out} for record in found]
+    return [{name: value for name, value in record.items() if name not in left_out} for record in of_kind]
 
 
 def names(folder: Path) -> list[str]:
@@ -327,7 +327,7 @@ def newest(folder: Path) -> dict:
 
 
 def untrained(file: Path, *settings: str, seed: int = 0, **more: object) -> Path:
-    """Writes a checkpoint of the tiny model with random weights and statistics."""
+    """Write a checkpoint of the tiny model with random weights and statistics."""
     (file.parent / "tiny.yml").write_text(TINY)
     cfg = load_config(str(file.parent / "tiny.yml"), list(settings))
     torch.manual_seed(seed)
@@ -340,7 +340,7 @@ def untrained(file: Path, *settings: str, seed: int = 0, **more: object) -> Path
 
 
 def same(left: object, right: object) -> bool:
-    """Equal bit for bit, however nested."""
+    """Return whether two nested structures are equal bit for bit."""
     if isinstance(left, torch.Tensor):
         return torch.equal(left, right)
     if isinstance(left, dict):
@@ -351,7 +351,7 @@ def same(left: object, right: object) -> bool:
 
 
 def largest_difference(folder: Path, expected: Path) -> float:
-    """Of all weights and the optimiser's state, relative to each entry's largest value."""
+    """Return the largest difference of weights and optimizer states, relative to each entry's largest value."""
     pairs = []
     for part in ("model", "optimizer"):
         pairs += _pairs(newest(folder)[part], newest(expected)[part])

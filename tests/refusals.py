@@ -1,4 +1,4 @@
-"""What is asserted of an error for the user: its type, the key that it is about and a word of what it says."""
+"""Assertion about an error for the user: its type, its key and keywords of its message."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reid.errors import ReidError
 
 @contextmanager
 def refused(kind: type[ReidError], key: str | None, *keywords: str) -> Iterator[None]:
-    """What happens inside must raise an error of this kind, about this key, whose one line has all of the keywords."""
+    """Assert that the block raises an error of this kind and key, whose one line has all of the keywords."""
     with pytest.raises(kind) as caught:
         yield
     assert caught.value.key == key, caught.value

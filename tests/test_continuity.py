@@ -1,6 +1,6 @@
-"""Interrupted is the same as uninterrupted, whatever interrupts it, wherever, on however many ranks it goes on.
+"""An interrupted training equals an uninterrupted one, whatever interrupts it, on any number of ranks.
 
-Also covers reid.training.interruption, reid.distributed.watchdog, reid.runs.start_checks.
+Also covers reid.distributed.watchdog, reid.runs.start_checks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from program import SMALL, TIMEOUT, TRAIN, Place, largest_difference, names, new
 ADAM = ("SOLVER.OPTIMIZER_NAME", "Adam")  # whose state matters from the second step on
 OFTEN = ("SOLVER.CHECKPOINT_EVERY_MINUTES", 1e-9, "SOLVER.LOG_PERIOD", 2)  # whenever the one before is written
 PREEMPTED = 85
-# Where a program of its own must import everything first, and timm would take longer than the larger model.
+# Where a new program must import everything first, and timm would take longer than the larger model.
 WITHOUT_TIMM = ("MODEL.NAME", "resnet18")
 
 
@@ -45,7 +45,7 @@ def place(small_place: Place) -> Place:
 
 @pytest.fixture(scope="module")
 def straight(place):
-    """A function: settings -> the folder of the undisturbed run."""
+    """Return a function: settings -> folder of the undisturbed run."""
     done: dict[tuple, Path] = {}
 
     def run(*settings: object, num_ranks: int = 1) -> Path:
@@ -59,7 +59,7 @@ def straight(place):
 
 
 def assert_same_outcome(folder: Path, expected: Path) -> None:
-    """Weights, optimiser, records and files, bit for bit; but for the speeds, which are of this day."""
+    """Compare weights, optimizer, records and files, bit for bit; all except the speeds."""
     ours, theirs = newest(folder), newest(expected)
     assert ours["iteration"] == theirs["iteration"]
     assert same(ours["model"], theirs["model"])
@@ -104,7 +104,7 @@ def test_kill_within_epoch_equals_uninterrupted_run(place, straight, step):
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_resume_from_timed_checkpoint_equals_uninterrupted_run(place, straight, num_workers):
-    """Batches of 8 make 5 steps of an epoch; the window of a record is cut in two as well."""
+    """Cut an epoch of 5 steps, and the window of a record, in two."""
     settings = ("SOLVER.IMS_PER_BATCH", 8, "SOLVER.MAX_EPOCHS", 2, *ADAM, "SOLVER.LOG_PERIOD", 3)
     expected = straight(*settings)
     folder = place.folder / f"by_the_clock_{num_workers}"
@@ -119,13 +119,13 @@ def test_resume_from_timed_checkpoint_equals_uninterrupted_run(place, straight, 
 
 
 def killed_at_the_last_step() -> None:
-    """To be done before the program starts."""
+    """Disturb the program; called before it starts."""
     write_at_once()
     at_step(10, partial(signal_self, signal.SIGKILL))
 
 
 def disturb(place: Place, output_dir: str, settings: tuple, num_ranks: int, num_kills: int, seed: int) -> None:
-    """Starts a training again and again, and kills rank 0, the last one, or both of them at random moments."""
+    """Start a training repeatedly, and kill rank 0, the last one, or both of them at random moments."""
     dice = random.Random(seed)
     for _ in range(num_kills):
         ranks = place.start("train", "OUTPUT_DIR", output_dir, *settings, num_ranks=num_ranks)
@@ -158,7 +158,7 @@ def test_many_random_kills_equal_uninterrupted_run(place, straight, seed, num_ra
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_torchrun_starts_a_killed_rank_again_by_itself(place, straight, victim):
-    """As the README says to start it; the first attempt's rank kills itself at its fifth step."""
+    """Start it as the README does; the first attempt's rank kills itself at its fifth step."""
     settings = ("SOLVER.MAX_EPOCHS", 4, *ADAM, *OFTEN, *WITHOUT_TIMM)
     output_dir = f"restarted_{victim}"
     script = place.folder / "suicidal.py"
@@ -191,13 +191,13 @@ exit_process(main("train"))
 """
 
 
-def processes_that_name(word: str) -> list[str]:
-    found = []
+def processes_that_name(text: str) -> list[str]:
+    commands = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            found += [command] if word in command else []
-    return found
+            commands += [command] if text in command else []
+    return commands
 
 
 def test_surviving_rank_ends_without_traceback(place):
@@ -232,17 +232,17 @@ def test_a_damaged_checkpoint_costs_steps_and_nothing_else(place, straight, dama
 
 
 @pytest.mark.parametrize(
-    ("story", "settings"),
+    ("command", "settings"),
     [
         ("evaluate", ("TEST.WEIGHT", "evil.pt")),
         ("train", ("MODEL.PRETRAIN_CHOICE", "self", "MODEL.PRETRAIN_PATH", "evil.pt")),
         ("train", ("MODEL.PRETRAIN_CHOICE", "imagenet", "MODEL.PRETRAIN_PATH", "evil.pt")),
     ],
 )
-def test_a_file_that_would_run_code_is_rejected(place, story, settings):
+def test_a_file_that_would_run_code_is_rejected(place, command, settings):
     torch.save({"model": Evil()}, place.folder / "evil.pt")
-    said = place.refusal(story, "OUTPUT_DIR", "evil", *settings, num_ranks=2, code=1)
-    assert f"{settings[-2]}=evil.pt must hold a state dict only, got a damaged file or Python objects" in said
+    message = place.refusal(command, "OUTPUT_DIR", "evil", *settings, num_ranks=2, code=1)
+    assert f"{settings[-2]}=evil.pt must hold a state dict only, got a damaged file or Python objects" in message
     assert not (place.folder / "executed").exists()
 
 
@@ -356,7 +356,7 @@ def test_signal_before_first_checkpoint_leaves_preempted_marker(place):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 def test_signal_to_torchrun_saves_and_stops_all_ranks(place, number):
-    """With the options of the README."""
+    """Use the options of the README."""
     options = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout=60")
     folder = place.folder / f"torchrun_{number}"
     settings = ("OUTPUT_DIR", folder.name, *WITHOUT_TIMM, "SOLVER.MAX_EPOCHS", 1000, "DATALOADER.NUM_WORKERS", 1)
@@ -396,7 +396,7 @@ def test_full_disk_throughout_ends_training_with_exit_code_74(place):
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small file system")
 def test_training_survives_a_temporarily_full_disk(place, straight):
-    """The disk fills up behind the first checkpoint, and is free again before the end."""
+    """Fill the disk after the first checkpoint, and free it before the end."""
     settings = ("SOLVER.MAX_EPOCHS", 6)
     folder = place.folder / "no_byte"
     folder.mkdir()
@@ -414,7 +414,7 @@ def test_training_survives_a_temporarily_full_disk(place, straight):
 
 
 def full_for_some_steps() -> None:
-    """To be done before the program starts: the disk is full from the third step to the fifth."""
+    """Fill the disk from the third step to the fifth; called before the program starts."""
     at_step(3, partial(fill_disk, "no_byte/filler", "no_byte/checkpoints/last_0001*.pt"), [0])
     at_step(5, Path("no_byte/filler").unlink, [0])
 
@@ -428,11 +428,11 @@ def test_a_rank_that_hangs_is_named_with_its_stack_and_all_end(place):
     first, second = place.run("train", *settings, num_ranks=2, before=partial(at_step, 3, hang, [1]))
     assert first.code == 1
     assert second.code in (1, -signal.SIGTERM)
-    said = first.err + second.err
-    assert said.count("error: rank 1 on ") == 1
-    assert "made no step within SOLVER.TIMEOUT_MINUTES=0.2 minutes" in said
-    assert "in hang\n" in said  # the function of the stack
-    assert "rank 0 on" not in said
+    message = first.err + second.err
+    assert message.count("error: rank 1 on ") == 1
+    assert "made no step within SOLVER.TIMEOUT_MINUTES=0.2 minutes" in message
+    assert "in hang\n" in message  # the function of the stack
+    assert "rank 0 on" not in message
 
 
 @pytest.mark.slow
@@ -448,8 +448,8 @@ def test_a_stopped_rank_is_named_too(place, stopped):
         assert other.exitcode == 1
     finally:
         os.kill(ranks.pid(stopped), signal.SIGKILL)
-    said = ranks.ended()[1 - stopped].err
-    assert f"error: rank {stopped} did not answer within SOLVER.TIMEOUT_MINUTES=0.2 minutes" in said
+    message = ranks.ended()[1 - stopped].err
+    assert f"error: rank {stopped} did not answer within SOLVER.TIMEOUT_MINUTES=0.2 minutes" in message
 
 
 # ---- what may and may not change between two starts ----
@@ -465,9 +465,9 @@ def test_resume_needs_no_pretrained_weights(place, straight):
 def test_other_settings_are_rejected_naming_old_and_new_value(place, straight):
     settings = ("SOLVER.MAX_EPOCHS", 3, *ADAM)
     folder = straight(*settings).name
-    said = place.refusal("train", "OUTPUT_DIR", folder, *settings, "SOLVER.MARGIN", 0.5, num_ranks=2, code=1)
-    assert said.startswith(f"{folder}/checkpoints/last_0003_00000006.pt must be from this run, but SOLVER.MARGIN")
-    assert "SOLVER.MARGIN was 0.3 and is now 0.5. Fix: use the same settings" in said
+    message = place.refusal("train", "OUTPUT_DIR", folder, *settings, "SOLVER.MARGIN", 0.5, num_ranks=2, code=1)
+    assert message.startswith(f"{folder}/checkpoints/last_0003_00000006.pt must be from this run, but SOLVER.MARGIN")
+    assert "SOLVER.MARGIN was 0.3 and is now 0.5. Fix: use the same settings" in message
 
 
 @pytest.mark.slow
@@ -490,7 +490,7 @@ def test_ctrl_c_in_a_terminal_reaches_wandb_too(place):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # a process group of its own, all of which a terminal's Ctrl-C reaches
+        start_new_session=True,  # a new process group, all of which a terminal's Ctrl-C reaches
     ) as process:
         while "epoch 2/1000 step 1/2" not in (line := process.stdout.readline()):
             assert line, process.stderr.read()
@@ -508,13 +508,13 @@ def test_ctrl_c_in_a_terminal_reaches_wandb_too(place):
 
 
 def another_seed_on_rank_1() -> None:
-    """To be done before the program starts."""
+    """Disturb the program; called before it starts."""
     if os.environ.get("RANK") == "1":
         sys.argv += ["SEED", "7"]
 
 
 def other_code_on_rank_1() -> None:
-    """To be done before the program starts."""
+    """Disturb the program; called before it starts."""
     import reid.runs.start_checks
 
     if os.environ.get("RANK") == "1":
@@ -522,7 +522,7 @@ def other_code_on_rank_1() -> None:
 
 
 def other_images_on_rank_1() -> None:
-    """To be done before the program starts."""
+    """Disturb the program; called before it starts."""
     from reid.data.datasets import DataSets
 
     if os.environ.get("RANK") == "1":
@@ -530,18 +530,18 @@ def other_images_on_rank_1() -> None:
 
 
 @pytest.mark.parametrize(
-    ("story", "before", "words"),
+    ("command", "before", "difference"),
     [
         ("train", another_seed_on_rank_1, "SEED is 7, not 0"),
         ("train", other_code_on_rank_1, "the source code of reid is 'another', not "),
         ("evaluate", other_images_on_rank_1, "the fingerprint of the test images is 'another', not "),
     ],
 )
-def test_ranks_that_do_not_agree_do_not_start(place, straight, story, before, words):
+def test_ranks_that_do_not_agree_do_not_start(place, straight, command, before, difference):
     (best,) = (straight("SOLVER.MAX_EPOCHS", 3, *ADAM) / "checkpoints").glob("best_*")
     settings = ("OUTPUT_DIR", "disagreement", "TEST.WEIGHT", best)
-    said = place.refusal(story, *settings, num_ranks=2, before=before, code=1)
-    assert said.startswith("rank 1 on ")
-    assert " does not agree with rank 0 on " in said
-    assert words in said
-    assert said.endswith("Fix: start all ranks with the same command, code, packages and data.")
+    message = place.refusal(command, *settings, num_ranks=2, before=before, code=1)
+    assert message.startswith("rank 1 on ")
+    assert " does not agree with rank 0 on " in message
+    assert difference in message
+    assert message.endswith("Fix: start all ranks with the same command, code, packages and data.")

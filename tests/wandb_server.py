@@ -1,7 +1,6 @@
-"""A server on 127.0.0.1 that speaks as much of W&B's language as wandb-core needs, and goes away when it is told to.
+"""A server on 127.0.0.1 with as much of W&B's protocol as wandb-core needs, which can be stopped at any moment.
 
-What it is asked and does not know is answered by an error and kept in `unknown`, so that a new release of wandb fails
-here and not at a user's.
+Unknown requests are answered by an error and kept in `unknown`, so that a new release of wandb fails here first.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from typing import Any
 KEY = "0123456789abcdef" * 3
 ENTITY = "somebody"
 
-# What wandb asks and can do without: the answer is an error, and nobody complains.
+# Requests that wandb can do without; the answer is an error.
 _OPTIONAL = {"OrganizationCoreWeaveOrganizationID", "OrgFeatureFlags", "MarkRunFilesUploaded", "UpsertSweepState"}
 
 
 @dataclass
 class Run:
-    """What has arrived of one run."""
+    """The received parts of a run."""
 
     name: str
     project: str
@@ -59,7 +58,7 @@ class Artifact:
     aliases: list[str]
     metadata: dict[str, Any]
     state: str = "PENDING"
-    manifest: str = ""  # where its list of files lies
+    manifest: str = ""  # path of its list of files
 
     @property
     def id(self) -> str:
@@ -67,17 +66,17 @@ class Artifact:
 
 
 class WandbServer:
-    """Started at once; `url` and `environment` are what a client needs.
+    """A running server; `url` and `environment` are for its clients.
 
     Args:
-        host: the address to answer at.
+        host: Address of the server.
     """
 
     def __init__(self, host: str = "127.0.0.1") -> None:
         self._host = host
         self.runs: dict[str, Run] = {}
         self.artifacts: list[Artifact] = []
-        self.files: dict[str, bytes] = {}  # path -> what was put there
+        self.files: dict[str, bytes] = {}  # path -> content
         self.operations: list[str] = []
         self.unknown: list[str] = []
         self.failures: list[str] = []
@@ -87,7 +86,7 @@ class WandbServer:
         self.status = 0  # answers everything with this HTTP status
         self.rejects_key = False
         self.refuses_files = False
-        self.stops = False  # tells every run to stop, as a user or the early termination of a sweep does
+        self.stops = False  # asks every run to stop, as a user or the early termination of a sweep does
         self._lock = threading.Lock()
         self._server: ThreadingHTTPServer | None = None
         self.start(0)
@@ -99,7 +98,7 @@ class WandbServer:
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def stop(self) -> None:
-        """Gone: connections are refused from now on."""
+        """Stop: connections are refused from now on."""
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
@@ -123,11 +122,11 @@ class WandbServer:
         raise KeyError(f"{collection}:{alias}")
 
     def files_of(self, artifact: Artifact) -> dict[str, bytes]:
-        """Name -> contents, as the manifest says; absent: not uploaded."""
+        """Return name -> content of the uploaded files in the manifest."""
         contents = json.loads(self.files[artifact.manifest])["contents"]
-        return {name: self.files[_place(entry["digest"])] for name, entry in contents.items()}
+        return {name: self.files[_blob_path(entry["digest"])] for name, entry in contents.items()}
 
-    # ---- what wandb asks ----
+    # ---- requests of wandb ----
 
     def answer(self, operation: str, given: dict[str, Any]) -> Any:
         with self._lock:
@@ -204,8 +203,8 @@ class WandbServer:
 
     def _ArtifactType(self, given: dict[str, Any]) -> Any:
         name = given["name"].partition(":")[0]
-        found = [artifact for artifact in self.artifacts if artifact.collection == name]
-        return {"project": {"artifact": {"artifactType": {"name": found[0].type}} if found else None}}
+        versions = [artifact for artifact in self.artifacts if artifact.collection == name]
+        return {"project": {"artifact": {"artifactType": {"name": versions[0].type}} if versions else None}}
 
     def _ProjectArtifactType(self, given: dict[str, Any]) -> Any:
         return {"project": {"artifactType": None}}
@@ -256,7 +255,7 @@ class WandbServer:
             digest = base64.b64encode(bytes.fromhex(asked["md5"])).decode() if len(asked["md5"]) == 32 else asked["md5"]
             node = {
                 "storagePath": asked["name"],
-                "uploadUrl": f"{self.url}/put/{_place(digest)}",
+                "uploadUrl": f"{self.url}/put/{_blob_path(digest)}",
                 "uploadHeaders": [],
                 "uploadMultipartUrls": None,
                 "artifact": {"id": asked["artifactID"]},
@@ -350,8 +349,8 @@ class WandbServer:
                     "__typename": "File",
                     "id": name,
                     "name": name,
-                    "url": f"{self.url}/put/{_place(entry['digest'])}",
-                    "directUrl": f"{self.url}/put/{_place(entry['digest'])}",
+                    "url": f"{self.url}/put/{_blob_path(entry['digest'])}",
+                    "directUrl": f"{self.url}/put/{_blob_path(entry['digest'])}",
                     "sizeBytes": entry["size"],
                     "mimetype": None,
                     "updatedAt": None,
@@ -389,17 +388,17 @@ class WandbServer:
             commands = [self.trials.pop()] if self.trials else [{"type": "exit"}]
         return {"agentHeartbeat": {"agent": {"id": "agent"}, "commands": json.dumps(commands)}}
 
-    def stream(self, run: str, told: dict[str, Any]) -> None:
-        """Lines of a run's files."""
+    def stream(self, run: str, update: dict[str, Any]) -> None:
+        """Store lines of a run's files."""
         with self._lock:
-            for name, part in (told.get("files") or {}).items():
+            for name, part in (update.get("files") or {}).items():
                 lines = self.runs[run].lines.setdefault(name, {})
                 lines |= {part.get("offset", 0) + i: line for i, line in enumerate(part["content"])}
-            if told.get("complete") is not None or told.get("preempting"):
-                self.runs[run].ends.append({key: value for key, value in told.items() if key != "files"})
+            if update.get("complete") is not None or update.get("preempting"):
+                self.runs[run].ends.append({key: value for key, value in update.items() if key != "files"})
 
 
-def _place(digest: str) -> str:
+def _blob_path(digest: str) -> str:
     return f"blob/{hashlib.sha256(digest.encode()).hexdigest()}"
 
 
@@ -408,7 +407,7 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 64
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that has ended is nothing to talk about."""
+        """Ignore errors of clients that have ended."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -426,7 +425,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def _body(self) -> bytes | None:
-        """None: this request has been dealt with."""
+        """Return the body; None if the request has been answered already."""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         owner = self.owner
         if owner.mute.is_set():

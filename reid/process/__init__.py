@@ -1,4 +1,4 @@
-"""What every process needs before torch is imported: signals, log lines, environment, atomic files, text tables.
+"""Signals, log lines, environment, atomic files and text tables: used by every process before torch is imported.
 
 It may import only errors, and neither torch nor numpy.
 """

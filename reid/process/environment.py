@@ -12,7 +12,7 @@ from reid.errors import SettingsError
 
 
 def load_environment_file(file: Path, environment: MutableMapping[str, str]) -> None:
-    """Add the file's variables to the environment, whose own values win; do nothing without a file.
+    """Add the variables of the file that the environment does not have; do nothing without a file.
 
     Lines are parsed by python-dotenv; `$NAME` is not expanded.
 

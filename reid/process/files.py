@@ -1,7 +1,7 @@
 """Files that are either complete or absent, even if the process that writes them is killed.
 
 Large files are locked while they are written. The lock, unlike one of `filelock`, is on the temporary file itself: it
-ends with the process, leaves no second file behind, and shows the next process what nobody is writing any more.
+ends with the process, needs no second file, and shows the next process which files are abandoned.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _CHUNK = 1 << 24  # bytes copied at a time
 
 
 def printable(text: object) -> str:
-    """Return the text with escapes for what is not valid Unicode; the name of a file may hold any bytes."""
+    """Return the text with escapes for invalid Unicode; the name of a file may hold any bytes."""
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 @contextmanager
 def disk_errors(path: Path | str, *, key: str) -> Iterator[None]:
-    """Translate an OSError into an error that says what cannot be written.
+    """Translate an OSError into an error that names the path.
 
     Args:
         path: File or folder that is being written.
@@ -57,7 +57,7 @@ def atomic_write(file: Path, *, key: str, verify: Callable[[], None] = lambda: N
     Args:
         file: Path of the file to write. The temporary path has the same suffix.
         key: Setting or option that names the file, for the error.
-        verify: Function called right before the rename. If it raises, the file does not appear.
+        verify: Function called right before the rename. If it raises, the file is not created.
 
     Raises:
         WorldError: The disk is full or not writable.

@@ -1,4 +1,4 @@
-"""Log lines on the console and in log.txt; a full disk or a closed pipe costs lines, never the run."""
+"""Log lines on the console and in log.txt; a full disk or a closed pipe loses lines, but never ends the run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-_EXIT_CODE = 120  # Python's own code when stdout cannot be flushed
+_EXIT_CODE = 120  # as Python exits when stdout cannot be flushed
 
 _has_warned = threading.Event()
 

@@ -11,11 +11,11 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def optional(what: str, failures: list[str] | None = None) -> Iterator[None]:
-    """Run the body; an error in it costs one warning, and its traceback goes to log.txt.
+    """Run the body; an error in it gives one warning, and its traceback goes to log.txt.
 
     Args:
-        what: consequence of an error, for the warning: "W&B: a table was not recorded".
-        failures: list that also receives the warning.
+        what: Consequence of an error, for the warning: "W&B: a table was not recorded".
+        failures: List that also receives the warning.
     """
     try:
         yield

@@ -15,10 +15,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 MARKER = "PREEMPTED"
 
 # Seconds in which a repeated signal counts as the same request: the end of a job often signals all processes of a
-# step, and torchrun then forwards its own signal.
+# step, and torchrun then forwards the signal that it received.
 _ECHO = 1.0
 
-# Seconds after which a signal is sent again whose exception Python dropped; by then Python has left that code.
+# Seconds until a signal whose exception Python dropped is sent again; by then Python has left that code.
 _RETRY = 0.1
 
 
@@ -64,7 +64,7 @@ class Signals:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only record signals, so that the run can save and stop by itself."""
+        """Only record signals, so that the run can save and then stop."""
         self._is_deferred = True
         try:
             yield
@@ -93,7 +93,7 @@ class Signals:
 
 
 def write_marker(folder: Path, outcome: str) -> None:
-    """Write a file into the run directory that tells a job script to start the run again."""
-    with suppress(OSError):  # a full disk; the exit code tells it too
+    """Write the file into the run directory that makes a job script start the run again."""
+    with suppress(OSError):  # a full disk; the exit code has the same meaning
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MARKER).write_text(f"preempted: resume me\n{outcome}\n", encoding="utf-8")

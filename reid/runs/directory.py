@@ -1,4 +1,4 @@
-"""The files of a run: settings, environment, log, metrics and result, written by rank 0."""
+"""Files of a run: settings, environment, log, metrics and result, written by rank 0."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_SOURCE = Path(__file__).parents[1]  # the package reid
 _PACKAGES = ("torch", "torchvision", "pytorch-ignite", "accelerate", "wandb", "numpy", "pillow")
 
 
@@ -73,7 +74,7 @@ class RunDirectory:
         """Lock the folder until this process ends, on rank 0; return False if another training holds the lock."""
         assert self._log.stream is not None
         try:
-            # Of this process alone: a child process that outlives it for a moment does not hold it.
+            # Not flock: a child process would inherit the lock and could hold it a moment longer.
             fcntl.lockf(self._log.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             return error.errno not in (errno.EACCES, errno.EAGAIN)  # other errors: a file system without locks
@@ -100,17 +101,17 @@ class RunDirectory:
             self._append_unwritten()
         except OSError as error:
             if len(self._unwritten) == 1:
+                reason = error.strerror or error
                 logger.warning(
-                    "warning: %s cannot be written: %s. Training continues and keeps its lines for later.",
-                    *(self._metrics, error.strerror or error),
+                    f"warning: {self._metrics} cannot be written: {reason}. Training continues and keeps its lines."
                 )
 
     def _append_unwritten(self) -> None:
         lines = "".join(self._unwritten).encode()
         with self._metrics.open("ab", buffering=0) as file:
-            end = file.tell()
+            size = file.tell()
             if file.write(lines) < len(lines):
-                file.truncate(end)  # no half line
+                file.truncate(size)  # no half line
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._unwritten.clear()
 
@@ -121,22 +122,20 @@ class RunDirectory:
             iteration: Iteration of the checkpoint that training resumes from.
             last_validation: Iteration of the last validation recorded in the checkpoint; 0 for none.
         """
-        last = {"train": iteration, "val": last_validation}
-
-        def tidy() -> None:
-            if not collectives.is_main():
-                return
-            (self.path / MARKER).unlink(missing_ok=True)
-            if self._metrics.exists():
-                lines = self._metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-                steps = [_step(line) for line in lines]
-                if None in steps[:-1]:  # a killed process may have cut off the last line
-                    logger.warning("warning: %s had lines that are not records; they are removed", self._metrics)
-                kept = [line for line, step in zip(lines, steps, strict=True) if step and step[1] <= last[step[0]]]
-                self._write_text(self._metrics.name, "".join(kept))
-
         with collectives.errors_shared():
-            tidy()
+            if collectives.is_main():
+                (self.path / MARKER).unlink(missing_ok=True)
+                if self._metrics.exists():
+                    self._drop_records({"train": iteration, "val": last_validation})
+
+    def _drop_records(self, last: dict[str, int]) -> None:
+        """Remove the records after the last iteration of their kind, and lines that are no records."""
+        lines = self._metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        steps = [_step(line) for line in lines]
+        if None in steps[:-1]:  # a killed process may have cut off the last line
+            logger.warning("warning: %s had lines that are not records; they are removed", self._metrics)
+        kept = [line for line, step in zip(lines, steps, strict=True) if step and step[1] <= last[step[0]]]
+        self._write_text(self._metrics.name, "".join(kept))
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write result.json; if the disk is full, warn, and let `finish` try again."""
@@ -156,16 +155,11 @@ class RunDirectory:
         Raises:
             WorldError: The disk is full or not writable.
         """
-
-        def write() -> None:
-            if not collectives.is_main():
-                return
-            text = io.StringIO()
-            csv.writer(text, lineterminator="\n").writerows([rows[0]._fields, *rows])
-            self._write_text(name, text.getvalue())
-
         with collectives.errors_shared():
-            write()
+            if collectives.is_main():
+                text = io.StringIO()
+                csv.writer(text, lineterminator="\n").writerows([rows[0]._fields, *rows])
+                self._write_text(name, text.getvalue())
 
     def _write_result(self) -> None:
         if self._unwritten_result is not None:
@@ -181,17 +175,13 @@ class RunDirectory:
         Raises:
             UnsavedError: The disk is still full.
         """
-
-        def write() -> None:
+        with collectives.errors_shared():
             try:
                 self._write_result()
                 with disk_errors(self._metrics, key="OUTPUT_DIR"):
                     self._append_unwritten()
             except WorldError as error:
                 raise UnsavedError(str(error), key=error.key) from error
-
-        with collectives.errors_shared():
-            write()
 
     def leave_marker(self, outcome: str) -> None:
         """Record that a signal stopped the run and that it should be started again; called by all ranks."""
@@ -201,7 +191,7 @@ class RunDirectory:
 
 
 def _step(line: str) -> tuple[str, int] | None:
-    """Return kind and iteration of a record; None for a line that is not a record."""
+    """Return kind and iteration of a record; None for a line that is no record."""
     try:
         record = json.loads(line)
         step = str(record["kind"]), int(record["iteration"])
@@ -227,16 +217,15 @@ def environment_facts() -> dict[str, Any]:
 
 def source_fingerprint() -> str:
     """Return a hash of this package's source files: a commit does not cover changed or copied files."""
-    package = Path(__file__).parent
     digest = hashlib.sha256()
-    for file in sorted(package.rglob("*.py")):
-        digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
+    for file in sorted(_SOURCE.rglob("*.py")):
+        digest.update(f"{file.relative_to(_SOURCE)}\0".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def commit() -> str:
     """Return the commit of this package's source tree, with "+" if it was changed; "unknown" without git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe"]
+    command = ["git", "-C", str(_SOURCE), "describe"]
     command += ["--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -11,11 +11,11 @@ from ignite.engine import Engine, EventEnum
 
 from reid.retrieval.metrics import RetrievalScores
 
-_NO_NUMBERS = ("epoch", "iteration", "datasets")  # other entries of a validation
+_NO_SCORES = ("epoch", "iteration", "datasets")  # other entries of a validation
 
 
 class Records(EventEnum):
-    """Events on all ranks for each new record."""
+    """Events that the trainer fires on all ranks for each new record."""
 
     TRAIN = "train_record"  # in trainer.state.metrics
     VALIDATION = "validation_record"  # in Progress.last
@@ -26,9 +26,9 @@ class SavedCheckpoint:
     """A checkpoint that is completely on disk.
 
     Attributes:
-        kind: last or best.
-        file: the checkpoint, until newer ones replace it.
-        facts: epoch, iteration, and the scores of the latest validation.
+        kind: "last" or "best".
+        file: Path of the checkpoint, until newer ones replace it.
+        facts: Epoch, iteration, and the scores of the latest validation.
     """
 
     kind: str
@@ -38,7 +38,7 @@ class SavedCheckpoint:
 
 @dataclass
 class Progress:
-    """State of a run besides the weights; saved with them."""
+    """Scores and W&B id of a run, saved with its weights."""
 
     last: dict[str, Any] | None = None  # the latest validation, with its epoch and iteration
     best: dict[str, Any] | None = None  # the one with the highest mAP, the earliest of equals
@@ -49,6 +49,9 @@ class Progress:
         if self.best is None or scores["mAP"] > self.best["mAP"]:
             self.best = self.last
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
     @property
     def last_is_best(self) -> bool:
         return self.last is self.best
@@ -57,7 +60,7 @@ class Progress:
 def attach_rows(
     trainer: Engine, progress: Progress, log_row: Callable[[str, Mapping[str, Any], int, int], None]
 ) -> None:
-    """Call `log_row(section, numbers, iteration, epoch)` for each record; attach it after the checkpoints."""
+    """Call `log_row(section, numbers, iteration, epoch)` for each record."""
 
     @trainer.on(Records.TRAIN)
     def log_train(engine: Engine) -> None:
@@ -69,8 +72,8 @@ def attach_rows(
 
 
 def summary_of_all(scores: Mapping[str, RetrievalScores]) -> dict[str, Any]:
-    """Return the record of one evaluation: the first test set's scores, and all sets' by name if there are several."""
-    summaries = {name: of_one.summary() for name, of_one in scores.items()}
+    """Return the record of an evaluation: the scores of the first test set, and those of several sets by name."""
+    summaries = {name: of_one_set.summary() for name, of_one_set in scores.items()}
     first = next(iter(summaries.values()))
     return {**first, "datasets": summaries} if len(summaries) > 1 else dict(first)
 
@@ -84,10 +87,10 @@ def validation_numbers(progress: Progress) -> dict[str, Any]:
 
 
 def score_numbers(scores: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the numbers of a record: the first test set's by name, all sets' by NAME/name if there are several."""
-    numbers = _renamed("", {key: value for key, value in scores.items() if key not in _NO_NUMBERS})
-    for name, of_one in scores.get("datasets", {}).items():
-        numbers |= _renamed(f"{name}/", of_one)
+    """Return the numbers of a record: the first test set's by name, those of several sets by SET/name."""
+    numbers = _renamed("", {key: value for key, value in scores.items() if key not in _NO_SCORES})
+    for name, summary in scores.get("datasets", {}).items():
+        numbers |= _renamed(f"{name}/", summary)
     return numbers
 
 

@@ -31,16 +31,16 @@ _FORBIDDEN = re.compile(r"[^A-Za-z0-9_.-]+")  # in an artifact's name
 
 
 def name_of(config: Mapping[str, Any], run_id: str, kind: str) -> str:
-    """Return the artifact name of a run's checkpoints of one kind: each run has its own, with aliases of its own."""
+    """Return the artifact name of a run's checkpoints of one kind; no two runs share a name, nor its aliases."""
     title = config["WANDB"]["NAME"] or "-".join([*config["DATASETS"]["NAMES"], config["MODEL"]["NAME"]])
     name = _FORBIDDEN.sub("_", f"{title}-{run_id}")[-100:]
     return name if kind == "best" else f"{name}-{kind}"
 
 
 def keep_checkpoint(saved: SavedCheckpoint, name: str, facts: Mapping[str, Any], segment: Path) -> Path:
-    """Return a hard link to the checkpoint that W&B reads, which may be long after rotation has removed the file.
+    """Return a hard link to the checkpoint for W&B, which may read it long after rotation has removed the file.
 
-    Beside it stands a note with the artifact's name and metadata, so that a later process can log it too.
+    A note in the same folder has the artifact's name and metadata, so that a later process can log it too.
     """
     kept = (segment / KEPT).absolute() / saved.file.name
     kept.parent.mkdir(exist_ok=True)
@@ -55,12 +55,12 @@ def keep_checkpoint(saved: SavedCheckpoint, name: str, facts: Mapping[str, Any],
 
 
 def _note_of(kept: Path) -> Path:
-    """Return the file that exists as long as W&B knows nothing of the kept one."""
+    """Return the note of a kept file, which exists until W&B has the file."""
     return kept.with_suffix(".json")
 
 
 def unlogged_checkpoints(folder: Path, run_id: str) -> list[Path]:
-    """Return the checkpoints that killed processes have kept of this run and W&B does not know, the oldest first."""
+    """Return the checkpoints of this run that killed processes have kept and W&B does not have, the oldest first."""
     notes = (folder / "wandb").glob(f"*run-*-{glob.escape(run_id)}/{KEPT}/*.json")
     return [note.with_suffix(".pt") for note in sorted(notes) if note.with_suffix(".pt").exists()]
 
@@ -72,7 +72,7 @@ def log_checkpoint(run: wandb.Run, kept: Path) -> None:
     """
     import wandb
 
-    if not _note_of(kept).exists():  # it has arrived after its time limit
+    if not _note_of(kept).exists():  # W&B got it after its time limit
         return
     note = json.loads(_note_of(kept).read_text(encoding="utf-8"))
     kind, epoch = note["metadata"]["kind"], note["metadata"]["epoch"]
@@ -87,7 +87,7 @@ def log_checkpoint(run: wandb.Run, kept: Path) -> None:
 
 
 def log_image(run: wandb.Run, image: Figure, position: dict[str, int]) -> None:
-    """Log an image file, which may change once this has returned."""
+    """Log an image file, which may change after the call."""
     import wandb
 
     run.log({image.key: [wandb.Image(str(image.file), caption=image.caption)], **position})
@@ -96,7 +96,7 @@ def log_image(run: wandb.Run, image: Figure, position: dict[str, int]) -> None:
 def log_table(run: wandb.Run, table: Table, position: dict[str, int]) -> None:
     """Log a table, or a line chart of it; return when W&B has it, or it is recorded offline.
 
-    W&B keeps each table as an artifact. Online, it writes them to no file from which they could be sent later.
+    W&B keeps each table as an artifact. Online, it writes tables to no file from which they could be sent later.
     """
     import wandb
 
@@ -155,11 +155,11 @@ def fetch(value: str, folder: Path) -> Path:
     """Download a checkpoint from W&B and return its file.
 
     Args:
-        value: TEST.WEIGHT: wandb:ENTITY/PROJECT/NAME:ALIAS.
-        folder: run directory, to put it into.
+        value: TEST.WEIGHT, in the form wandb:ENTITY/PROJECT/NAME:ALIAS.
+        folder: Run directory, which receives the file.
 
     Raises:
-        SettingsError: the value has another form.
+        SettingsError: The value has another form.
         WorldError: W&B does not provide it.
     """
     if value not in _fetched:
@@ -172,8 +172,8 @@ def _download(value: str, folder: Path) -> Path:
 
     if not re.fullmatch(r"wandb:[^/:]+/[^/:]+/[^/:]+:[^/:]+", value):
         raise SettingsError(
-            f"TEST.WEIGHT must be a file or wandb:ENTITY/PROJECT/NAME:ALIAS, got {value!r}; use for example "
-            "wandb:me/reid-strong-baseline/market1501-resnet50-1a2b3c4d:best",
+            f"TEST.WEIGHT must be a file or wandb:ENTITY/PROJECT/NAME:ALIAS, got {value!r}. Fix: use for example "
+            "wandb:me/reid-strong-baseline/market1501-resnet50-1a2b3c4d:best.",
             key="TEST.WEIGHT",
         )
     service = Service()
@@ -184,8 +184,8 @@ def _download(value: str, folder: Path) -> Path:
         artifact.download(root=str(target), skip_cache=True)
     except Exception as error:  # of requests, sockets, pydantic and wandb, whose WandbApiFailedError is private
         raise WorldError(
-            f"TEST.WEIGHT={value} cannot be fetched from W&B: {error_summary(error)}; correct the "
-            "name, see that there is a key (wandb login) and a network, or give a file",
+            f"TEST.WEIGHT must be available at W&B, got {value}: {error_summary(error)}. Fix: correct the name, check "
+            "the key (wandb login) and the network, or use a file.",
             key="TEST.WEIGHT",
         ) from error
     finally:
@@ -193,7 +193,7 @@ def _download(value: str, folder: Path) -> Path:
     files = sorted(target.glob("*.pt"))
     if len(files) != 1 or sha256(files[0]) != artifact.metadata.get("sha256", sha256(files[0])):
         raise WorldError(
-            f"TEST.WEIGHT={value} must hold one complete checkpoint, but it does not; give another one",
+            f"TEST.WEIGHT must be an artifact with one complete checkpoint, got {value}. Fix: use another one.",
             key="TEST.WEIGHT",
         )
     return Path(files[0])

@@ -1,4 +1,4 @@
-"""Run segments on disk: what each process has recorded of a W&B run, and which of it the server lacks."""
+"""Run segments on disk: the part of a W&B run that each process has recorded, and the parts that the server lacks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def send(segments: Sequence[Path], seconds: float) -> bool:
     null = subprocess.DEVNULL
     with tempfile.TemporaryDirectory() as logs:
         environment = os.environ | {"WANDB_DIR": logs}
-        environment.pop("WANDB_SERVICE", None)  # it starts a wandb-core of its own
+        environment.pop("WANDB_SERVICE", None)  # it starts another wandb-core
         with subprocess.Popen(command, env=environment, stdin=null, stdout=null, stderr=null) as process:
             try:
                 process.wait(seconds)
@@ -72,7 +72,7 @@ def _sent_marker(segment: Path) -> Path:
 
 
 def mark_sent(segment: Path) -> None:
-    """Create the marker of `wandb sync`: wandb does not tell a complete online run from one that was killed."""
+    """Create the marker of `wandb sync`: wandb cannot distinguish a complete online run from a killed one."""
     with optional(f"W&B: {segment} cannot be marked as sent"):
         _sent_marker(segment).touch()
 

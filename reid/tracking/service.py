@@ -1,4 +1,4 @@
-"""The process of W&B (wandb-core) beside a training, which must not outlive it."""
+"""The process wandb-core, which must not outlive the training that uses it."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Service:
         """Start wandb-core unless it runs; called before anything else of wandb.
 
         Args:
-            folder: run directory; receives what wandb would write to the home directory.
+            folder: Run directory; it receives the files that wandb would write to the home directory.
 
         Raises:
-            SettingsError: wandb rejects its environment variables or settings files.
+            SettingsError: W&B rejects its environment variables or settings files.
         """
         import wandb
 
@@ -43,8 +43,8 @@ class Service:
         except ValueError as error:
             reason = " ".join(str(error).split())
             raise SettingsError(
-                f"W&B rejects its settings in the environment or in its settings files: {reason}; correct them, or use "
-                "WANDB.ENABLE no",
+                f"W&B's environment variables and settings files must be valid, got: {reason}. Fix: correct them, or "
+                "use WANDB.ENABLE no.",
                 key="WANDB.ENABLE",
             ) from error
         if self._watcher is None:
@@ -55,7 +55,7 @@ class Service:
         """Tear wandb down and return when wandb-core has ended; what it has not sent is on disk.
 
         Args:
-            seconds: time limit for an orderly end, after which wandb-core is killed.
+            seconds: Time limit for an orderly end, after which wandb-core is killed.
         """
         # wandb.teardown waits without a limit where the server is gone: every row of the outage table from "before
         # the first artifact" on.
@@ -78,7 +78,7 @@ def _tear_down() -> None:
 
 
 def start_watcher(pid: int) -> subprocess.Popen[bytes]:
-    """Start a process that kills process `pid` after this process was killed; in a session of its own for Ctrl-C."""
+    """Start a process that kills process `pid` after this process was killed; in a new session because of Ctrl-C."""
     command, null = ["sh", "-c", _WATCHER, str(pid)], subprocess.DEVNULL
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=null, stderr=null, start_new_session=True)
 

@@ -1,4 +1,4 @@
-"""TensorBoard: every rank calls, rank 0 writes; the same names as in Weights & Biases."""
+"""TensorBoard files with the same names as in Weights & Biases; every rank calls, rank 0 writes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class TensorBoard:
     The iteration is the axis of both: after an interruption, TensorBoard discards all values from one step on.
 
     Args:
-        cfg: the complete configuration; LOG.TENSORBOARD is read.
-        folder: run directory.
+        cfg: Complete configuration; LOG.TENSORBOARD is read.
+        folder: Run directory.
 
     Raises:
-        SettingsError: the package is not installed.
+        SettingsError: The package is not installed.
     """
 
     def __init__(self, cfg: CfgNode, folder: Path) -> None:
@@ -36,19 +36,16 @@ class TensorBoard:
         self._folder = folder / "tensorboard"
         self._writer: SummaryWriter | None = None
         with collectives.errors_shared():
-            self._check_package()
-
-    def _check_package(self) -> None:
-        if self._is_on and not find_spec("tensorboard"):
-            raise SettingsError(
-                "LOG.TENSORBOARD yes needs the package tensorboard, which is not installed; install it with: "
-                "uv sync --extra tensorboard, or use LOG.TENSORBOARD no",
-                key="LOG.TENSORBOARD",
-            )
+            if self._is_on and not find_spec("tensorboard"):
+                raise SettingsError(
+                    "LOG.TENSORBOARD must be no without the package tensorboard, got yes. Fix: install it with "
+                    "uv sync --extra tensorboard, or use LOG.TENSORBOARD no.",
+                    key="LOG.TENSORBOARD",
+                )
 
     @contextmanager
     def running(self, trainer: Engine) -> Iterator[None]:
-        """Open a new event file around training; W&B, which copies such files, must run already."""
+        """Open a new event file around training; W&B, which copies such files, must already run."""
         if self._is_on:
             with optional("TensorBoard: nothing is written"):
                 from torch.utils.tensorboard import SummaryWriter
@@ -62,7 +59,7 @@ class TensorBoard:
                     self._writer.close()
 
     def log_row(self, section: str, numbers: Mapping[str, Any], iteration: int, epoch: int) -> None:
-        """Write the numbers of a record; see `records.attach_rows`."""
+        """Write the numbers of a record; see `progress.attach_rows`."""
         del epoch
         writer, self._writer = self._writer, None  # one failure ends it
         if writer is not None:

@@ -1,4 +1,4 @@
-"""What a run records in Weights & Biases; every rank calls, rank 0 acts."""
+"""Rows, figures, checkpoints and data sets of a run in Weights & Biases; every rank calls, rank 0 acts."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ _RUN_ID_FILE = "wandb_run_id"
 
 
 class Tracker:
-    """One W&B run for the complete job, continued when the job resumes. No failure of W&B stops the training.
+    """The W&B run of a complete job, continued when the job resumes. No failure of W&B stops the training.
 
     Rows are never logged with `step=`: W&B drops a row whose step is below the last one's, and training and validation
     count differently. `iteration` is the axis of `train/*`, `epoch` that of `val/*`.
 
     Args:
-        cfg: the complete configuration; WANDB is read, all of it recorded.
-        folder: run directory; receives W&B's files and the run's id.
-        facts: recorded beside the settings; with "dataset", the fingerprint, and "world_size".
-        data_sets: names of the benchmarks in use.
+        cfg: Complete configuration; WANDB is read, everything is recorded.
+        folder: Run directory; it receives W&B's files and the run's id.
+        facts: Facts to record with the settings: "world_size", the fingerprint "dataset", and any others.
+        data_sets: Names of the benchmarks in use.
     """
 
     def __init__(self, cfg: CfgNode, folder: Path, facts: dict[str, Any], data_sets: Sequence[str]) -> None:
@@ -57,7 +57,7 @@ class Tracker:
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Record an evaluation in a run of its own."""
+        """Record an evaluation in a new run."""
         kind = self._cfg.WANDB.JOB_TYPE
         identity = Identity(_new_id(), is_known=False, resume="allow", job_type="eval" if kind == "train" else kind)
         with self._running(lambda: self._start(identity, "-".join([*self._data_sets, "test"]))):
@@ -101,15 +101,15 @@ class Tracker:
                 self._log_checkpoint(self._last_saved)
             self._run.finish(exit_code=exit_code, is_preempted=is_preempted)
 
-    # ---- what is recorded ----
+    # ---- records ----
 
     def log_row(self, section: str, numbers: Mapping[str, Any], iteration: int | None, epoch: int | None) -> None:
-        """Log the numbers of a record, see `records.attach_rows`; a separate evaluation has no iteration."""
+        """Log the numbers of a record, see `progress.attach_rows`; a separate evaluation has no iteration."""
         row = {f"{section}/{name}": value for name, value in numbers.items()} | _position(iteration, epoch)
         self._log("a row of numbers", lambda run: run.log(row))
 
     def use_checkpoint(self, file: Path, reference: str) -> None:
-        """Record which checkpoint an evaluation uses; without a reference (see `artifacts.reference_of`), nothing."""
+        """Record that an evaluation uses a checkpoint, if it has a reference (see `artifacts.reference_of`)."""
         if reference:
             use = partial(artifacts.use_checkpoint, reference=reference, file=file)
             self._enqueue(f"the use of {reference}", use)
@@ -154,12 +154,12 @@ def _position(iteration: int | None, epoch: int | None) -> dict[str, int]:
 
 
 def choose_run(settings: CfgNode, recorded_id: str, environment: Mapping[str, str]) -> Identity:
-    """Return which W&B run a training records to.
+    """Return the identity of the W&B run of a training.
 
     Args:
-        settings: the WANDB section.
-        recorded_id: run id that OUTPUT_DIR knows; empty without one.
-        environment: of the process; in a sweep, the agent sets the run there, and W&B accepts no other.
+        settings: Section WANDB.
+        recorded_id: Run id in OUTPUT_DIR; empty without one.
+        environment: Environment variables; in a sweep, the agent sets the run there, and W&B accepts no other.
 
     Raises:
         SettingsError: WANDB.RESUME is must, and there is no run to resume.
@@ -171,8 +171,8 @@ def choose_run(settings: CfgNode, recorded_id: str, environment: Mapping[str, st
     known_id = requested_id or ("" if settings.RESUME == "never" else recorded_id)
     if settings.RESUME == "must" and not known_id:
         raise SettingsError(
-            "WANDB.RESUME must needs a run to go on with, but OUTPUT_DIR has begun none and WANDB.RUN_ID is ''; set "
-            "WANDB.RUN_ID, or use WANDB.RESUME allow",
+            "WANDB.RUN_ID must be set, because WANDB.RESUME is must and OUTPUT_DIR has no run yet; got ''. Fix: set "
+            "WANDB.RUN_ID, or use WANDB.RESUME allow.",
             key="WANDB.RESUME",
         )
     run_id = known_id or _new_id()

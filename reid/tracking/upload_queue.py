@@ -18,12 +18,12 @@ Action = Callable[["wandb.Run"], object]
 
 @dataclass(eq=False)
 class UploadTask:
-    """Something to do with a W&B run.
+    """An action on a W&B run that waits for the server.
 
     Attributes:
-        what: description for the warning if the task fails.
-        action: function to call; it raises if the server has not taken everything.
-        error: why the task is not done yet.
+        what: Description for the warning if the task fails.
+        action: Function to call; it raises if the server has not taken everything.
+        error: Reason why the task is not done yet.
     """
 
     what: str
@@ -35,10 +35,10 @@ class UploadQueue:
     """A thread that works through upload tasks in the order of the calls.
 
     Needed by every row of the outage table from "before the first artifact" on: run.log of a table and
-    run.log_artifact block for 19 s and raise without a server. A blocked task blocks the ones behind it.
+    run.log_artifact block for 19 s and raise without a server. A blocked task blocks the tasks after it.
 
     Args:
-        run: function that returns the current run; None once there is none any more.
+        run: Function that returns the current run; None when it has ended.
     """
 
     def __init__(self, run: Callable[[], wandb.Run | None]) -> None:

@@ -1,4 +1,4 @@
-"""W&B run of rank 0: where it is recorded, and what happens where W&B fails; it does not know what is recorded."""
+"""The W&B run of rank 0: online or offline recording, and the policy for failures of W&B."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Identity:
-    """Which W&B run a process records."""
+    """Identity of the W&B run that a process records."""
 
     run_id: str
     is_known: bool  # an earlier process has started the run
@@ -35,17 +35,17 @@ class Identity:
 
 
 class WandbRun:
-    """One process's segment of a W&B run. No failure of W&B leaves this class, except by WANDB.ON_FAILURE raise.
+    """The segment of a W&B run that this process records. Failures of W&B raise only with WANDB.ON_FAILURE raise.
 
     The training waits only at the start (WANDB.INIT_TIMEOUT) and at the end (WANDB.FINISH_TIMEOUT): wandb-core takes
     rows and images and keeps them on disk too. Tables and artifacts, which ask the server first, go through a queue; if
     the server has not taken them at the end, they are recorded in another, offline segment.
 
     Args:
-        cfg: the complete configuration; WANDB is read.
-        folder: run directory.
-        config: what W&B shows as the run's configuration.
-        identity: which run it is.
+        cfg: Complete configuration; WANDB is read.
+        folder: Run directory.
+        config: Configuration that W&B shows.
+        identity: Identity of the run.
 
     Raises:
         SettingsError: W&B rejects its settings, or WANDB.RESUME cannot be satisfied.
@@ -77,8 +77,8 @@ class WandbRun:
             if self._settings.SYNC_TENSORBOARD and self._identity.job_type != "eval":  # which writes no such files
                 from wandb.integration import tensorboard
 
-                # Not init(sync_tensorboard=True): without a root, its rows would have the names of ours, with the
-                # iteration at which they happen to be read.
+                # Not init(sync_tensorboard=True): without a root, its rows would have the same names as ours, at
+                # whatever iteration they are read.
                 tensorboard.patch(root_logdir=str(self._folder.absolute()))
         if mode == "online":
             reason = self._start_online()
@@ -86,8 +86,8 @@ class WandbRun:
                 mode = self._settings.ON_FAILURE
         if mode == "raise":
             raise WorldError(
-                f"W&B cannot be reached: {reason}; WANDB.ON_FAILURE offline records on the disk then, WANDB.MODE "
-                "offline always",
+                f"W&B cannot be reached: {reason}. Fix: use WANDB.ON_FAILURE offline to record on the disk then, or "
+                "WANDB.MODE offline to do so always.",
                 key="WANDB.ON_FAILURE",
             )
         if mode == "offline":
@@ -117,7 +117,8 @@ class WandbRun:
             self._service.end()  # else the id counts as in use by this process
             if isinstance(error, wandb.errors.UsageError) and self._identity.resume != "allow":
                 raise SettingsError(
-                    f"WANDB.RESUME is {self._identity.resume}, but W&B says: {first_line(error)}; use allow",
+                    f"WANDB.RESUME must fit the run at W&B, got {self._identity.resume}: {first_line(error)}. Fix: use "
+                    "WANDB.RESUME allow.",
                     key="WANDB.RESUME",
                 ) from error
             if re.search(r"\b40[13]\b|API key", str(error)):
@@ -166,7 +167,7 @@ class WandbRun:
         return run
 
     def _stop(self) -> None:
-        """Save and end as after Ctrl-C; a user or a sweep has stopped the run in W&B."""
+        """Save and end as after Ctrl-C: a user or a sweep has stopped the run in W&B."""
         self._is_stopped = True
         logger.info("W&B: the run is to stop")
         os.kill(os.getpid(), signal.SIGINT)
@@ -174,7 +175,7 @@ class WandbRun:
     # ---- while training ----
 
     def log(self, what: str, action: Action) -> None:
-        """Call `action` with the run, now; for what does not ask the server."""
+        """Call `action` with the run now; for actions that do not wait for the server."""
         if self._run is None:
             return
         with optional(f"W&B: {what} was not recorded", self._failures):
@@ -186,14 +187,14 @@ class WandbRun:
                     action(self._run)
 
     def _restart_offline(self, error: ConnectionError) -> None:
-        """Go on in an offline segment after wandb-core has died (test_training_outlives_wandbs_own_process)."""
+        """Continue in an offline segment after wandb-core has died (test_training_outlives_wandb_core)."""
         self._run = None
         self._service.end()
-        with optional("W&B: its own process has died, and nothing more is recorded", self._failures):
+        with optional("W&B: wandb-core has died, and nothing more is recorded", self._failures):
             if self._settings.ON_FAILURE != "offline":
                 raise error
             self._run = self._init("offline", reinit="create_new")  # the old run still counts as active here
-            text = f"W&B: its own process has died ({error_summary(error)}), and recording continues offline"
+            text = f"W&B: wandb-core has died ({error_summary(error)}), and recording continues offline"
             warn(text, self._failures)
 
     def enqueue(self, what: str, action: Action) -> None:
@@ -257,11 +258,11 @@ class WandbRun:
         """Fail a run that must not succeed without W&B.
 
         Raises:
-            WorldError: something was not recorded or not sent, and WANDB.ON_FAILURE is raise.
+            WorldError: Something was not recorded or not sent, and WANDB.ON_FAILURE is raise.
         """
         if self._failures and self._settings.ON_FAILURE == "raise":
             raise WorldError(
                 f"W&B lacks a part of this run: {'; '.join(self._failures)}; the training itself is complete, see "
-                f"{self._folder}; use WANDB.ON_FAILURE offline to take that for a success",
+                f"{self._folder}. Fix: use WANDB.ON_FAILURE offline to accept that.",
                 key="WANDB.ON_FAILURE",
             )

@@ -1,4 +1,4 @@
-"""Training: the assembly (`build`), the run (`train`), the step and its criterion, and what acts on each event.
+"""The training: assembly (`build`), run (`train`), step, criterion, and everything that acts on an event.
 
 It may import tracking, checkpoints and every package below them. Only commands import it.
 """

@@ -15,6 +15,7 @@ from reid.distributed.accelerator import fix_gradient_buckets, move_model, wrap
 from reid.distributed.sync_batchnorm import synchronize_batchnorm
 from reid.models.reid_model import ReIDModel, build_model
 from reid.training.criterion import Criterion
+from reid.training.meters import TrainMeter
 from reid.training.optim import build_optimizer
 from reid.training.step import build_trainer
 
@@ -25,21 +26,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Training:
-    """Everything that one training step needs.
+    """Everything that one training step needs, and the state that a checkpoint must hold.
 
     Attributes:
         model: Model without its wrapper, as checkpoints and evaluations use it.
         wrapped: The same model as training calls it.
         optimizer: Optimizer, wrapped by accelerate.
+        scaler: Scaler of the loss under fp16; None otherwise.
         preprocessor: Preprocessing of the batches' images.
         trainer: Ignite engine of `build_trainer`.
+        meter: Meter of the records, not attached yet.
     """
 
     model: ReIDModel
     wrapped: nn.Module
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
     preprocessor: BatchPreprocessor
     trainer: Engine
+    meter: TrainMeter
 
 
 def build_initial_model(
@@ -48,7 +53,7 @@ def build_initial_model(
     """Return the model of step 0 on its device, the same on all ranks; called by all ranks.
 
     Args:
-        cfg: Whole configuration; MODEL, SEED, SOLVER.PRECISION and SOLVER.SYNC_BN are read.
+        cfg: Complete configuration; MODEL, SEED, SOLVER.PRECISION and SOLVER.SYNC_BN are read.
         accelerator: Accelerator whose device the model moves to.
         num_pids: Number C of training identities.
         load_weights: Whether to load the weights that MODEL.PRETRAIN_CHOICE names; False where a checkpoint follows.
@@ -72,7 +77,7 @@ def build_training(
     """Wrap the model and assemble its training step; called by all ranks.
 
     Args:
-        cfg: Whole configuration.
+        cfg: Complete configuration.
         accelerator: Accelerator that wraps model and optimizer.
         model: Model on its device, see `build_initial_model`.
         preprocessor: Preprocessing of the batches; by default that of batches which hold their images.
@@ -90,4 +95,5 @@ def build_training(
         num_parts=cfg.SOLVER.ACCUMULATE,
         max_grad_norm=cfg.SOLVER.CLIP_GRAD_NORM,
     )
-    return Training(model, wrapped, optimizer, preprocessor, trainer)
+    meter = TrainMeter(log_period=cfg.SOLVER.LOG_PERIOD, batch_size=cfg.SOLVER.IMS_PER_BATCH, optimizer=optimizer)
+    return Training(model, wrapped, optimizer, accelerator.scaler, preprocessor, trainer, meter)

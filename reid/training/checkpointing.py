@@ -1,4 +1,4 @@
-"""last_*.pt to resume from and best_*.pt to use: their content, when they are written, and when one is rejected."""
+"""Checkpoints of a training: last_*.pt to resume from and best_*.pt to use; saving by epoch, clock and signal."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from reid.checkpoints.weights import load_state, read_file
 from reid.config.load import dump
 from reid.distributed import collectives
 from reid.distributed.accelerator import full_tensors, load_optimizer
-from reid.errors import NonFiniteError, TakenOverError, UnsavedError, WorldError
-from reid.models.reid_model import ReIDModel
+from reid.errors import NonFiniteError, TakenOverError, UnsavedError, WorldError, shared
+from reid.process.signals import Preempted, Signals
 from reid.runs.progress import Progress, Records, SavedCheckpoint
-from reid.training.meters import TrainMeter
+from reid.training.build import Training
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
@@ -67,34 +67,29 @@ class Checkpoints:
     warning, because the file before it remains; it is an error only at the end.
 
     Args:
-        folder: Folder of the files.
-        model: Model without its wrapper.
-        optimizer: Optimizer, wrapped or not.
-        progress: Progress, which is updated on resume and saved.
         cfg: Complete configuration.
-        dataset: Fingerprint of the benchmark.
-        meter: Meter whose open window is saved, if any.
-        scaler: Scaler of the loss under fp16, if any.
+        folder: Folder of the files.
+        dataset: Fingerprint of the training data.
+        training: Training whose state is saved and restored.
+        progress: Progress, which is saved, and updated on resume.
         on_saved: Function called on rank 0 with each complete file, before the next one is written.
-        check: Function called before each file appears, which raises if this process must not write any more.
+        verify: Function called before each file is renamed, which raises if this process must not write any more.
     """
 
     def __init__(
         self,
-        folder: Path,
-        model: ReIDModel,
-        optimizer: torch.optim.Optimizer,
-        progress: Progress,
         cfg: CfgNode,
+        folder: Path,
         dataset: str,
-        meter: TrainMeter | None = None,
-        scaler: torch.amp.GradScaler | None = None,
+        training: Training,
+        progress: Progress,
+        *,
         on_saved: Callable[[SavedCheckpoint], None] = lambda saved: None,
-        check: Callable[[], None] = lambda: None,
+        verify: Callable[[], None] = lambda: None,
     ) -> None:
-        self._folder, self._model, self._optimizer = folder, model, optimizer
-        self._progress, self._cfg, self._dataset = progress, cfg, dataset
-        self._meter, self._scaler, self._on_saved, self._check = meter, scaler, on_saved, check
+        self._cfg, self._folder, self._dataset = cfg, folder, dataset
+        self._training, self._progress = training, progress
+        self._on_saved, self._verify = on_saved, verify
         self._writer = BackgroundWriter()
         self._started_at = time.monotonic()
         self._being_written: SavedCheckpoint | None = None
@@ -102,11 +97,28 @@ class Checkpoints:
         self._lost: dict[str, WorldError] = {}  # last or best -> why its newest file was not written
 
     def attach(self, trainer: Engine) -> None:
-        """Save every SOLVER.CHECKPOINT_PERIOD epochs and after the last one; attach it after the evaluation."""
+        """Save each new best model, every SOLVER.CHECKPOINT_PERIOD epochs, and after the last epoch."""
         trainer.add_event_handler(Records.VALIDATION, self._save_best)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._save_periodically)
 
-    def is_due(self) -> bool:
+    def save_and_stop_on_request(self, trainer: Engine, signals: Signals) -> None:
+        """Save when the clock or a signal asks a rank for it: all ranks do so at the same step, one step later.
+
+        Raises:
+            Preempted: A signal came; raised from the engine on all ranks, and the caller must save.
+        """
+        consensus = collectives.Consensus()
+        save, stop = 1, 2
+
+        @trainer.on(Events.ITERATION_COMPLETED)
+        def exchange(engine: Engine) -> None:
+            request = consensus.exchange(stop if signals.were_received() else save if self._is_due() else 0)
+            if request == stop:
+                raise shared(Preempted())
+            if request == save:
+                self.save(engine)
+
+    def _is_due(self) -> bool:
         """Return whether a checkpoint is due by the clock, on rank 0; once, and not while another is being written."""
         minutes = self._cfg.SOLVER.CHECKPOINT_EVERY_MINUTES
         if not minutes or not collectives.is_main() or self._writer.is_busy:
@@ -118,23 +130,18 @@ class Checkpoints:
 
     def save(self, trainer: Engine) -> None:
         """Start to write last_*.pt of the last step; called by all ranks."""
-        state = trainer.state
+        state, scaler = trainer.state, self._training.scaler
         epoch = -(-state.iteration // (state.epoch_length or 1))  # both counted from 1
-        self._write(
-            f"last_{epoch:04d}_{state.iteration:08d}.pt",
-            {
-                "iteration": state.iteration,
-                "epoch": epoch,
-                "epoch_length": state.epoch_length,
-                "optimizer": full_tensors(self._optimizer.state_dict()),
-                "scaler": None if self._scaler is None else self._scaler.state_dict(),
-                "progress": asdict(self._progress),
-                "meter": None if self._meter is None else self._meter.state_dict(),
-                "wandb_run_id": self._progress.wandb_run_id,
-            },
-            state.iteration,
-            num_kept=_NUM_LAST,
-        )
+        content = {
+            "iteration": state.iteration,
+            "epoch": epoch,
+            "epoch_length": state.epoch_length,
+            "optimizer": full_tensors(self._training.optimizer.state_dict()),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "progress": asdict(self._progress),
+            "meter": self._training.meter.state_dict(),
+        }
+        self._write(f"last_{epoch:04d}_{state.iteration:08d}.pt", content, state.iteration, num_kept=_NUM_LAST)
 
     def finish(self) -> None:
         """Wait until all files are written; called by all ranks.
@@ -142,22 +149,17 @@ class Checkpoints:
         Raises:
             UnsavedError: The newest last_*.pt or best_*.pt could not be written.
         """
-
-        def wait() -> None:
+        with collectives.errors_shared():
             self._wait()
             if self._lost:
                 errors = " ".join(map(str, self._lost.values()))
                 raise UnsavedError(f"{errors} Then start again to resume from {self._newest()}.", key="OUTPUT_DIR")
 
-        with collectives.errors_shared():
-            wait()
-
     def _save_best(self, trainer: Engine) -> None:
         best = self._progress.best
         if best is not None and self._progress.last_is_best:
             name = f"best_{best['epoch']:04d}_mAP_{best['mAP']:.4f}.pt"
-            content = {"epoch": best["epoch"], "validation": best, "wandb_run_id": self._progress.wandb_run_id}
-            self._write(name, content, best["iteration"], num_kept=1)
+            self._write(name, {"epoch": best["epoch"], "validation": best}, best["iteration"], num_kept=1)
 
     def _save_periodically(self, trainer: Engine) -> None:
         epoch = trainer.state.epoch
@@ -165,8 +167,9 @@ class Checkpoints:
             self.save(trainer)
 
     def _write(self, name: str, content: dict[str, Any], iteration: int, *, num_kept: int) -> None:
-        weights = full_tensors(self._model.state_dict())
+        weights = full_tensors(self._training.model.state_dict())
         content |= {"format": _FORMAT, "model": weights, "config": dump(self._cfg), "dataset": self._dataset}
+        content |= {"wandb_run_id": self._progress.wandb_run_id}
         with collectives.errors_shared():
             _check_finite(weights)  # the loss does not cover the last step
         if collectives.is_main():
@@ -176,7 +179,7 @@ class Checkpoints:
             self._copied |= copied
             metadata = {**(self._progress.last or {}), "epoch": content["epoch"], "iteration": iteration}
             self._being_written = SavedCheckpoint(kind, file, metadata)
-            self._writer.start(kind, lambda: _write_and_rotate(file, copied, num_kept, check=self._check))
+            self._writer.start(kind, lambda: _write_and_rotate(file, copied, num_kept, self._verify))
 
     def _wait(self) -> None:
         """Wait for the previous write; a failure is reported now, and forgotten with the next success."""
@@ -205,21 +208,17 @@ class Checkpoints:
         content = collectives.from_rank_zero(self._read_newest)
         if content is None:
             return False
+        training = self._training
         with collectives.errors_shared():
-            load_state(self._model, content["model"], f"the checkpoint in {self._folder}", key="OUTPUT_DIR")
-        load_optimizer(self._optimizer, content["optimizer"])
-        if self._scaler is not None:
-            self._scaler.load_state_dict(content["scaler"])
-        if self._meter is not None:
-            self._meter.load_state_dict(content["meter"])
-        vars(self._progress).update(content["progress"])
-        trainer.load_state_dict(
-            {
-                "iteration": content["iteration"],
-                "epoch_length": content["epoch_length"],
-                "max_epochs": max(self._cfg.SOLVER.MAX_EPOCHS, content["epoch"]),  # Ignite accepts no less
-            }
-        )
+            load_state(training.model, content["model"], f"the checkpoint in {self._folder}", key="OUTPUT_DIR")
+        load_optimizer(training.optimizer, content["optimizer"])
+        if training.scaler is not None:
+            training.scaler.load_state_dict(content["scaler"])
+        training.meter.load_state_dict(content["meter"])
+        self._progress.load_state_dict(content["progress"])
+        position = {name: content[name] for name in ("iteration", "epoch_length")}
+        max_epochs = max(self._cfg.SOLVER.MAX_EPOCHS, content["epoch"])  # Ignite accepts no less
+        trainer.load_state_dict(position | {"max_epochs": max_epochs})
         return True
 
     def _read_newest(self) -> dict[str, Any] | None:
@@ -234,14 +233,12 @@ class Checkpoints:
             for broken, reason in damaged:
                 renamed = broken.rename(f"{broken}.damaged")  # so that it does not count as a checkpoint
                 logger.warning(
-                    "warning: %s is damaged (%s) and was renamed to %s; resuming from the one before it, %s",
-                    *(broken, reason, renamed.name, file),
+                    f"warning: {broken} is damaged ({reason}) and was renamed to {renamed.name}; resuming from the one "
+                    f"before it, {file}"
                 )
-            step = (content["iteration"] - 1) % content["epoch_length"] + 1
-            logger.info(
-                "resuming from %s: epoch %d, step %d of %d is done",
-                *(file, content["epoch"], step, content["epoch_length"]),
-            )
+            epoch_length = content["epoch_length"]
+            step = (content["iteration"] - 1) % epoch_length + 1
+            logger.info(f"resuming from {file}: epoch {content['epoch']}, step {step} of {epoch_length} is done")
             return content
         if damaged:
             raise WorldError(
@@ -268,8 +265,8 @@ class Checkpoints:
             )
 
 
-def _write_and_rotate(file: Path, content: dict[str, Any], num_kept: int, check: Callable[[], None]) -> None:
-    save_atomically(file, content, check)
+def _write_and_rotate(file: Path, content: dict[str, Any], num_kept: int, verify: Callable[[], None]) -> None:
+    save_atomically(file, content, verify)
     others = [other for other in checkpoints_in(file.parent, file.name.split("_")[0]) if other != file]
     for old in others[: len(others) - (num_kept - 1)]:
         old.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Rank 0's lines, progress bar, metrics.jsonl and result.json."""
+"""Log lines, progress bar, metrics.jsonl and result.json of a training, by rank 0."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ignite.handlers import ProgressBar
 from tqdm import tqdm
 
 from reid.distributed import collectives
+from reid.process.text_tables import format_table
 from reid.runs.directory import RunDirectory
 from reid.runs.progress import Progress, Records
 
@@ -54,9 +55,9 @@ def _write_validation_record(trainer: Engine, folder: RunDirectory, progress: Pr
 
 
 def describe_scores(scores: dict[str, Any]) -> list[str]:
-    """Return a line for each test set (see `records.summary_of_all`): percentages, and how many queries count."""
+    """Return a line for each test set of `progress.summary_of_all`: percentages, and the number of valid queries."""
     if "datasets" in scores:
-        return [f"{name}: {_describe(of_one)}" for name, of_one in scores["datasets"].items()]
+        return [f"{name}: {_describe(summary)}" for name, summary in scores["datasets"].items()]
     return [_describe(scores)]
 
 
@@ -68,12 +69,11 @@ def report_test_sets(scores: dict[str, Any]) -> None:
 
 def score_table(scores: dict[str, Any]) -> str:
     """Return the scores of all test sets as a table, in percent."""
-    width = max(map(len, ["test set", *scores["datasets"]]))
-    lines = [f"{'test set':<{width}}" + "".join(f"{name:>9}" for name in (*_PERCENTAGES, "queries"))]
-    for name, of_one in scores["datasets"].items():
-        percentages = "".join(f"{100 * of_one[key]:>9.1f}" if key in of_one else f"{'':>9}" for key in _PERCENTAGES)
-        lines.append(f"{name:<{width}}{percentages}{of_one['num_valid_queries']:>9}")
-    return "\n".join(lines)
+    rows = [["test set", *_PERCENTAGES, "queries"]]
+    for name, summary in scores["datasets"].items():
+        percentages = (f"{100 * summary[key]:.1f}" if key in summary else "" for key in _PERCENTAGES)
+        rows.append([name, *percentages, str(summary["num_valid_queries"])])
+    return format_table(rows, "<" + ">" * (len(_PERCENTAGES) + 1))
 
 
 def _describe(scores: dict[str, Any]) -> str:
@@ -94,7 +94,7 @@ def _show_progress_bar(trainer: Engine) -> None:
 
 
 class _AboveTheBar:
-    """A stream that lets the progress bar make room for a line."""
+    """A stream that writes lines above the progress bar."""
 
     def write(self, text: str) -> None:
         tqdm.write(text, file=sys.stdout, end="")

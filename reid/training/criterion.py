@@ -1,4 +1,4 @@
-"""Which losses, with which weights, over the global batch."""
+"""The criterion: the chosen losses of the global batch and their weights."""
 
 from __future__ import annotations
 
@@ -22,10 +22,8 @@ class Losses(NamedTuple):
     """The losses of one step."""
 
     to_minimize: Tensor  # scalar whose gradient, averaged over the ranks, is that of the global batch's loss
-    shares: dict[
-        str, Tensor
-    ]  # detached scalars that, summed over the ranks, give each logged value of the global batch
-    all_feat: Tensor  # [B, D] of the global batch, detached; this rank's alone where no loss needs the others'
+    shares: dict[str, Tensor]  # detached scalars; their sums over the ranks are the logged values of the global batch
+    all_feat: Tensor  # [B, D] of the global batch, detached; only this rank's if no loss needs those of the others
     all_pids: Tensor  # [B]
 
 
@@ -33,7 +31,7 @@ class Criterion:
     """Sum of the identity, triplet and center losses that the settings choose; stateless.
 
     Args:
-        cfg: the whole configuration; MODEL, DATALOADER.SAMPLER and SOLVER are read.
+        cfg: Complete configuration; MODEL, DATALOADER.SAMPLER and SOLVER are read.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -46,16 +44,16 @@ class Criterion:
         self._center_lr: float = cfg.SOLVER.CENTER_LR
 
     def __call__(self, output: ReIDOutput, pids: Tensor, centers: Tensor | None) -> Losses:
-        """The losses, in float32 at least.
+        """Compute the losses, in float32 or float64.
 
-        Every term is a mean over the global batch. What this rank computes from its own images alone is divided by the
-        global count; the triplet loss is computed in full on every rank. Both are multiplied by the number of ranks, as
-        gradients are averaged over them.
+        Every term is a mean over the global batch. A sum over this rank's images is divided by the global count. The
+        triplet loss is computed in full on every rank. Both are multiplied by the number of ranks, because gradients
+        are averaged over them.
 
         Args:
-            output: of this rank's images, equally many on every rank.
-            pids: [B_rank].
-            centers: [C, D]; None without a center loss.
+            output: Model output for this rank's images, equally many on every rank.
+            pids: Identities [B_rank].
+            centers: Class centers [C, D]; None without a center loss.
         """
         feat, logits = (x if x.dtype == torch.float64 else x.float() for x in output)
         num_ranks = collectives.num_ranks()
@@ -82,5 +80,5 @@ class Criterion:
         return Losses(num_ranks * torch.stack(losses).sum(), shares, all_feat.detach(), all_pids)
 
     def move_centers(self, losses: Losses, centers: Tensor) -> None:
-        """The centers' own step of SGD, in place, by the global batch."""
+        """Move the centers in place by one SGD step on the global batch."""
         center_step(losses.all_feat, losses.all_pids, centers, self._center_lr)

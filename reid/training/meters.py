@@ -16,16 +16,16 @@ from reid.runs.progress import Records
 
 
 class TrainMeter:
-    """Accumulates the step's shares on the device and sums them over the ranks where a record is due.
+    """Accumulates the step's shares on the device, and sums them over the ranks every log period and epoch end.
 
-    That is every `log_period` steps and at an epoch's end. The record is a mean over the steps since the last one, with
-    images per second (waiting for data included), the fraction of the time that the rank which waited longest spent on
-    waiting for data, and the GPU memory (MiB) that the rank with the most has needed so far.
+    A record is a mean over the steps since the last one. It also has images per second (waiting for data included), the
+    fraction of time spent on waiting for data (of the rank that waited longest), and the GPU memory in MiB (of the rank
+    that needed most so far).
 
     Args:
-        log_period: in steps, counted within an epoch.
-        batch_size: of the global batch.
-        optimizer: whose learning rate is recorded.
+        log_period: Number of steps between records, counted within an epoch.
+        batch_size: Number of images of the global batch.
+        optimizer: Optimizer whose learning rate is recorded.
     """
 
     def __init__(self, *, log_period: int, batch_size: int, optimizer: torch.optim.Optimizer) -> None:
@@ -37,31 +37,31 @@ class TrainMeter:
 
     def attach(self, trainer: Engine) -> None:
         trainer.register_events(*Records)
-        trainer.add_event_handler(Events.EPOCH_STARTED, self._start_window)
+        trainer.add_event_handler(Events.EPOCH_STARTED, self._start_clock)
         trainer.add_event_handler(Events.GET_BATCH_STARTED, self._start_waiting)
         trainer.add_event_handler(Events.GET_BATCH_COMPLETED, self._stop_waiting)
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self._update)
 
     def state_dict(self) -> dict[str, Any]:
-        """The open window, for a checkpoint within it; called by all ranks, the same on all."""
-        of_ranks = collectives.gather_objects((self._sums.tolist(), self._first_bad.tolist()))
-        return {"names": list(self._names), "num_steps": self._num_steps, "of_ranks": [list(own) for own in of_ranks]}
+        """Return the open window, for a checkpoint within it; called by all ranks, the same on all."""
+        of_ranks = collectives.gather_objects([self._sums.tolist(), self._first_bad.tolist()])
+        return {"names": list(self._names), "num_steps": self._num_steps, "of_ranks": of_ranks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on with the window; with another number of ranks, rank 0 takes over what all had."""
+        """Resume the window; with another number of ranks, rank 0 takes the sums of all."""
         self._names, self._num_steps = state["names"], state["num_steps"]
-        parts = [torch.tensor(sums, dtype=torch.float64) for sums, _ in state["of_ranks"]]
-        bad = [first_bad for _, first_bad in state["of_ranks"]]
-        if len(parts) == collectives.num_ranks():
-            self._sums, first_bad = parts[collectives.rank()], bad[collectives.rank()]
+        sums, bad = zip(*state["of_ranks"], strict=True)
+        if len(sums) == collectives.num_ranks():
+            local_sums, first_bad = sums[collectives.rank()], bad[collectives.rank()]
         else:
-            total = torch.stack(parts).sum(0)
-            self._sums = total if collectives.is_main() else torch.zeros_like(total)
+            totals = [sum(values) for values in zip(*sums, strict=True)]
+            local_sums = totals if collectives.is_main() else [0.0] * len(totals)
             first_bad = min((values for values in bad if values and values[0] > 0), default=[0.0] * len(bad[0]))
+        self._sums = torch.tensor(local_sums, dtype=torch.float64)
         self._first_bad = torch.tensor(first_bad, dtype=torch.float64)
 
-    def _start_window(self) -> None:
-        """The clock's; the sums are of the steps since the last record, be they of a process that has ended."""
+    def _start_clock(self) -> None:
+        """Restart the time measurements; the sums may include steps of an earlier process."""
         self._window_start, self._waited, self._num_timed = time.perf_counter(), 0.0, 0
 
     def _start_waiting(self) -> None:
@@ -83,22 +83,21 @@ class TrainMeter:
         self._sums = self._sums.to(values.device) + values
         self._first_bad = self._first_bad.to(values.device)
         is_first_bad = ~values.isfinite().all() & (self._first_bad[0] == 0)
-        here = torch.cat([self._first_bad.new_full((1,), trainer.state.iteration), values])
-        self._first_bad = torch.where(is_first_bad, here, self._first_bad)
+        current = torch.cat([self._first_bad.new_full((1,), trainer.state.iteration), values])
+        self._first_bad = torch.where(is_first_bad, current, self._first_bad)
         assert trainer.state.epoch_length is not None
         step = (trainer.state.iteration - 1) % trainer.state.epoch_length + 1
         if step % self._log_period == 0 or step == trainer.state.epoch_length:
             self._publish(trainer)
             self._num_steps = 0
-            self._start_window()
+            self._start_clock()
 
     def _publish(self, trainer: Engine) -> None:
-        """Sums over the ranks what is summed, and gathers what each has of its own, in one reduction."""
+        """Sum the shares over the ranks and gather each rank's waiting time and memory, in one reduction."""
         of_ranks = self._sums.new_zeros(collectives.num_ranks(), 2)
         of_ranks[collectives.rank()] = torch.tensor([self._waited, _gpu_memory(self._sums.device)])
-        gathered = collectives.sum_over_ranks(
-            torch.cat([self._sums, of_ranks.flatten()])
-        ).tolist()  # waits for the device
+        packed = torch.cat([self._sums, of_ranks.flatten()])
+        gathered = collectives.sum_over_ranks(packed).tolist()  # waits for the device
         seconds = time.perf_counter() - self._window_start
         means = [value / self._num_steps for value in gathered[: len(self._names)]]
         if not all(map(math.isfinite, means)):
@@ -114,21 +113,20 @@ class TrainMeter:
         trainer.fire_event(Records.TRAIN)
 
     def _stop(self, trainer: Engine) -> None:
-        """Raises on all ranks, with the first step that was not finite on any of them."""
-        candidates = [bad for bad in collectives.gather_objects(self._first_bad.tolist()) if bad[0] > 0]
-        iteration, *values = min(candidates)
-        # The others are this rank's shares, which say nothing by themselves.
+        """Raise on all ranks, with the first step that was not finite on any of them."""
+        iteration, *values = min(bad for bad in collectives.gather_objects(self._first_bad.tolist()) if bad[0] > 0)
+        # The finite values are one rank's shares, which mean nothing by themselves.
         broken = [(name, value) for name, value in zip(self._names, values, strict=True) if not math.isfinite(value)]
         terms = ", ".join(f"{name} {value:g}" for name, value in broken)
         error = NonFiniteError(
-            f"the loss stopped being finite at iteration {int(iteration)} (epoch {trainer.state.epoch}): {terms}; no "
-            "checkpoint holds these weights; lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS, or use "
-            "SOLVER.PRECISION fp32",
+            f"the loss must be finite, got {terms} at iteration {int(iteration)} (epoch {trainer.state.epoch}). Fix: "
+            "lower SOLVER.BASE_LR, raise SOLVER.WARMUP_ITERS, or use SOLVER.PRECISION fp32; no checkpoint holds these "
+            "weights.",
             key="SOLVER.BASE_LR",
         )
         raise shared(error)
 
 
 def _gpu_memory(device: torch.device) -> float:
-    """The most that this process has allocated so far, in MiB; 0 on a CPU."""
+    """Return the most memory that this process has allocated so far, in MiB; 0 on a CPU."""
     return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0

@@ -1,4 +1,4 @@
-"""Parameter groups, optimiser, and the learning rate as a pure function of the epoch."""
+"""Parameter groups, the optimizer, and the learning rate as a pure function of the epoch."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def learning_rate(solver: CfgNode, epoch: int) -> float:
-    """Warm-up and steps, by the epoch.
+    """Return the learning rate of an epoch: warm-up, then steps.
+
+    Example:
+        >>> learning_rate(load_config().SOLVER, epoch=1)
 
     Args:
-        solver: the SOLVER section; WARMUP_ITERS and STEPS are epochs.
-        epoch: counts from 1. The published schedule uses t = epoch - 1: with STEPS (40, 70) the rate falls after epochs
-            40 and 70.
-
-    Returns:
-        The learning rate of the whole epoch.
+        solver: Section SOLVER; WARMUP_ITERS and STEPS are epochs.
+        epoch: Epoch, counted from 1. The published schedule uses t = epoch - 1: with STEPS (40, 70) the rate falls
+            after epochs 40 and 70.
     """
     t = epoch - 1
     factor = 1.0
@@ -36,15 +36,13 @@ def learning_rate(solver: CfgNode, epoch: int) -> float:
 
 
 def build_optimizer(solver: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser over two groups of the trainable parameters: weights, and whatever has "bias" in its name.
+    """Return the optimizer over two groups of trainable parameters: weights, and those with "bias" in their name.
 
     Each group keeps `lr_factor`, by which the schedule's learning rate is multiplied.
     """
-    weights: list[nn.Parameter] = []
-    biases: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (biases if "bias" in name else weights).append(parameter)
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    weights = [parameter for name, parameter in trainable.items() if "bias" not in name]
+    biases = [parameter for name, parameter in trainable.items() if "bias" in name]
     groups: list[dict[str, Any]] = [
         {"params": weights, "weight_decay": solver.WEIGHT_DECAY, "lr_factor": 1.0},
         {"params": biases, "weight_decay": solver.WEIGHT_DECAY_BIAS, "lr_factor": solver.BIAS_LR_FACTOR},
@@ -71,6 +69,6 @@ def _may_be_fused(solver: CfgNode) -> bool:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Writes the schedule's rate into every group, times the group's factor."""
+    """Set the learning rate of every group to the schedule's rate times the group's factor."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_factor"]

@@ -32,18 +32,18 @@ def build_trainer(
     num_parts: int = 1,
     max_grad_norm: float = 0,
 ) -> Engine:
-    """An engine whose output is this rank's shares of the step's losses and of the gradient's 2-norm before clipping.
+    """Return an engine whose output is this rank's shares of the losses and of the gradient norm before clipping.
 
-    They are scalars on the device, as the step never waits for it.
+    The shares are scalars on the device, because the step never waits for it.
 
     Args:
-        model: wrapped by accelerate.
-        criterion: of the global batch.
-        optimizer: wrapped by accelerate.
-        accelerator: which wrapped them.
-        preprocessor: of the batch's images.
+        model: Model, wrapped by accelerate.
+        criterion: Criterion of the global batch.
+        optimizer: Optimizer, wrapped by accelerate.
+        accelerator: Accelerator that wrapped them.
+        preprocessor: Preprocessing of the batches' images.
         num_parts: SOLVER.ACCUMULATE.
-        max_grad_norm: SOLVER.CLIP_GRAD_NORM.
+        max_grad_norm: SOLVER.CLIP_GRAD_NORM; 0 for no clipping.
     """
     centers = getattr(accelerator.unwrap_model(model), "centers", None)
 
@@ -64,7 +64,7 @@ def build_trainer(
         optimizer.step()
         if centers is not None:
             criterion.move_centers(losses, centers)
-        # It is the same on all ranks. Where fp16 overflows, the step is left out, and says nothing of the loss.
+        # The norm is the same on all ranks. If fp16 overflows, the step is skipped and the norm means nothing.
         share = norm.nan_to_num(0, 0, 0) / accelerator.num_processes
         return {**losses.shares, "grad_norm": share}
 
@@ -79,39 +79,38 @@ def backward_in_parts(
     criterion: Callable[[ReIDOutput], Losses],
     accelerator: Accelerator,
 ) -> Losses:
-    """The losses of the batch, and their gradient in the model's parameters, with one part's activations in memory.
+    """Return the losses of the batch and add their gradient to the parameters, with one part's activations in memory.
 
     Part i holds every `num_parts`-th image from the i-th on, so that the parts of all ranks together are the same for
-    any number of ranks. First all outputs without a graph; then the loss, and its gradient at the outputs; then each
-    part once more, whose outputs' product with that gradient has the loss's gradient in the parameters.
+    any number of ranks. First, all outputs are computed without a graph. Then the loss and its gradient with respect to
+    the outputs are computed. Finally, each part runs again: the gradient of (outputs * output gradient).sum() with
+    respect to the parameters is that of the loss.
 
     Args:
-        model: wrapped by accelerate; deterministic, as it sees every image twice.
-        prepare: of images for the model.
-        batch: of this rank.
-        num_parts: divides the batch.
-        criterion: of the outputs of the whole batch.
-        accelerator: which wrapped the model.
+        model: Model, wrapped by accelerate; deterministic, because every image passes it twice.
+        prepare: Function that returns the images of a batch for the model.
+        batch: Batch of this rank.
+        num_parts: Number of parts, a divisor of the batch size.
+        criterion: Function from the outputs of the complete batch to its losses.
+        accelerator: Accelerator that wrapped the model.
 
     Source: Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup, arXiv 2101.06983.
     """
     parts = [type(batch)(*(field[i::num_parts] for field in batch)) for i in range(num_parts)]
     with torch.no_grad(), preserve_batchnorm_statistics(model):
         outputs = [model(prepare(part)) for part in parts]
-    whole = ReIDOutput(*(_interleaved(fields).requires_grad_() for fields in zip(*outputs, strict=True)))
-    losses = criterion(whole)
+    # Row i of part k is row i * num_parts + k of the batch.
+    all_outputs = ReIDOutput(
+        *(torch.stack(fields, dim=1).flatten(0, 1).requires_grad_() for fields in zip(*outputs, strict=True))
+    )
+    losses = criterion(all_outputs)
     losses.to_minimize.backward()  # type: ignore[no-untyped-call]
     for i, part in enumerate(parts):
         with nullcontext() if i == num_parts - 1 else accelerator.no_sync(model):
             products = [
-                (field * given.grad[i::num_parts]).sum()
-                for field, given in zip(model(prepare(part)), whole, strict=True)
-                if given.grad is not None
+                (field * earlier.grad[i::num_parts]).sum()
+                for field, earlier in zip(model(prepare(part)), all_outputs, strict=True)
+                if earlier.grad is not None
             ]
             accelerator.backward(torch.stack(products).sum())
     return losses
-
-
-def _interleaved(parts: tuple[Tensor, ...]) -> Tensor:
-    """Part i's rows at the places i, i + n, ...: [B, D]."""
-    return torch.stack(parts, dim=1).flatten(0, 1)

@@ -1,7 +1,7 @@
 """N processes = 1 process, in float64, with one launch per number of ranks; see distributed_checks.py.
 
-Also covers reid.training.criterion, reid.training.guards, reid.training.schedule, reid.evaluation.evaluator,
-reid.distributed.sync_batchnorm, reid.distributed.session.
+Also covers reid.training.criterion, reid.training.schedule, reid.evaluation.evaluator, reid.distributed.session,
+reid.distributed.sync_batchnorm.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ from reid.retrieval.metrics import RetrievalScores, retrieval_scores, scores_fro
 from reid.retrieval.reranking import k_reciprocal
 from reid.runs.progress import Progress
 from reid.training.checkpointing import Checkpoints
+from reid.training.meters import TrainMeter
 from reid.training.optim import build_optimizer
 
 CPU = torch.device("cpu")
@@ -189,9 +191,13 @@ def test_fp16_takes_no_fused_step_that_mishandles_overflow(name, is_fused):
 def test_a_resumed_fp16_training_keeps_the_scale(device, tmp_path):
     def checkpoints(training, folder):
         training.trainer.state.epoch_length = 1
-        return Checkpoints(
-            folder, training.model, training.optimizer, Progress(), training.cfg, "", scaler=training.accelerator.scaler
+        saved = SimpleNamespace(
+            model=training.model,
+            optimizer=training.optimizer,
+            scaler=training.accelerator.scaler,
+            meter=TrainMeter(log_period=1, batch_size=BATCH, optimizer=training.optimizer),
         )
+        return Checkpoints(training.cfg, folder, "", saved, Progress())
 
     training = trained(device, *FP16, num_steps=3)
     scaler = training.accelerator.scaler

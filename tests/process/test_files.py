@@ -59,7 +59,7 @@ def test_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("result.json", "old")]
 
 
-def test_the_file_does_not_appear_if_verification_fails(tmp_path):
+def test_the_file_is_not_created_if_verification_fails(tmp_path):
     def verify():
         raise ValueError("taken over")
 
@@ -77,7 +77,7 @@ def test_file_names_that_are_not_text_become_printable(tmp_path):
 
 @pytest.fixture
 def file(tmp_path, monkeypatch):
-    """A file of three chunks and a bit."""
+    """Create a file of a little more than three chunks."""
     monkeypatch.setattr(files, "_CHUNK", 1000)
     file = tmp_path / "a" / "images.npy"
     file.parent.mkdir()
@@ -118,7 +118,7 @@ def test_a_copy_that_differs_is_rejected_and_removed(tmp_path, file, monkeypatch
     assert not copy.exists()
 
 
-def test_no_room_is_found_before_the_first_byte(tmp_path, file, monkeypatch):
+def test_a_full_disk_is_detected_before_the_first_byte(tmp_path, file, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -17,12 +17,12 @@ from reid.process.logs import Console, LogFile
 ROOT = TRAIN.parent.parent
 
 
-def is_said_once(text, kind, reason="No space left on device"):
+def is_reported_once(text, kind, reason="No space left on device"):
     return bool(re.fullmatch(rf"{kind}: [^\n]*\bstdout\b[^\n]*{reason}[^\n]*\n", text))
 
 
 class Stream(io.StringIO):
-    """A stream that raises in place of taking anything."""
+    """A stream that raises on every write."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__()
@@ -43,10 +43,10 @@ def test_a_console_that_takes_nothing_is_named_once(logger, capsys):
     logger.error("first")
     logger.error("second")
     text = capsys.readouterr().err
-    assert is_said_once(text, "warning"), text
+    assert is_reported_once(text, "warning"), text
 
 
-def test_where_nobody_reads_stderr_either_there_is_no_error(logger, monkeypatch):
+def test_closed_stderr_too_gives_no_error(logger, monkeypatch):
     closed = Stream(BrokenPipeError(errno.EPIPE, "Broken pipe"))
     monkeypatch.setattr(sys, "stderr", closed)
     logger.addHandler(Console(closed))
@@ -66,7 +66,7 @@ def test_full_disk_loses_log_lines_without_raising(logger, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("words", "unbuffered", "code", "kind"),
+    ("line", "unbuffered", "code", "kind"),
     [
         ("train.py --config_file tiny.yml OUTPUT_DIR unheard SOLVER.MAX_EPOCHS 1", "", 0, "warning"),
         ("plan.py --nodes 1 --ranks_per_node 1 --config_file tiny.yml", "", 120, "error"),
@@ -77,26 +77,26 @@ def test_full_disk_loses_log_lines_without_raising(logger, tmp_path, monkeypatch
         pytest.param("summarize.py finished", "", 120, "error", marks=pytest.mark.slow),
     ],
 )
-def test_unwritable_stdout_is_reported_once(place, words, unbuffered, code, kind):
+def test_unwritable_stdout_is_reported_once(place, line, unbuffered, code, kind):
     (place.folder / "finished").mkdir(exist_ok=True)
     (place.folder / "finished" / "result.json").write_text('{"mAP": 0.5}')
-    script, *arguments = words.split()
+    script, *arguments = line.split()
     command = (sys.executable, ROOT / "launch" / script, *arguments)
     ended = place.command(
         "sh", "-c", 'exec "$@" > /dev/full', "", *command, environment={"PYTHONUNBUFFERED": unbuffered}
     )
     assert ended.code == code
-    assert is_said_once(ended.err, kind), ended
+    assert is_reported_once(ended.err, kind), ended
     if script == "train.py":
         assert (place.folder / "unheard" / "result.json").exists()
 
 
 @pytest.mark.parametrize(
-    "words", ["plan.py --nodes 1 --ranks_per_node 1 --config_file tiny.yml", "data.py check synthetic"]
+    "line", ["plan.py --nodes 1 --ranks_per_node 1 --config_file tiny.yml", "data.py check synthetic"]
 )
-def test_closed_stdout_is_reported(place, words):
-    script, *arguments = words.split()
+def test_closed_stdout_is_reported(place, line):
+    script, *arguments = line.split()
     command = (sys.executable, ROOT / "launch" / script, *arguments)
     ended = place.command("sh", "-c", 'exec "$@" >&-', "", *command)
     assert ended.code == 120
-    assert is_said_once(ended.err, "error", "Bad file descriptor"), ended
+    assert is_reported_once(ended.err, "error", "Bad file descriptor"), ended

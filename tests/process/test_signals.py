@@ -1,4 +1,4 @@
-"""Signals: the first is noted or stops the program where it stands, the second ends it."""
+"""Signals of a process: the first is recorded or raises at once, the second ends the process."""
 
 import signal
 import subprocess
@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from reid.process import signals as module
 from reid.process.signals import Preempted, Signals
 
-seconds = 0.0  # by this clock; a busy machine's may stand between two signals
+seconds = 0.0  # a fake clock, because a busy machine may pause between two signals
 module.time = SimpleNamespace(monotonic=lambda: seconds)
 
 signals = Signals(under_launcher="launcher" in sys.argv)
@@ -35,11 +35,11 @@ except Preempted:
 """
 
 
-def said(number: int, *words: str, num_signals: int = 1, pause: float = 0.0, ignored: bool = False) -> tuple[int, str]:
+def outcome(number: int, *arguments: str, num_signals=1, pause=0.0, ignored=False) -> tuple[int, str]:
     program = PROGRAM.format(number=int(number), num_signals=num_signals, pause=pause)
     before = (lambda: signal.signal(number, signal.SIG_IGN)) if ignored else None
     done = subprocess.run(
-        [sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=TIMEOUT, preexec_fn=before
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=TIMEOUT, preexec_fn=before
     )
     assert done.stderr == ""
     return done.returncode, done.stdout
@@ -47,25 +47,25 @@ def said(number: int, *words: str, num_signals: int = 1, pause: float = 0.0, ign
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_the_first_one_is_noted_while_there_is_something_to_save(number):
-    assert said(number, "deferred") == (0, "noted\n")
+    assert outcome(number, "deferred") == (0, "noted\n")
 
 
 def test_first_signal_stops_at_once_when_nothing_to_save():
-    assert said(signal.SIGTERM) == (0, "stopped where it stood\n")
+    assert outcome(signal.SIGTERM) == (0, "stopped where it stood\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_the_second_one_ends_the_process(number):
-    assert said(number, "deferred", num_signals=2) == (-number, "")
+    assert outcome(number, "deferred", num_signals=2) == (-number, "")
 
 
 def test_signal_forwarded_by_torchrun_at_once_is_not_a_second():
-    assert said(signal.SIGTERM, "deferred", "launcher", num_signals=2) == (0, "noted\n")
-    assert said(signal.SIGTERM, "deferred", "launcher", num_signals=2, pause=1.2) == (-signal.SIGTERM, "")
+    assert outcome(signal.SIGTERM, "deferred", "launcher", num_signals=2) == (0, "noted\n")
+    assert outcome(signal.SIGTERM, "deferred", "launcher", num_signals=2, pause=1.2) == (-signal.SIGTERM, "")
 
 
 def test_a_hangup_that_nohup_ignores_stays_ignored():
-    assert said(signal.SIGHUP, "deferred", ignored=True) == (0, "nothing\n")
+    assert outcome(signal.SIGHUP, "deferred", ignored=True) == (0, "nothing\n")
 
 
 def test_marker_contains_resume_instruction(tmp_path):
@@ -75,5 +75,5 @@ def test_marker_contains_resume_instruction(tmp_path):
 
 def test_unwritable_folder_does_not_fail_the_marker(tmp_path):
     (tmp_path / "file").touch()
-    write_marker(tmp_path / "file", "words")
+    write_marker(tmp_path / "file", "outcome")
     assert [file.name for file in tmp_path.iterdir()] == ["file"]

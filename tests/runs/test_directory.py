@@ -1,21 +1,24 @@
-"""The files of a run, of one training at a time."""
+"""Files of a run, written by one training at a time."""
 
 import csv
 import json
 import logging
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from program import Place
 
+import reid
 from reid.config.load import load_config
+from reid.runs import directory
 from reid.runs.directory import RunDirectory
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A run's folder, whose log is closed at the end."""
+    """Yield a run directory, whose log is closed at the end."""
     logger = logging.getLogger("reid")
     before = logger.handlers[:]
     yield RunDirectory(tmp_path / "a" / "run")
@@ -59,6 +62,17 @@ def test_the_settings_are_written_as_they_can_be_loaded(folder):
     assert load_config(str(folder.path / "config.yaml"), []) == cfg
 
 
+def test_source_fingerprint_covers_every_file_of_the_package(tmp_path, monkeypatch):
+    assert Path(reid.__file__).parent == directory._SOURCE
+    monkeypatch.setattr(directory, "_SOURCE", tmp_path)
+    (tmp_path / "training").mkdir()
+    file = tmp_path / "training" / "step.py"
+    file.write_text("a")
+    before = directory.source_fingerprint()
+    file.write_text("b")
+    assert directory.source_fingerprint() != before
+
+
 class Row(NamedTuple):
     path: str
     pid: int
@@ -68,7 +82,7 @@ class Row(NamedTuple):
 def test_rows_are_read_back_from_their_file(folder):
     rows = [Row('a, "b".jpg', 2**60, 1 / 3), Row("two\nlines, ü", -1, None)]
     folder.write_rows("rows.csv", rows)
-    folder.write_rows("rows.csv", rows)  # in place of the other
+    folder.write_rows("rows.csv", rows)  # replaces the other
     with (folder.path / "rows.csv").open(encoding="utf-8", newline="") as file:
         assert list(csv.reader(file)) == [
             ["path", "pid", "AP"],
@@ -89,8 +103,8 @@ def test_a_training_clears_away_what_a_killed_one_was_writing(folder):
 def test_a_second_training_in_the_same_folder_is_rejected(place: Place):
     ranks = place.start("train", "OUTPUT_DIR", "busy", "SOLVER.MAX_EPOCHS", 1000)
     ranks.wait_for("epoch 1/1000 step 1/2")
-    said = place.refusal("train", "OUTPUT_DIR", "busy", num_ranks=2, code=1)
-    assert "OUTPUT_DIR=busy" in said
-    assert "in use" in said
+    message = place.refusal("train", "OUTPUT_DIR", "busy", num_ranks=2, code=1)
+    assert "OUTPUT_DIR must be free, got busy" in message
+    assert "in use" in message
     ranks.kill()
     place.train("OUTPUT_DIR", "busy", "SOLVER.MAX_EPOCHS", 1)

@@ -125,7 +125,7 @@ def test_a_node_that_was_cut_off_and_comes_back_writes_nothing(jobs, place, slow
     assert machines.pids(node, TRAINING)  # it lives
     job.wait_for("writes no more and ends")
     said = job.said()
-    assert f"is taken over from the start before this one, on {node}, which still lives" in said
+    assert f"is taken over from the previous start, which is still alive on {node}" in said
     owner = json.loads((folder / "owner.json").read_text())
     assert owner["start"]["restart"] == 1
     assert owner["host"] != node

@@ -20,7 +20,7 @@ from reid.tracking.offline import mark_sent, remove_kept_checkpoints, send, sync
 
 @pytest.fixture
 def segments(tmp_path) -> list[Path]:
-    """Segments of a run that started offline and continued online, between those of other runs."""
+    """Create segments of a run that started offline and continued online, among those of other runs."""
     made = []
     for name in (
         "offline-run-20260101_1-abc",
@@ -42,7 +42,7 @@ def test_unsent_segments_of_a_run_are_in_chronological_order(tmp_path, segments)
     assert unsent_segments(tmp_path, "abc") == [segments[0], segments[2]]
 
 
-def test_wandb_is_asked_for_those_that_began_online_too(segments):
+def test_sync_command_includes_segments_that_began_online(segments):
     assert sync_command(segments[:1]) == ["wandb", "sync", str(segments[0])]
     assert sync_command(segments[:2]) == ["wandb", "sync", "--include-online", *map(str, segments[:2])]
 
@@ -62,7 +62,7 @@ def test_kept_file_is_removed_only_after_all_runs_are_sent(tmp_path, segments):
     assert not kept.exists()
 
 
-def test_checkpoint_of_killed_process_is_found_with_metadata(tmp_path, segments):
+def test_checkpoint_of_killed_process_is_listed_with_metadata(tmp_path, segments):
     file = tmp_path / "best_0002.pt"
     file.write_text("weights")
     saved = SavedCheckpoint("best", file, {"epoch": 2, "iteration": 20, "mAP": 0.5})

@@ -11,7 +11,7 @@ from program import TIMEOUT
 from reid.tracking import service
 from reid.tracking.service import Service, kill_services, services_of, start_watcher
 
-# Starts a process in the place of wandb-core, and its watcher; prints their ids and waits to be killed.
+# Starts a process instead of wandb-core, and its watcher; prints their ids and waits to be killed.
 WORKER = """
 import subprocess, time
 from reid.tracking.service import start_watcher

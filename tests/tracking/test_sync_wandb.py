@@ -18,9 +18,9 @@ def server():
     running.stop()
 
 
-def sync(place, *words, environment=None):
+def sync(place, *arguments, environment=None):
     programs = {"VENV_BIN": str(Path(sys.executable).parent)}
-    return place.command(SCRIPT, *words, environment={**programs, **(environment or {})})
+    return place.command(SCRIPT, *arguments, environment={**programs, **(environment or {})})
 
 
 @pytest.mark.slow
@@ -53,11 +53,11 @@ def test_offline_parts_of_a_training_are_synced_once_as_one_run(place, server):
         assert last in done.out + done.err
         assert list(server.runs) == [run_id]
         rows = [row["iteration"] for row in server.runs[run_id].history if "train/loss" in row]
-        assert sorted(set(rows)) == [1, 2, 3, 4]  # what is sent again stands there twice
+        assert sorted(set(rows)) == [1, 2, 3, 4]  # rows that are sent again are stored twice
     assert {artifact.state for artifact in server.artifacts} == {"COMMITTED"}
 
 
-def test_what_began_online_is_sent_too(place):
+def test_segments_that_began_online_are_sent_too(place):
     for name in ("run-20260101_000000-abcdefgh", "run-20260102_000000-abcdefgh"):
         folder = place.folder / "to_show_online" / "wandb" / name
         folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""TensorBoard files: the same numbers as elsewhere, once each, whatever interrupts the run; and W&B beside it."""
+"""TensorBoard files: the same numbers as elsewhere, once each, whatever interrupts the run; and with W&B."""
 
 import signal
 import sys
@@ -33,12 +33,12 @@ def assert_has_every_record_once(folder: Path) -> None:
     shown = scalars(folder)
     for kind, name in (("train", "loss"), ("train", "lr"), ("val", "mAP"), ("val", "rank-1")):
         expected = [(record["iteration"], record[name]) for record in records(folder, kind)]
-        found = shown[f"{kind}/{name.replace('rank-', 'cmc_rank_')}"]
-        assert [step for step, _ in found] == [step for step, _ in expected]
-        assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=1e-6)
+        written = shown[f"{kind}/{name.replace('rank-', 'cmc_rank_')}"]
+        assert [step for step, _ in written] == [step for step, _ in expected]
+        assert [value for _, value in written] == pytest.approx([value for _, value in expected], rel=1e-6)
 
 
-# ---- beside W&B, which copies it ----
+# ---- with W&B, which copies it ----
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +58,14 @@ def test_tensorboard_has_every_record_in_one_file(both):
 def test_tensorboard_uses_wandb_names_and_is_synced_to_wandb(place, both):
     folder = both[1]
     history = [record["history"]["item"] for record in place.wandb_records(folder) if record["type"] == "history"]
-    numbers = ("train/loss", "val/mAP")  # pictures and tables have rows of their own
-    own = [row for row in history if "global_step" not in row and any(name in row for name in numbers)]
+    numbers = ("train/loss", "val/mAP")  # pictures and tables have other rows
+    ours = [row for row in history if "global_step" not in row and any(name in row for name in numbers)]
     copied = [row for row in history if "global_step" in row]
     for kind, axis in (("train", "iteration"), ("val", "epoch")):
-        rows = [row for row in own if any(name.startswith(f"{kind}/") for name in row)]
+        rows = [row for row in ours if any(name.startswith(f"{kind}/") for name in row)]
         assert [row[axis] for row in rows] == [record[axis] for record in records(folder, kind)]
     shown = scalars(folder)
-    assert set(shown) == {name for row in own for name in row if name.startswith(("train/", "val/"))}
+    assert set(shown) == {name for row in ours for name in row if name.startswith(("train/", "val/"))}
     for name, values in shown.items():
         rows = [row for row in copied if f"tensorboard/{name}" in row]
         assert [row["global_step"] for row in rows] == [step for step, _ in values]
@@ -80,8 +80,8 @@ def test_every_step_is_recorded_once_after_kills_and_resumes(place):
     folder = place.folder / "tb_killed"
     settings = ("OUTPUT_DIR", folder.name, *ON, "SOLVER.MAX_EPOCHS", 3, "SOLVER.CHECKPOINT_PERIOD", 2)
     kill = partial(signal_self, signal.SIGKILL)
-    kill_behind_checkpoint = partial(kill_self_when, f"{folder.name}/checkpoints/last_0002_*.pt")
-    for before in (partial(at_step, 3, kill), partial(at_step, 6, kill_behind_checkpoint)):
+    kill_after_checkpoint = partial(kill_self_when, f"{folder.name}/checkpoints/last_0002_*.pt")
+    for before in (partial(at_step, 3, kill), partial(at_step, 6, kill_after_checkpoint)):
         (ended,) = place.run("train", *settings, before=before)
         assert ended.code == -signal.SIGKILL
     place.train(*settings)
@@ -93,11 +93,11 @@ def test_every_step_is_recorded_once_after_kills_and_resumes(place):
 
 
 def no_tensorboard() -> None:
-    """To be done before the program starts: as where the extra is not installed."""
+    """Hide the package, as if the extra was not installed; called before the program starts."""
     sys.modules["tensorboard"] = None  # type: ignore[assignment]
 
 
 def test_without_the_package_the_extra_is_named(place):
-    said = place.refusal("train", "OUTPUT_DIR", "tb_none", *ON, num_ranks=2, code=2, before=no_tensorboard)
-    assert "LOG.TENSORBOARD" in said
-    assert "uv sync --extra tensorboard" in said
+    message = place.refusal("train", "OUTPUT_DIR", "tb_none", *ON, num_ranks=2, code=2, before=no_tensorboard)
+    assert "LOG.TENSORBOARD" in message
+    assert "uv sync --extra tensorboard" in message

@@ -1,4 +1,4 @@
-"""Checkpoints: which are kept, which are refused, and that none is ever half written or broken.
+"""Checkpoints: retention, rejection and damage; none is ever half written.
 
 Also covers reid.checkpoints.save, reid.runs.progress.
 """
@@ -25,6 +25,7 @@ from reid.config.load import load_config
 from reid.errors import NonFiniteError, UnsavedError, WorldError
 from reid.runs.progress import Progress, Records
 from reid.training.checkpointing import Checkpoints, _differences
+from reid.training.meters import TrainMeter
 
 DATASET = "a fingerprint"
 
@@ -37,10 +38,11 @@ class Training:
         self.model = nn.Linear(2, 2)
         nn.init.zeros_(self.model.weight)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        self.scaler, self.meter = None, TrainMeter(log_period=9, batch_size=1, optimizer=self.optimizer)
         self.progress = Progress()
         self.engine = Engine(self._step)
         self.engine.register_events(*Records)
-        self.checkpoints = Checkpoints(folder, self.model, self.optimizer, self.progress, self.cfg, dataset)
+        self.checkpoints = Checkpoints(self.cfg, folder, dataset, self, self.progress)
         scores = iter(scores)
 
         @self.engine.on(Events.EPOCH_COMPLETED)
@@ -92,7 +94,7 @@ def test_age_is_counted_in_epochs_and_not_in_letters(tmp_path):
     ]
 
 
-def test_the_best_holds_weights_and_scores_but_no_optimiser(tmp_path):
+def test_the_best_holds_weights_and_scores_but_no_optimizer(tmp_path):
     Training(tmp_path, scores=[0.5]).run()
     content = torch.load(tmp_path / "best_0001_mAP_0.5000.pt", weights_only=True)
     assert content["validation"] == {"epoch": 1, "iteration": 2, "mAP": 0.5}
@@ -100,7 +102,7 @@ def test_the_best_holds_weights_and_scores_but_no_optimiser(tmp_path):
     assert "optimizer" not in content
 
 
-# ---- going on ----
+# ---- resuming ----
 
 
 def test_resume_restores_weights_position_and_best_score(tmp_path):
@@ -164,25 +166,25 @@ def test_host_copy_reuses_earlier_buffers_but_never_live_tensors():
     first = host_copy(content)
     content["model"] = {"a": torch.full((3, 2), 2.0), "b": torch.full((5,), 2.0), "c": torch.zeros(1)}
     content["rates"] = [0.2, torch.tensor(2)]
-    places = first["model"]["a"].data_ptr(), first["rates"][1].data_ptr()
+    addresses = first["model"]["a"].data_ptr(), first["rates"][1].data_ptr()
     second = host_copy(content, first)
     assert same(second, content)
-    assert (second["model"]["a"].data_ptr(), second["rates"][1].data_ptr()) == places
+    assert (second["model"]["a"].data_ptr(), second["rates"][1].data_ptr()) == addresses
     assert second["model"]["a"].data_ptr() != content["model"]["a"].data_ptr()
     content["model"]["a"].zero_()
     assert torch.equal(second["model"]["a"], torch.full((3, 2), 2.0))
 
 
-def test_host_buffer_is_reused_and_each_file_holds_its_own_step(tmp_path):
+def test_host_buffer_is_reused_and_each_file_holds_its_step(tmp_path):
     training = Training(tmp_path, scores=[0.1, 0.2, 0.3])
-    places = set()
+    addresses = set()
 
     @training.engine.on(Events.EPOCH_COMPLETED)
     def note(engine):
-        places.add(training.checkpoints._copied["model"]["weight"].data_ptr())
+        addresses.add(training.checkpoints._copied["model"]["weight"].data_ptr())
 
     training.run()
-    assert len(places) == 1
+    assert len(addresses) == 1
     weights = [
         float(read_file(file, "OUTPUT_DIR")["model"]["weight"][0, 0]) for file in checkpoints_in(tmp_path, "last")
     ]
@@ -231,14 +233,14 @@ def test_damaged_checkpoint_falls_back_to_previous_with_warning(tmp_path, caplog
 @given(data=st.data())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_flipped_bit_is_ever_taken_for_training(tmp_path, data):
-    """Those that are let through lie where nothing is stored."""
+    """Accept a flipped bit only where nothing is stored."""
     for leftover in tmp_path.iterdir():
         leftover.unlink()
     Training(tmp_path, "SOLVER.CHECKPOINT_PERIOD=9").run()
     (file,) = tmp_path.iterdir()
-    whole = file.read_bytes()
+    content = file.read_bytes()
     before = read_file(file, "OUTPUT_DIR")
-    file.write_bytes(flip(whole, data.draw(st.integers(0, 8 * len(whole) - 1))))
+    file.write_bytes(flip(content, data.draw(st.integers(0, 8 * len(content) - 1))))
     try:
         after = read_file(file, "OUTPUT_DIR")
     except WorldError:
@@ -289,12 +291,12 @@ class FullDisk:
 
 def test_full_disk_keeps_the_existing_file_and_no_partial_file(tmp_path):
     file = tmp_path / "last_0001_00000002.pt"
-    file.write_bytes(b"whole")
+    file.write_bytes(b"complete")
     with FullDisk() as disk:
         disk.fill()
         with refused(WorldError, "OUTPUT_DIR", str(file), "File too large"):
             save_atomically(file, {"model": torch.zeros(10_000)})
-    assert file.read_bytes() == b"whole"
+    assert file.read_bytes() == b"complete"
     assert names(tmp_path) == [file.name]
 
 
@@ -308,8 +310,8 @@ def test_full_disk_gives_a_warning_and_training_continues(tmp_path, caplog):
         training.run()
     assert names(tmp_path) == ["best_0003_mAP_0.3000.pt", "last_0001_00000002.pt", "last_0003_00000006.pt"]
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert [re.search("(best|last)_0002", words)[1] for words in warnings] == ["best", "last"]
-    assert all(f"{tmp_path}/last_0001_00000002.pt" in words for words in warnings)
+    assert [re.search("(best|last)_0002", warning)[1] for warning in warnings] == ["best", "last"]
+    assert all(f"{tmp_path}/last_0001_00000002.pt" in warning for warning in warnings)
 
 
 def test_disk_still_full_at_the_end_raises_unsaved_error(tmp_path):

@@ -73,7 +73,7 @@ def test_steps_within_the_warm_up_count():
     assert [learning_rate(settings, epoch) for epoch in range(1, 6)] == pytest.approx([0.5, 0.5, 0.05, 0.05, 0.1])
 
 
-# ---- optimiser ----
+# ---- optimizer ----
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def model():
 
 
 def groups_by_name(optimizer, model):
-    """name -> group, for every parameter that the optimiser moves."""
+    """Return name -> group of every parameter that the optimizer moves."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     members = [(names[parameter], group) for group in optimizer.param_groups for parameter in group["params"]]
     assert len(dict(members)) == len(members)
@@ -95,7 +95,7 @@ def test_optimizer_has_all_parameters_but_the_frozen_neck_bias(model):
     assert {"base.conv1.weight", "base.bn1.bias", "bottleneck.weight", "classifier.weight"} <= names
 
 
-def test_biases_have_a_rate_and_decay_of_their_own(model):
+def test_biases_have_another_rate_and_decay(model):
     settings = solver(BIAS_LR_FACTOR=2.0, WEIGHT_DECAY=5e-4, WEIGHT_DECAY_BIAS=0.0)
     optimizer = build_optimizer(settings, model)
     set_learning_rate(optimizer, 0.125)
@@ -116,13 +116,13 @@ def test_the_first_epochs_rate_is_set_from_the_start(model):
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "NAdam", "RAdam", "RMSprop", "Adagrad"])
-def test_the_optimiser_is_torchs_of_that_name_with_its_defaults(model, name):
+def test_the_optimizer_is_torchs_of_that_name_with_its_defaults(model, name):
     optimizer = build_optimizer(solver(OPTIMIZER_NAME=name), model)
     assert type(optimizer) is getattr(torch.optim, name)
-    own = {"params", "lr", "weight_decay", "lr_factor", "momentum", "fused"}
+    ours = {"params", "lr", "weight_decay", "lr_factor", "momentum", "fused"}
     defaults = getattr(torch.optim, name)(model.parameters()).param_groups[0]
     for group in optimizer.param_groups:
-        assert {key: group[key] for key in set(defaults) - own} == {key: defaults[key] for key in set(defaults) - own}
+        assert {key: group[key] for key in set(defaults) - ours} == {key: defaults[key] for key in set(defaults) - ours}
         assert group.get("momentum") == (0.9 if name == "SGD" else defaults.get("momentum"))
         assert bool(group.get("fused")) == (name in ("Adam", "AdamW", "SGD"))
 

@@ -55,9 +55,9 @@ def batches(num_batches: int) -> list[Batch]:
 
 
 def trained(
-    *overrides: str, num_steps: int = 6, model: ReIDModel | None = None, told: list[float] | None = None
+    *overrides: str, num_steps: int = 6, model: ReIDModel | None = None, norms: list[float] | None = None
 ) -> tuple[ReIDModel, list[float]]:
-    """The model after some steps, and the loss of each."""
+    """Return the model after some steps, and the loss of each."""
     cfg = load_config(None, [*BASE, *overrides])
     accelerator = build_accelerator(cfg, on_gpu=False, num_ranks=1)
     model = (model or tiny_model()).train()
@@ -66,8 +66,8 @@ def trained(
     for batch in batches(num_steps):
         trainer.run([batch], max_epochs=1)
         losses.append(float(trainer.state.output["loss"]))
-        if told is not None:
-            told.append(float(trainer.state.output["grad_norm"]))
+        if norms is not None:
+            norms.append(float(trainer.state.output["grad_norm"]))
     return model, losses
 
 
@@ -83,13 +83,13 @@ def test_bf16_trains_nearly_as_float32():
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize(("has_bf16", "is_said"), [(False, True), (True, False)])
-def test_missing_cpu_support_for_bf16_is_reported(monkeypatch, caplog, has_bf16, is_said):
+@pytest.mark.parametrize(("has_bf16", "is_named"), [(False, True), (True, False)])
+def test_missing_cpu_support_for_bf16_is_reported(monkeypatch, caplog, has_bf16, is_named):
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: has_bf16)
     with caplog.at_level("INFO", logger="reid"):
         build_accelerator(load_config(None, ["SOLVER.PRECISION=bf16"]), on_gpu=False, num_ranks=1)
-    assert len(caplog.messages) == is_said
+    assert len(caplog.messages) == is_named
     assert all("SOLVER.PRECISION bf16" in message and "fp32" in message for message in caplog.messages)
 
 
@@ -120,7 +120,7 @@ def test_batchnorm_uses_each_micro_batch_and_loss_stays_close():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "num_ranks", "words"),
+    ("overrides", "num_ranks", "keywords"),
     [
         (["SOLVER.ACCUMULATE=3"], 1, ("SOLVER.ACCUMULATE=3", "(1)", "got 64", "63 or 66")),
         (["SOLVER.ACCUMULATE=8"], 16, ("SOLVER.ACCUMULATE=8", "(16)", "got 64", "128")),
@@ -128,10 +128,10 @@ def test_batchnorm_uses_each_micro_batch_and_loss_stays_close():
         (["SOLVER.ACCUMULATE=16", "SOLVER.SYNC_BN=no"], 4, ("got 16", "SOLVER.IMS_PER_BATCH=64", "4 ranks")),
     ],
 )
-def test_a_batch_that_cannot_be_cut_is_rejected(overrides, num_ranks, words):
+def test_a_batch_that_cannot_be_cut_is_rejected(overrides, num_ranks, keywords):
     with pytest.raises(SettingsError) as error:
         validate_training(load_config(None, overrides), num_ranks)
-    assert all(word in str(error.value) for word in words), error.value
+    assert all(keyword in str(error.value) for keyword in keywords), error.value
 
 
 # ---- MODEL.FREEZE_BN ----
@@ -149,7 +149,7 @@ def test_frozen_batchnorm_stays_as_it_is_and_the_rest_learns():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # torch's compiler has many words for itself
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns a lot
 def test_a_compiled_model_learns_the_same():
     settings = ("SOLVER.BASE_LR=0.01", "SOLVER.WARMUP_ITERS=0")
     plain, losses = trained(*settings)
@@ -194,15 +194,15 @@ def test_reported_gradient_norm_is_global_and_before_clipping(monkeypatch, clipp
     def recorded(accelerator, model, max_norm):
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         seen.append(sum(float((gradient.double() ** 2).sum()) for gradient in gradients) ** 0.5)
-        told = clip_gradients(accelerator, model, max_norm)
+        norms = clip_gradients(accelerator, model, max_norm)
         after = sum(float((gradient.double() ** 2).sum()) for gradient in gradients) ** 0.5
         assert after == pytest.approx(min(seen[-1], max_norm or seen[-1]), rel=1e-4)
-        return told
+        return norms
 
     monkeypatch.setattr("reid.training.step.clip_gradients", recorded)
-    told = []
-    trained(*filter(None, (clipped, parts)), num_steps=3, told=told)
-    assert told == pytest.approx(seen, rel=1e-6)
+    norms = []
+    trained(*filter(None, (clipped, parts)), num_steps=3, norms=norms)
+    assert norms == pytest.approx(seen, rel=1e-6)
     assert min(seen) > 0.5  # so that clipping does something
 
 
@@ -293,6 +293,6 @@ def test_no_step_waits_for_the_device_until_a_record_is_due(monkeypatch, overrid
 
     with waits:
         trainer.run(batches(6), max_epochs=1)
-    assert seen[3]  # the record behind the fourth step
+    assert seen[3]  # the record after the fourth step
     assert seen[:3] == [[], [], []], seen
     assert seen[4] == [], seen

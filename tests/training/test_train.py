@@ -1,4 +1,4 @@
-"""The program from its command line to the files that it leaves behind.
+"""The program from its command line to its files.
 
 Also covers reid.training.console, reid.commands.evaluate, reid.training.train.
 """
@@ -104,9 +104,9 @@ def test_result_is_the_last_evaluation_in_fractions(first, output_dir):
 
 def test_log_file_contains_console_output(first, output_dir):
     logged = (output_dir / "log.txt").read_text()
-    said = first.out.splitlines()
-    assert said[-1].startswith("best mAP")
-    assert all(f" {line}\n" in logged for line in said if line.startswith(("training", "epoch", "best", "W&B")))
+    printed = first.out.splitlines()
+    assert printed[-1].startswith("best mAP")
+    assert all(f" {line}\n" in logged for line in printed if line.startswith(("training", "epoch", "best", "W&B")))
 
 
 def test_run_leaves_last_two_and_best_checkpoint_and_known_files(first, output_dir):
@@ -127,7 +127,7 @@ def test_nothing_is_written_into_the_users_home(first, place):
     assert [file for file in files if ".onnxruntime" not in file.parts] == []  # which an export of another test may use
 
 
-# ---- what the same training has told W&B ----
+# ---- its W&B run ----
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def wandb_records(first, place, output_dir) -> list[dict]:
 
 
 def rows(wandb_records: list[dict], number: str) -> list[dict]:
-    """Those with this number; pictures and tables have rows of their own."""
+    """Return the rows with this number; pictures and tables have other rows."""
     history = [record["history"]["item"] for record in wandb_records if record["type"] == "history"]
     return [row for row in history if number in row]
 
@@ -148,8 +148,8 @@ def test_one_wandb_run_for_all_ranks_under_the_id_on_disk(first, output_dir):
 
 def test_wandb_has_every_training_and_validation_row(wandb_records, output_dir):
     for row, record in zip(rows(wandb_records, "train/loss"), records(output_dir, "train"), strict=True):
-        told = {name.removeprefix("train/"): value for name, value in row.items() if not name.startswith("_")}
-        assert told == pytest.approx({name: value for name, value in record.items() if name != "kind"})
+        logged = {name.removeprefix("train/"): value for name, value in row.items() if not name.startswith("_")}
+        assert logged == pytest.approx({name: value for name, value in record.items() if name != "kind"})
     best = 0.0
     for row, record in zip(rows(wandb_records, "val/mAP"), records(output_dir, "val"), strict=True):
         best = max(best, record["mAP"])
@@ -196,7 +196,7 @@ def test_wandb_records_settings_world_size_and_exit_code(wandb_records, output_d
 
 @pytest.fixture(scope="module")
 def best(first, output_dir) -> tuple[Path, float]:
-    """The best checkpoint, and the mAP that training reported for it."""
+    """Return the best checkpoint and the mAP that training reported for it."""
     (file,) = output_dir.glob("checkpoints/best_*.pt")
     return file, max(record["mAP"] for record in records(output_dir, "val"))
 
@@ -233,25 +233,25 @@ ALL_SCORES = ("TEST.FPR", "[0.01,0.5]", "TEST.FLIP", "yes", "TEST.SINGLE_GALLERY
 
 def test_all_scores_are_equal_on_one_and_two_processes(place, best):
     file, reported = best
-    found = []
+    outcomes = []
     for num_ranks in (1, 2):
         settings = ("TEST.WEIGHT", file, "OUTPUT_DIR", f"scored_by_{num_ranks}", *ALL_SCORES)
         first, *others = place.run("evaluate", *settings, num_ranks=num_ranks)
         assert (first.code, first.err, [other.out for other in others]) == (0, "", [""] * (num_ranks - 1))
         folder = place.folder / f"scored_by_{num_ranks}"
         with (folder / "per_query.csv").open(encoding="utf-8", newline="") as rows:
-            found.append((json.loads((folder / "result.json").read_text()), list(csv.DictReader(rows)), first.out))
-    (alone, rows, said), (shared, shared_rows, _) = found
+            outcomes.append((json.loads((folder / "result.json").read_text()), list(csv.DictReader(rows)), first.out))
+    (alone, rows, output), (shared, shared_rows, _) = outcomes
     assert shared == pytest.approx(alone, abs=1e-6)
     assert alone["mAP"] != pytest.approx(reported, abs=1e-6)  # because of the mirror images
     assert {"TPR@FPR=0.01", "TPR@FPR=0.5"} < alone.keys()
-    assert f"TPR@FPR=0.5 {100 * alone['TPR@FPR=0.5']:.1f} %" in said
+    assert f"TPR@FPR=0.5 {100 * alone['TPR@FPR=0.5']:.1f} %" in output
     assert [row["path"] for row in shared_rows] == [row["path"] for row in rows]
     assert all(Path(row["path"]).name.startswith(f"{int(row['pid']):04d}_") for row in rows)
     precisions = [[float(row["AP"]) for row in table] for table in (rows, shared_rows)]
     assert precisions[1] == pytest.approx(precisions[0], abs=1e-6)
     assert sum(precisions[0]) / len(rows) == pytest.approx(alone["mAP"], rel=1e-12)
-    cameras = [line.split() for line in said.splitlines() if re.match(r"camid|\d+ ", line)]
+    cameras = [line.split() for line in output.splitlines() if re.match(r"camid|\d+ ", line)]
     assert cameras[0] == ["camid", "queries", "valid", "mAP", "rank-1"]
     assert [int(camera[0]) for camera in cameras[1:]] == sorted({int(row["camid"]) for row in rows})
     assert sum(int(camera[1]) for camera in cameras[1:]) == len(rows) == alone["num_queries"]
@@ -270,7 +270,7 @@ def again(place, first, output_dir) -> tuple[Path, Ended]:
 def test_restart_of_finished_training_changes_nothing(again, output_dir):
     folder, ended = again
     assert re.search(r"\ball 2 epochs\b.*SOLVER\.MAX_EPOCHS", ended.out)
-    changing = ("log.txt", "owner.json")  # each start says that it was here
+    changing = ("log.txt", "owner.json")  # written by each start
     before = [file for file in output_dir.rglob("*") if file.is_file() and file.name not in changing]
     assert {file.relative_to(output_dir): file.read_bytes() for file in before} == {
         file.relative_to(folder): file.read_bytes()
@@ -287,11 +287,11 @@ def test_restart_with_fewer_epochs_has_nothing_left_to_do(place, again):
 def test_resume_skips_invalid_lines_in_metrics_file(place, output_dir, first):
     folder = place.folder / "garbage"
     shutil.copytree(output_dir, folder, symlinks=True)
-    whole = (folder / "metrics.jsonl").read_text()
-    (folder / "metrics.jsonl").write_text("\0garbage\n{}\n" + whole + '{"kind": "tra')
+    complete = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text("\0garbage\n{}\n" + complete + '{"kind": "tra')
     ended = place.train("OUTPUT_DIR", "garbage", "WANDB.ENABLE", "yes", num_ranks=2)
     assert re.search(r"^warning: .*garbage/metrics\.jsonl", ended.out, re.MULTILINE)
-    assert (folder / "metrics.jsonl").read_text() == whole
+    assert (folder / "metrics.jsonl").read_text() == complete
 
 
 @pytest.fixture(scope="module")
@@ -334,11 +334,11 @@ def test_unreadable_images_of_all_splits_are_reported_at_once(place):
     for file in (*train, query):
         file.write_bytes(b"nothing")
     settings = ("DATASETS.NAMES", "market1501", "DATASETS.ROOT_DIR", root.name, "OUTPUT_DIR", "unread")
-    said = place.refusal("train", *settings, num_ranks=2, code=2)
-    assert "25 of 51" in said
-    assert f"{query.name} (" in said
-    whole_list = Path(re.search(r"\b5 more\b.* (\S+\.txt)", said)[1])
-    listed = (place.folder / whole_list).read_text()
+    message = place.refusal("train", *settings, num_ranks=2, code=2)
+    assert "25 of 51" in message
+    assert f"{query.name} (" in message
+    list_file = Path(re.search(r"\b5 more\b.* (\S+\.txt)", message)[1])
+    listed = (place.folder / list_file).read_text()
     assert all(file.name in listed for file in train)
 
 
@@ -347,12 +347,12 @@ def test_unreadable_images_of_all_splits_are_reported_at_once(place):
 
 @pytest.mark.slow
 def test_under_torchrun_in_a_slurm_job(place, output_dir, first):
-    """As the README starts it; the rest of this file forks the ranks."""
+    """Start it as the README does; the rest of this file forks the ranks."""
     settings = ("--config_file", "tiny.yml", "WANDB.ENABLE", "yes", "OUTPUT_DIR", "by_torchrun")
     ended = place.command(*TORCHRUN, TRAIN, *settings, environment=SLURM_JOB)
     assert (ended.code, ended.err) == (0, ""), ended
     assert not re.search("warning|traceback|deprecat", ended.out, re.IGNORECASE)
-    assert ended.out.count(f"training {SMALL}") == 1  # of two ranks, one is heard
+    assert ended.out.count(f"training {SMALL}") == 1  # by one of two ranks
     folder = place.folder / "by_torchrun"
     assert records(folder, "train", speeds=False) == records(output_dir, "train", speeds=False)
     assert json.loads((folder / "environment.json").read_text())["world_size"] == 2
