@@ -101,7 +101,7 @@ def test_errors_of_a_training_are_problems(place):
     assert first.code == 1
     settings_differ, other_data, folder = problems(first)
     assert re.search(r"rank 1 .*SEED\b.*\b7\b.*\b0\b", settings_differ)
-    assert "holds" in other_data
+    assert "must hold" in other_data
     assert re.search("OUTPUT_DIR=.*/a_file/run", folder)
     assert "ranks        2 on" in first.out
 
