@@ -1,11 +1,11 @@
-"""What each training step sends between the ranks: on paper, counted, and timed.
+"""Communication of a training step between the ranks: on paper, counted, and timed.
 
     uv run python benchmarks/communication.py [--ranks 2] [--quick]
 
-On paper: the one packed collective of the metric losses for global batches of 64 to 4096, beside gradients, SyncBN and
-the consensus flag. Counted: the collectives that torch's profiler sees gloo carry out. Timed: `global_batch` against a
-bare all-gather of the same bytes, and a training step with and without `Consensus.exchange`.
-The script starts itself under torchrun for what it measures (`communication_measured.py`).
+On paper: the one packed collective of the metric losses for global batches of 64 to 4096, next to gradients, SyncBN and
+the consensus flag. Counted: the gloo collectives that torch's profiler records. Timed: `global_batch` against a bare
+all-gather of the same bytes, and a training step with and without `Consensus.exchange`. The script starts itself under
+torchrun for what it measures (`communication_measured.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import subprocess
 import sys
 
 import torch
-from tables import MIB, machine, say, table
+from tables import MIB, machine, print_line, table
 from torch import nn
 
 from reid.commands.main import exit_process
@@ -36,17 +36,17 @@ def packed_bytes(batch: int, num_features: int) -> int:
 
 
 def all_gather_bytes(payload: float, ranks: int) -> float:
-    """What a rank receives of a gathered payload."""
+    """Return the bytes of a gathered payload that a rank receives."""
     return payload * (ranks - 1) / ranks
 
 
 def all_reduce_bytes(payload: float, ranks: int) -> float:
-    """What a rank receives in a ring: once to reduce, once to spread."""
+    """Return the bytes that a rank receives in a ring: once to reduce, once to distribute."""
     return 2 * payload * (ranks - 1) / ranks
 
 
 def sizes(name: str) -> tuple[int, int, list[int]]:
-    """D, trainable parameters, and the channels of every BatchNorm of the real model."""
+    """Return D, the number of trainable parameters, and the channels of every BatchNorm of the real model."""
     with torch.device("meta"):
         model = build_model(load_config(None, [f"MODEL.NAME={name}"]), NUM_PIDS)
     channels = [layer.num_features for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
@@ -58,7 +58,7 @@ def num_buckets(num_parameters: int) -> int:
 
 
 def fixed_rows(num_parameters: int, channels: list[int], ranks: int) -> dict[str, tuple[int, float]]:
-    """Collectives, and bytes that a rank receives, of all that does not depend on the batch."""
+    """Return collectives and bytes that a rank receives, for each part that does not depend on the batch."""
     moments = ranks * sum(2 * c + 1 for c in channels) * 4
     return {
         "gradients, ring all-reduce": (num_buckets(num_parameters), all_reduce_bytes(4 * num_parameters, ranks)),
@@ -90,8 +90,8 @@ def on_paper(name: str, worlds: list[int]) -> None:
     header = ["B", "payload MiB", *(f"received MiB, W={ranks}" for ranks in worlds)]
     table(
         f"The packed collective of the metric losses, one a step, forward only, float32 [B, {num_features} + 1]; the "
-        "limit that it stands against is the gradients' all-reduce, to which its ratio is the same for any W",
-        [*header, "to the gradients'", f"to all else, W={worlds[-1]}"],
+        "limit is the gradients' all-reduce; the ratio to it is the same for any W",
+        [*header, "to the gradients'", f"to everything else, W={worlds[-1]}"],
         rows,
     )
 
@@ -107,14 +107,14 @@ def main() -> None:
 
         measure(quick=arguments.quick)
         exit_process(0)
-    say(f"communication.py --ranks {arguments.ranks}: {machine()}")
+    print_line(f"communication.py --ranks {arguments.ranks}: {machine()}")
     worlds = sorted({arguments.ranks, *WORLDS})
     for name in ("resnet50", "resnet18"):  # D = 2048 and 512
         on_paper(name, worlds)
-    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.ranks}", __file__, "--worker"]
+    argv = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.ranks}", __file__, "--worker"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99"}  # cores are shared; a quiet profiler
-    words += ["--quick"] if arguments.quick else []
-    sys.exit(subprocess.run([sys.executable, *words], env=environment, check=False).returncode)
+    argv += ["--quick"] if arguments.quick else []
+    sys.exit(subprocess.run([sys.executable, *argv], env=environment, check=False).returncode)
 
 
 if __name__ == "__main__":

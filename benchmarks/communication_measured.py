@@ -1,4 +1,4 @@
-"""What communication.py counts and times on every rank that torchrun starts."""
+"""Counts and times of communication.py, measured on every rank that torchrun starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from communication import BATCHES, FLAG, NUM_PIDS, num_buckets, packed_bytes, sizes
-from tables import MIB, say, seconds_of, table
+from tables import MIB, print_line, seconds_of, table
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -49,22 +49,22 @@ def measure(*, quick: bool) -> None:
 
 
 def collectives_of(work: Callable[[], object]) -> list[tuple[str, list[int], int]]:
-    """Kind, shape and bytes of this rank's part of every collective that gloo carries out meanwhile."""
+    """Return kind, shape and bytes of this rank's part of every gloo collective of the work."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:
         work()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         record.export_chrome_trace(str(file))
         events = [event for event in json.loads(file.read_text())["traceEvents"] if "gloo:" in str(event.get("name"))]
-    found = []
+    counted = []
     for event in events:
         (shape,), (kind,) = event["args"]["Input Dims"], event["args"]["Input type"]
-        found.append((event["name"].removeprefix("gloo:"), shape, math.prod(shape) * ELEMENT[kind]))
-    return found
+        counted.append((event["name"].removeprefix("gloo:"), shape, math.prod(shape) * ELEMENT[kind]))
+    return counted
 
 
 def count(accelerator: Accelerator) -> None:
-    """One call of each of ours, and one whole training step of a small model, beside the paper."""
+    """Count one call of each of our functions and one training step of a small model, and compare with the paper."""
     ranks, num_features = collectives.num_ranks(), 2048
     feat, pids = torch.randn(64 // ranks, num_features), torch.arange(64 // ranks)
     consensus = collectives.Consensus()
@@ -73,11 +73,11 @@ def count(accelerator: Accelerator) -> None:
     def exchange() -> None:
         for _ in range(10):
             consensus.exchange(0)
-        time.sleep(0.5)  # until the last, which nobody waits for, has ended
+        time.sleep(0.5)  # until the last one has ended, for which no rank waits
 
     exchanged = collectives_of(exchange)
     step, num_parameters, channels = real_step(accelerator)
-    for _ in range(3):  # DistributedDataParallel settles its buckets after the first
+    for _ in range(3):  # DistributedDataParallel rebuilds its buckets after the first
         step()
     in_step = collectives_of(step)
     of_batch_norm = [part for part in in_step if len(part[1]) == 2 and part[1][0] in (1, 2)]
@@ -107,14 +107,17 @@ def total(parts: list[tuple[str, list[int], int]]) -> int:
 
 
 def real_step(accelerator: Accelerator, batch: int = 16) -> tuple[Callable[[], None], int, list[int]]:
-    """A training step of a global batch made of the package's own parts, and the model's size."""
+    """Return a training step of a global batch made of parts of the package, and the size of the model."""
     cfg = load_config(None, [*TINY, f"SOLVER.IMS_PER_BATCH={batch}"])
     _, num_parameters, channels = sizes("resnet18")
     model = build_model(cfg, NUM_PIDS)
     synchronize_batchnorm(model)
     criterion = Criterion(cfg)
-    own = cfg.SOLVER.IMS_PER_BATCH // collectives.num_ranks()
-    images, pids = torch.randn(own, 3, 32, 16), torch.arange(own) // 4 + own * collectives.rank()
+    local_batch = cfg.SOLVER.IMS_PER_BATCH // collectives.num_ranks()
+    images, pids = (
+        torch.randn(local_batch, 3, 32, 16),
+        torch.arange(local_batch) // 4 + local_batch * collectives.rank(),
+    )
     wrapped, optimizer = wrap(accelerator, model, build_optimizer(cfg.SOLVER, model))
 
     def step() -> None:
@@ -133,9 +136,9 @@ def time_global_batch(*, quick: bool) -> None:
     ranks, rows = collectives.num_ranks(), []
     for num_features in (512, 2048):
         for batch in BATCHES[:: 3 if quick else 1]:
-            own = batch // ranks
-            feat, pids = torch.randn(own, num_features), torch.arange(own)
-            packed, gathered = torch.randn(own, num_features + 1), torch.empty(own * ranks, num_features + 1)
+            local_batch = batch // ranks
+            feat, pids = torch.randn(local_batch, num_features), torch.arange(local_batch)
+            packed, gathered = torch.randn(local_batch, num_features + 1), torch.empty(batch, num_features + 1)
             ours = timed_alone(partial(collectives.global_batch, feat, pids))
             bare = timed_alone(partial(dist.all_gather_into_tensor, gathered, packed))
             copied = timed_alone(partial(torch.empty_like(gathered).copy_, gathered))
@@ -145,11 +148,13 @@ def time_global_batch(*, quick: bool) -> None:
     if collectives.is_main():
         header = ["D", "B", "payload MiB", "global_batch ms", "bare all-gather ms (limit)", "ratio", "memcpy of it ms"]
         table(f"Time of global_batch, {ranks} ranks, gloo on one machine, 1 thread each, median of 20", header, rows)
-        say(f"\nall-reduce of ResNet-50's gradients ({flat.numel() * 4 / MIB:.1f} MiB), same run: {gradients:.0f} ms")
+        print_line(
+            f"\nall-reduce of ResNet-50's gradients ({flat.numel() * 4 / MIB:.1f} MiB), same run: {gradients:.0f} ms"
+        )
 
 
 def timed_alone(work: Callable[[], object]) -> float:
-    """Milliseconds, median of 20, each begun by all ranks at the same time."""
+    """Return milliseconds, the median of 20 calls that all ranks start at the same time."""
     times = []
     for _ in range(23):
         dist.barrier()
@@ -158,7 +163,7 @@ def timed_alone(work: Callable[[], object]) -> float:
 
 
 def small_step(accelerator: Accelerator) -> Callable[[], None]:
-    """A step far shorter than a real one, so that a cost would show."""
+    """Return a step much shorter than a real one, so that a cost would show."""
     layers = [nn.Conv2d(3, 32, 3, stride=2), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
     net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 64))
     wrapped, optimizer = wrap(accelerator, net, torch.optim.SGD(net.parameters(), lr=0.01))
@@ -174,7 +179,7 @@ def small_step(accelerator: Accelerator) -> Callable[[], None]:
 
 
 def time_agreement(title: str, step: Callable[[], None], num_rounds: int) -> None:
-    """Blocks of steps in turn, in the same processes: without agreement twice, to know the noise, and with it."""
+    """Time blocks of steps in turn, in the same processes: twice without agreement (the noise), and with it."""
     consensus, inside = collectives.Consensus(), list[float]()
     ways: dict[str, Callable[[], object]] = {
         "nothing": lambda: None,
@@ -197,7 +202,7 @@ def time_agreement(title: str, step: Callable[[], None], num_rounds: int) -> Non
         return
     rows: list[list[object]] = []
     for name in names:
-        more = [own - without for own, without in zip(wall[name][1:], wall["nothing"][1:], strict=True)]
+        more = [time_ - without for time_, without in zip(wall[name][1:], wall["nothing"][1:], strict=True)]
         low, middle, high = (1000 * value for value in statistics.quantiles(more, n=4))
         times = [1000 * statistics.median(measured[name][1:]) for measured in (wall, cpu)]
         ratio = statistics.median(cpu[name][1:]) / statistics.median(cpu["nothing"][1:])
@@ -210,4 +215,6 @@ def time_agreement(title: str, step: Callable[[], None], num_rounds: int) -> Non
         rows,
     )
     middle, last = (1e6 * value for value in (statistics.median(inside), statistics.quantiles(inside, n=100)[-1]))
-    say(f"\nwithin Consensus.exchange: median {middle:.0f} us, 99th percentile {last:.0f} us, {len(inside)} calls")
+    print_line(
+        f"\nwithin Consensus.exchange: median {middle:.0f} us, 99th percentile {last:.0f} us, {len(inside)} calls"
+    )

@@ -1,11 +1,12 @@
-"""What surviving an interruption costs: the checkpoint, reading it back, and the way from a kill to the next step.
+"""Cost of surviving an interruption: the checkpoint, reading it back, and the time from a kill to the next step.
 
     uv run python benchmarks/continuity.py [--quick] [--folder FOLDER]
 
-The checkpoint: how long training stands still for the copy into host memory, how long the write behind it takes, how
-much a CPU training step slows down meanwhile, against saving within the step. Reading: with and without checking every
-byte. Restarts (`continuity_restarts.py`): the real program under torchrun, killed by the rank, as a whole and by
-SIGTERM; the time until it trains again, by cause, and the steps that were lost. FOLDER is on the disk to be measured.
+The checkpoint: how long training pauses for the copy into host memory, how long the write takes, and how much a CPU
+training step slows down during it, compared with saving within the step. Reading: with and without verifying every
+byte. Restarts (`continuity_restarts.py`): the real program under torchrun, after SIGKILL of a rank, SIGKILL of all
+processes and SIGTERM; the time until it trains again, by cause, and the lost steps. FOLDER is on the disk to be
+measured.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from continuity_restarts import restarts
 from ignite.engine import Engine
-from tables import machine, median_seconds, say, seconds_of, table
+from tables import machine, median_seconds, print_line, seconds_of, table
 from torch import Tensor, nn
 
 from reid.checkpoints.save import BackgroundWriter, host_copy, save_atomically
@@ -41,7 +42,7 @@ IMAGES = (8, 3, 64, 32)  # small, so that a write lasts for several steps
 
 
 def trained_model(name: str) -> tuple[ReIDModel, torch.optim.Optimizer, Callable[[], None]]:
-    """A model with all of Adam's state, and a training step of it."""
+    """Return a model with the complete state of Adam, its optimizer and a training step."""
     torch.manual_seed(0)
     cfg = load_config(None, [f"MODEL.NAME={name}"])
     model = build_model(cfg, NUM_PIDS)
@@ -65,7 +66,7 @@ def tensors_in(content: Any) -> list[Tensor]:
 
 
 def write_plainly(file: Path, values: Tensor) -> None:
-    """The same bytes as they are, and one fsync: what the disk can do."""
+    """Write the same bytes, then fsync once: the limit of the disk."""
     with file.open("wb", buffering=0) as stream:
         left = values.numpy().data.cast("B")
         while left:
@@ -74,7 +75,7 @@ def write_plainly(file: Path, values: Tensor) -> None:
 
 
 def checkpoint_cost(folder: Path, name: str, repeats: int) -> Path:
-    """Tables of what saving costs; returns the file that was written."""
+    """Print tables of the cost of saving; return the written file."""
     model, optimizer, step = trained_model(name)
     content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     tensors = tensors_in(content)
@@ -96,7 +97,7 @@ def checkpoint_cost(folder: Path, name: str, repeats: int) -> Path:
         stalls.append(seconds_of(lambda: checkpoints.save(trainer)))
         checkpoints.finish()
     times = {
-        "training stands still: Checkpoints.save": (statistics.median(stalls), memcpy),
+        "pause of the training: Checkpoints.save": (statistics.median(stalls), memcpy),
         "of which host_copy": (median_seconds(lambda: host_copy(content), repeats), memcpy),
         "the same into fresh memory, in one piece": (memory, memcpy),
         "write in the background: save_atomically": (
@@ -105,7 +106,7 @@ def checkpoint_cost(folder: Path, name: str, repeats: int) -> Path:
         ),
         "saving within the step instead": (median_seconds(lambda: save_atomically(file, content), repeats), disk),
     }
-    rows = [[what, own, size / own / 1e9, limit, own / limit] for what, (own, limit) in times.items()]
+    rows = [[what, time_, size / time_ / 1e9, limit, time_ / limit] for what, (time_, limit) in times.items()]
     table(
         f"A checkpoint of {name} with Adam: {len(tensors)} tensors, {size / 1e6:.1f} MB, a file of "
         f"{file.stat().st_size / 1e6:.1f} MB; limits of the same run: memcpy {size / memcpy / 1e9:.2f} GB/s, plain "
@@ -118,7 +119,7 @@ def checkpoint_cost(folder: Path, name: str, repeats: int) -> Path:
 
 
 def step_while_writing(step: Callable[[], None], write: Callable[[], None], num_rounds: int) -> None:
-    """Blocks of steps in turn, without a write and with one after the other; and how long Python stands still."""
+    """Time blocks of steps in turn, without writes and during successive writes, and the longest pause of Python."""
     writer = BackgroundWriter()
     times: dict[bool, list[tuple[float, float]]] = {False: [], True: []}  # whether it writes -> wall and CPU seconds
     for number in range(6 * num_rounds):
@@ -143,16 +144,16 @@ def step_while_writing(step: Callable[[], None], write: Callable[[], None], num_
     worst = longest_pause(lambda: writer.is_busy)
     writer.wait()
     until = time.perf_counter() + 2
-    say(
+    print_line(
         f"\nlongest time in which the main thread could run no Python: {1000 * worst:.0f} ms during a write, "
         f"{1000 * longest_pause(lambda: time.perf_counter() < until):.0f} ms in 2 s without one"
     )
 
 
-def longest_pause(goes_on: Callable[[], bool]) -> float:
-    """How late a loop of Python was at worst: the writer's thread may hold the interpreter, or the core."""
+def longest_pause(continues: Callable[[], bool]) -> float:
+    """Return the longest pause of a Python loop: the writer's thread may hold the interpreter, or the core."""
     worst, last = 0.0, time.perf_counter()
-    while goes_on():
+    while continues():
         now = time.perf_counter()
         worst, last = max(worst, now - last), now
     return worst
@@ -167,11 +168,11 @@ def reading_cost(file: Path, repeats: int) -> None:
     times = {
         "bare read of the file (limit)": bare,
         "CRC-32 of every tensor alone": median_seconds(verify, repeats),
-        "torch.load, which checks nothing": median_seconds(lambda: torch.load(file, weights_only=True), repeats),
+        "torch.load, which verifies nothing": median_seconds(lambda: torch.load(file, weights_only=True), repeats),
         "read_file: all of it": median_seconds(lambda: read_file(file, "OUTPUT_DIR"), repeats),
     }
     size = file.stat().st_size
-    rows = [[what, own, size / own / 1e9, own / bare] for what, own in times.items()]
+    rows = [[what, time_, size / time_ / 1e9, time_ / bare] for what, time_ in times.items()]
     title = f"Reading {size / 1e6:.1f} MB back, verified, from the page cache, median of {repeats}"
     table(title, ["what", "s", "GB/s", "ratio to limit"], rows)
 
@@ -186,7 +187,7 @@ def main() -> None:
     torch.set_num_threads(1)  # as under torchrun, and the other core is left to the writer
     name, repeats = ("resnet18", 3) if arguments.quick else ("resnet50", 5)
     with tempfile.TemporaryDirectory(prefix="bench_", dir=arguments.folder) as folder:
-        say(f"continuity.py{' --quick' if arguments.quick else ''}: {machine()}, files in {folder}")
+        print_line(f"continuity.py{' --quick' if arguments.quick else ''}: {machine()}, files in {folder}")
         file = checkpoint_cost(Path(folder), name, repeats)
         reading_cost(file, repeats)
         restarts(Path(folder), quick=arguments.quick)

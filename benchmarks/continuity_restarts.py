@@ -1,4 +1,4 @@
-"""What continuity.py measures of restarts: the real program under torchrun, interrupted in four ways."""
+"""Restarts of continuity.py: the real program under torchrun, interrupted in four ways."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from tables import say, seconds_of, table
+from tables import print_line, seconds_of, table
 
 from reid.checkpoints.save import checkpoints_in
 from reid.checkpoints.weights import read_file
@@ -26,7 +26,7 @@ BATCH = 16  # continuity.yml's
 PATIENCE = 120.0  # seconds; nothing here takes a quarter of it
 
 FIRST_STEP = r"^epoch \d+/\d+ step"
-# What happens until training goes on -> the line that ends it; the first begins with the interruption or the command.
+# Stage until training resumes -> the log line that ends it. The first starts with the interruption or the command.
 BY_TORCHRUN = ("torchrun notices, ends the others", r"Worker group FAILED")
 BY_HAND = ("torchrun itself starts", r"starting workers for entrypoint")
 STAGES = (
@@ -39,28 +39,28 @@ STAGES = (
 
 
 class Job(NamedTuple):
-    """torchrun with its ranks, and what they have said with the time."""
+    """torchrun with its ranks, and their output with the time of each line."""
 
     process: subprocess.Popen[str]
     lines: list[tuple[float, str]]
 
 
 class Outcome(NamedTuple):
-    """Of one interruption."""
+    """Measurements of one interruption."""
 
     cause: str
     seconds: list[float]  # of the stages
     reached: int  # iterations
-    went_on_from: int
+    resumed_from: int
     seconds_a_step: float
 
 
 def start(folder: Path) -> Job:
     launcher = ("--standalone", f"--nproc_per_node={NUM_RANKS}", "--max-restarts=3", "--shutdown-timeout=60")
-    words = (*launcher, *TRAIN, "SOLVER.CHECKPOINT_EVERY_MINUTES", EVERY / 60)
+    arguments = (*launcher, *TRAIN, "SOLVER.CHECKPOINT_EVERY_MINUTES", EVERY / 60)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "LOGLEVEL": "INFO"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *map(str, words)],
+        [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
@@ -86,24 +86,24 @@ def wait_for(job: Job, pattern: str, after: float) -> tuple[float, str]:
             if moment > after and re.search(pattern, line):
                 return moment, line
         time.sleep(0.01)
-    said = "\n".join(line for _, line in job.lines[-20:])
-    raise TimeoutError(f"torchrun's ranks did not say {pattern!r} within {PATIENCE:.0f} s, but:\n{said}")
+    output = "\n".join(line for _, line in job.lines[-20:])
+    raise TimeoutError(f"torchrun's ranks did not print {pattern!r} within {PATIENCE:.0f} s, but:\n{output}")
 
 
 def ranks_of(job: Job) -> dict[int, int]:
-    """Rank -> process id, of torchrun's children."""
+    """Return the process id of each rank, from torchrun's children."""
     pid = job.process.pid
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    found = {}
+    pids = {}
     for child in children:
         match = re.search(rb"(?:^|\0)RANK=(\d+)\0", Path(f"/proc/{child}/environ").read_bytes())
         if match:
-            found[int(match[1])] = int(child)
-    return found
+            pids[int(match[1])] = int(child)
+    return pids
 
 
 def last_iteration(folder: Path) -> int:
-    """The last step that a record was written of; the last line may be cut off."""
+    """Return the last step with a record; the last line may be cut off."""
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
     return int(json.loads([line for line in lines if line.endswith("\n")][-1])["iteration"])
 
@@ -114,19 +114,19 @@ def seconds_a_step(folder: Path) -> float:
     return BATCH / float(speeds[len(speeds) // 2])
 
 
-def outcome(cause: str, job: Job, first: tuple[str, str], begun: float, before: tuple[int, float]) -> Outcome:
-    """Waits until the job trains again, from the moment that the interruption or the command came."""
-    seconds, moment, went_on_from = [], begun, 0
+def outcome(cause: str, job: Job, first: tuple[str, str], started: float, before: tuple[int, float]) -> Outcome:
+    """Wait until the job trains again; measure from the interruption or the command on."""
+    seconds, moment, resumed_from = [], started, 0
     for _, pattern in (first, *STAGES):
         ended, line = wait_for(job, pattern, after=moment)
         seconds.append(ended - moment)
         moment = ended
-        went_on_from = max(went_on_from, iteration_of(line))
-    return Outcome(cause, seconds, before[0], went_on_from, before[1])
+        resumed_from = max(resumed_from, iteration_of(line))
+    return Outcome(cause, seconds, before[0], resumed_from, before[1])
 
 
 def train_a_while(folder: Path, phase: float) -> None:
-    """Until a new checkpoint is whole, and then that part of the time to the next one."""
+    """Wait until a new checkpoint is complete, then for this part of the time to the next one."""
     known, deadline = set(checkpoints(folder)), time.monotonic() + PATIENCE
     while known.issuperset(checkpoints(folder)):
         assert time.monotonic() < deadline, f"no new checkpoint within {PATIENCE:.0f} s"
@@ -144,11 +144,11 @@ def iteration_of(text: str) -> int:
 
 
 def kill_rank(folder: Path, job: Job, rank: int) -> Outcome:
-    begun = time.monotonic()
+    started = time.monotonic()
     os.kill(ranks_of(job)[rank], signal.SIGKILL)
-    wait_for(job, BY_TORCHRUN[1], after=begun)  # nothing is written any more, and nothing taken back yet
+    wait_for(job, BY_TORCHRUN[1], after=started)  # all ranks have ended, and no record was removed yet
     before = last_iteration(folder), seconds_a_step(folder)
-    return outcome(f"SIGKILL to rank {rank}, restarted by torchrun", job, BY_TORCHRUN, begun, before)
+    return outcome(f"SIGKILL to rank {rank}, restarted by torchrun", job, BY_TORCHRUN, started, before)
 
 
 def kill_all(folder: Path, job: Job) -> tuple[Outcome, Job]:
@@ -165,26 +165,26 @@ def terminate(folder: Path, job: Job) -> tuple[Outcome, Job]:
 
 def by_hand(cause: str, folder: Path) -> tuple[Outcome, Job]:
     before = last_iteration(folder), seconds_a_step(folder)
-    begun = time.monotonic()
+    started = time.monotonic()
     job = start(folder)
-    return outcome(cause, job, BY_HAND, begun, before), job
+    return outcome(cause, job, BY_HAND, started, before), job
 
 
 def stop(folder: Path, job: Job) -> None:
-    """SIGTERM, and what the ranks and torchrun need until they have ended."""
-    begun = time.monotonic()
+    """Send SIGTERM, and measure how long the ranks and torchrun take to end."""
+    started = time.monotonic()
     job.process.send_signal(signal.SIGTERM)
-    saved, _ = wait_for(job, "stopped by a signal: saved", after=begun)
+    saved, _ = wait_for(job, "stopped by a signal: saved", after=started)
     job.process.wait(PATIENCE)
-    times = saved - begun, time.monotonic() - begun
-    say(
+    times = saved - started, time.monotonic() - started
+    print_line(
         f"SIGTERM: saved after {times[0]:.2f} s, torchrun ended after {times[1]:.2f} s; reached step "
         f"{last_iteration(folder)}, newest checkpoint of step {iteration_of(checkpoints(folder)[-1].name)}"
     )
 
 
 def restarts(folder: Path, *, quick: bool) -> None:
-    say()
+    print_line()
     job = start(folder)
     outcomes: list[Outcome] = []
     try:
@@ -201,7 +201,7 @@ def restarts(folder: Path, *, quick: bool) -> None:
     report(outcomes)
     if not quick:
         checkpoint = checkpoints(folder)[-1]
-        say(
+        print_line(
             f"\nlimits, alone: python -c 'import reid.training.train', {NUM_RANKS} at a time: {import_seconds():.2f} "
             f"s; read_file of the checkpoint ({checkpoint.stat().st_size / 1e6:.0f} MB): "
             f"{seconds_of(lambda: read_file(checkpoint, 'OUTPUT_DIR')):.2f} s"
@@ -209,7 +209,7 @@ def restarts(folder: Path, *, quick: bool) -> None:
 
 
 def end(job: Job) -> None:
-    """Whatever has happened, nothing of it goes on."""
+    """Kill torchrun and its ranks if they still run."""
     if job.process.poll() is None:
         for pid in (job.process.pid, *ranks_of(job).values()):
             os.kill(pid, signal.SIGKILL)
@@ -221,25 +221,25 @@ def report(outcomes: list[Outcome]) -> None:
     causes = [done.cause for done in outcomes]
     rows: list[list[object]] = [[name, *(done.seconds[i] for done in outcomes)] for i, name in enumerate(names)]
     rows.append(["all, until the first new step has ended", *(sum(done.seconds) for done in outcomes)])
-    table("Seconds until training goes on", ["what", *causes], rows)
+    table("Seconds until training resumes", ["what", *causes], rows)
     rows = []
     for done in outcomes:
-        lost = done.reached - done.went_on_from
+        lost = done.reached - done.resumed_from
         limit = 0.0 if "SIGTERM" in done.cause else EVERY
-        rows.append([done.cause, done.reached, done.went_on_from, lost, lost * done.seconds_a_step, limit])
+        rows.append([done.cause, done.reached, done.resumed_from, lost, lost * done.seconds_a_step, limit])
     header = [
         "cause",
         "step reached",
-        "went on from",
+        "resumed from",
         "steps lost",
         "seconds of work",
-        "limit s (an interval, and a write)",
+        "limit s (an interval and a write)",
     ]
     table(f"Work lost, with a checkpoint every {EVERY:g} s", header, rows)
 
 
 def import_seconds() -> float:
-    begun = time.monotonic()
+    started = time.monotonic()
     for process in [subprocess.Popen([sys.executable, "-c", "import reid.training.train"]) for _ in range(NUM_RANKS)]:
         process.wait()
-    return time.monotonic() - begun
+    return time.monotonic() - started

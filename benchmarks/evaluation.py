@@ -1,10 +1,10 @@
-"""Cost of CMC and mAP beside the matrix product under them: CPU seconds, seconds and memory.
+"""Cost of CMC and mAP compared with the matrix product under them: CPU seconds, seconds and memory.
 
     uv run python benchmarks/evaluation.py [--quick] [--threads 1] [--rounds 3] [--no-msmt17]
 
-"product" is the float32 product of queries and gallery in the same blocks of queries, and nothing else: the limit. The
-other rows are `retrieval_scores`, first of well separated identities, as of a trained model. With "untrained" they are
-not separated: the last match of a query is farther than most images, which must all be sorted. With "ties" features are
+"product" is only the float32 product of queries and gallery in the same blocks of queries: the limit. The other rows
+are `retrieval_scores`, first of well separated identities, as of a trained model. With "untrained" they are not
+separated: the last match of a query is farther than most images, which must all be sorted. With "ties" features are
 rounded, so that each match ties with many images. The ways run in turn, and medians are reported. Memory is the peak
 above the features. The memory law has 256 queries against galleries of up to a million images. A GPU is used if there
 is one.
@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from embeddings import Embeddings, draw
 from measuring import Cost, cost_of, costs_in_turn, device
-from tables import machine, say, table
+from tables import machine, print_line, table
 from torch import Tensor
 
 from reid.retrieval.metrics import query_blocks, retrieval_scores
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--no-msmt17", action="store_true", help="leave out MSMT17 (ten minutes on one core)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    say(f"evaluation.py --threads {arguments.threads}: {machine()}")
+    print_line(f"evaluation.py --threads {arguments.threads}: {machine()}")
     if arguments.quick:
         speed("A tenth of Market-1501", QUICK, arguments.rounds)
         memory_law(LAW[:2])

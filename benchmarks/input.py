@@ -1,15 +1,15 @@
-"""What input costs, from image files to normalised, augmented batches: CPU seconds and memory.
+"""Cost of the input, from image files to normalized, augmented batches: CPU seconds and memory.
 
     uv run python benchmarks/input.py [--quick] [--folder FOLDER]
 
 Images of 256x128, batches of 64, one thread. "store": decoding and resizing JPEG files of 128x64 once, against decoding
 alone. "gather": a batch out of the memory-mapped store, against a copy of as many bytes. "draw" and "augment": flip,
-pad, crop, normalise and erase, against a conversion to float32 alone. "batch": all of them. "PIL": the same from files,
-image by image, as reid-strong-baseline does it every epoch, written anew here (resize, flip, pad, crop, to tensor,
-normalise, erase). "waits": how long a trainer waits for each batch, loaded in line or by the thread, with the store in
-the page cache (warm) or only on the disk (cold), beside steps of 30 ms that sleep, multiply matrices, or launch many
-small operations. Where there is a GPU: copies to it, and augmentation of images that lie there. FOLDER is on the disk
-to be used.
+pad, crop, normalize and erase, against a conversion to float32 alone. "batch": all of them. "PIL": the same from files,
+image by image, as reid-strong-baseline does it every epoch, reimplemented here (resize, flip, pad, crop, to tensor,
+normalize, erase). "waits": how long a trainer waits for each batch, loaded in line or by the thread, with the store in
+the page cache (warm) or only on the disk (cold), during steps of 30 ms that sleep, multiply matrices, or launch many
+small operations. Where there is a GPU: copies to it, and augmentation of images in its memory. FOLDER is on the disk to
+be used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from measuring import Cost, costs_in_turn, device
 from PIL import Image, ImageOps
-from tables import machine, say, table
+from tables import machine, print_line, table
 from torch import Tensor
 
 from reid.data import augment
@@ -41,7 +41,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RECIPE = augment.Recipe(SIZE, flip_probability=0.5, padding=PADDING, erasing_probability=0.5, seed=0)
 NUM_BYTES = 3 * SIZE[0] * SIZE[1]
 PER_GPU, NUM_GPUS = 4_000, 8  # images per second that a GPU trains on
-RSB = 912  # images per CPU second of reid-strong-baseline's own pipeline on a faster machine, see the notes
+RSB = 912  # images per CPU second of the pipeline of reid-strong-baseline on a faster machine, see RESULTS.md
 TARGETS = {"gather": 50_000.0, "store": 1_500.0}  # images per CPU second
 ROUNDS = 3
 STEP = 0.03  # seconds of a trainer's step
@@ -52,7 +52,7 @@ WAYS: dict[str, Callable[[StoredImages, list[PlannedBatch]], Iterable[Batch]]] =
 
 
 def write_files(folder: Path, num_images: int) -> list[Path]:
-    """JPEG files with about as many bytes as photographs of people have."""
+    """Write JPEG files with about as many bytes as photographs of people have."""
     generator = np.random.default_rng(0)
     height, width = FILE_SIZE
     paths = []
@@ -74,7 +74,7 @@ def pil_batch(paths: list[Path], generator: random.Random) -> Tensor:
 
 
 def pil_image(path: Path, generator: random.Random) -> Tensor:
-    """[3, H, W], as the original's transforms give it."""
+    """Return [3, H, W], as the transforms of the original give it."""
     height, width = SIZE
     with Image.open(path) as file:
         image = file.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
@@ -102,7 +102,7 @@ def erase(image: Tensor, generator: random.Random) -> None:
 
 
 def each(work: Callable[[int], object], num_batches: int) -> Callable[[], object]:
-    """The work for every batch, one after the other."""
+    """Return a function that does the work for every batch, one after the other."""
 
     def all_of_them() -> None:
         for number in range(num_batches):
@@ -112,7 +112,7 @@ def each(work: Callable[[int], object], num_batches: int) -> Callable[[], object
 
 
 def on_the_cpu(paths: list[Path], store: np.ndarray) -> dict[str, Cost]:
-    """What each part costs for all images; and the tables of it."""
+    """Return the cost of each part for all images, and print the table."""
     dataset = StoredImages([store], np.zeros(len(store), dtype=np.int64), None)
     plans = planned(len(store))
     mean, std = torch.tensor(MEAN), torch.tensor(STD)
@@ -178,7 +178,7 @@ def building(folder: Path, paths: list[Path]) -> None:
 
 
 def needs(costs: dict[str, Cost], num_images: int) -> None:
-    """CPU cores that a node's GPUs keep busy."""
+    """Print the number of CPU cores that the GPUs of a node keep busy."""
     wanted = PER_GPU * NUM_GPUS
     ways = {
         "all images in GPU memory: draw": ("draw",),
@@ -194,15 +194,15 @@ def needs(costs: dict[str, Cost], num_images: int) -> None:
 def repeated(work: Callable[[], object]) -> Callable[[], object]:
     """Return the work, done as often as fills one step."""
     work()
-    begun, number = time.perf_counter(), 0
-    while time.perf_counter() < begun + 10 * STEP:
+    start, number = time.perf_counter(), 0
+    while time.perf_counter() < start + 10 * STEP:
         work()
         number += 1
     return each(lambda _: work(), max(number // 10, 1))
 
 
 def drop_from_page_cache(file: Path) -> None:
-    """Leave the file on the disk alone; no process may map it."""
+    """Remove the file from the page cache; no process may map it."""
     descriptor = os.open(file, os.O_RDONLY)
     os.fsync(descriptor)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -216,14 +216,14 @@ def waits(file: Path, num_images: int) -> None:
         "matrix products": repeated(lambda: matrix @ matrix),
         "small operations": repeated(lambda: few.add_(1)),
     }
-    found: dict[tuple[str, str, str], list[tuple[list[float], list[float]]]] = {}
+    measured: dict[tuple[str, str, str], list[tuple[list[float], list[float]]]] = {}
     for _ in range(ROUNDS):
         for cache in ("warm", "cold"):
             for name, step in steps.items():
                 for way in WAYS:
-                    found.setdefault((cache, name, way), []).append(epoch(file, num_images, cache, step, way))
+                    measured.setdefault((cache, name, way), []).append(epoch(file, num_images, cache, step, way))
     rows: list[list[object]] = []
-    for key, rounds in found.items():
+    for key, rounds in measured.items():
         waited, worked = ([1e3 * t for part in rounds for t in part[i][1:]] for i in (0, 1))
         first = statistics.median(1e3 * waited[0] for waited, _ in rounds)
         rows.append([*key, first, *map(float, (statistics.median(waited), statistics.mean(waited), max(waited)))])
@@ -238,7 +238,7 @@ def waits(file: Path, num_images: int) -> None:
 def epoch(
     file: Path, num_images: int, cache: str, step: Callable[[], object], way: str
 ) -> tuple[list[float], list[float]]:
-    """Seconds that each batch is waited for, and that each step takes then."""
+    """Return the seconds of waiting for each batch, and those of each step."""
     if cache == "cold":
         drop_from_page_cache(file)
     store = open_store(file, num_images, SIZE)
@@ -247,17 +247,17 @@ def epoch(
     batches = iter(WAYS[way](StoredImages([store], np.zeros(num_images, dtype=np.int64), RECIPE), planned(num_images)))
     waited, worked = list[float](), list[float]()
     for _ in range(num_images // BATCH):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         next(batches)
         received = time.perf_counter()
         step()
-        waited.append(received - begun)
+        waited.append(received - start)
         worked.append(time.perf_counter() - received)
     return waited, worked
 
 
 def on_the_gpu(store: np.ndarray) -> None:
-    """Copies from pinned memory, and whole-batch augmentation, where there is a GPU."""
+    """Measure copies from pinned memory, and augmentation of a batch on the GPU."""
     where = device()
     host = torch.from_numpy(np.array(store[:BATCH])).pin_memory()
     images, ids = torch.from_numpy(np.array(store)).to(where), torch.arange(BATCH, device=where)
@@ -284,7 +284,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="on the disk to be used; default: the temporary one")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    say(f"input.py{' --quick' if arguments.quick else ''}: {machine()}")
+    print_line(f"input.py{' --quick' if arguments.quick else ''}: {machine()}")
     with tempfile.TemporaryDirectory(prefix="bench_", dir=arguments.folder) as name:
         folder = Path(name)
         paths = write_files(folder, 2 * BATCH if arguments.quick else 2048)

@@ -1,4 +1,4 @@
-"""What the benchmark scripts measure with: seconds of the clock and of CPUs, peak memory, whole runs in turn."""
+"""Measurements for the benchmark scripts: wall-clock and CPU seconds, peak memory, several ways in turn."""
 
 from __future__ import annotations
 
@@ -15,48 +15,48 @@ import torch
 
 @dataclass(frozen=True)
 class Cost:
-    """Of some work."""
+    """Cost of some work."""
 
     cpu: float  # seconds, user and system, of all threads
     seconds: float
-    memory: float  # GB above what was held before: of the GPU where there is one, else of the process
+    memory: float  # GB above those in use before: of the GPU if there is one, else of the process
 
 
 def device() -> torch.device:
-    """Where a user's run would be."""
+    """Return the device that a run would use."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def wait_for_device() -> None:
-    """A GPU works on while Python goes on."""
+    """Wait for the GPU, which works asynchronously."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def cpu_seconds() -> float:
-    """Of this process until now."""
+    """Return the CPU seconds of this process so far."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 
 
 def cost_of(work: Callable[[], object]) -> Cost:
-    """Of the work, until the device has done it."""
+    """Return the cost of the work, until the device has finished it."""
     wait_for_device()
-    before = _begin_peak()
-    cpu, begun = cpu_seconds(), time.perf_counter()
+    before = _start_peak()
+    cpu, start = cpu_seconds(), time.perf_counter()
     work()
     wait_for_device()
-    seconds, cpu = time.perf_counter() - begun, cpu_seconds() - cpu
+    seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
     return Cost(cpu, seconds, _peak() - before)
 
 
 def costs_in_turn(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Cost]:
-    """Medians of several ways to do the same, taken in turn, so that a machine that slows down does so for all."""
-    found: dict[str, list[Cost]] = {name: [] for name in ways}
+    """Return medians of several ways, run in turn, so that a slower machine affects all of them."""
+    costs: dict[str, list[Cost]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, work in ways.items():
-            found[name].append(cost_of(work))
-    return {name: _median(costs) for name, costs in found.items()}
+            costs[name].append(cost_of(work))
+    return {name: _median(of_one) for name, of_one in costs.items()}
 
 
 def _median(costs: list[Cost]) -> Cost:
@@ -65,8 +65,8 @@ def _median(costs: list[Cost]) -> Cost:
     return Cost(cpu, seconds, memory)
 
 
-def _begin_peak() -> float:
-    """GB held now; the peak is counted from here on."""
+def _start_peak() -> float:
+    """Return the GB in use now; the peak is counted from here on."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 1e9
@@ -79,7 +79,7 @@ def _peak() -> float:
 
 
 def _status(name: str) -> float:
-    """GB, as Linux counts them for this process."""
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), flags=re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024 / 1e9
+    """Return an entry of this process's status in GB."""
+    match = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), flags=re.MULTILINE)
+    assert match is not None
+    return int(match[1]) * 1024 / 1e9

@@ -1,12 +1,12 @@
-"""Cost of k-reciprocal re-ranking beside the matrix product under it: CPU seconds, seconds and memory.
+"""Cost of k-reciprocal re-ranking compared with the matrix product under it: CPU seconds, seconds and memory.
 
     uv run python benchmarks/reranking.py [--quick] [--threads 1]
 
-Every row is measured in a process of its own. "product": the squared distances of all images in blocks of rows, and
-nothing else. "blocks": the re-ranked distances in blocks of 256 queries, as in evaluation. "distmat": `k_reciprocal`,
-which returns all of them. "dense": the algorithm with complete N x N matrices in numpy (tests/reference.py). Memory is
-the peak above the process with its embeddings, which are generated (benchmarks/embeddings.py). The memory law is the
-peak memory by the number of images at few features, extrapolated to the size of MSMT17.
+Every row is measured in a separate process. "product": only the squared distances of all images in blocks of rows.
+"blocks": the re-ranked distances in blocks of 256 queries, as in evaluation. "distmat": `k_reciprocal`, which returns
+all of them. "dense": the algorithm with complete N x N matrices in numpy (tests/reference.py). Memory is the peak above
+the process with its embeddings, which are generated (benchmarks/embeddings.py). The memory law is the peak memory by
+the number of images at few features, extrapolated to the size of MSMT17.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from embeddings import draw
 from measuring import cpu_seconds
-from tables import machine, say, table
+from tables import machine, print_line, table
 from torch import Tensor
 
 from reid.retrieval.neighbours import row_blocks
@@ -77,11 +77,11 @@ def measure(way: str, num_queries: int, num_gallery: int, num_features: int, thr
     q, g = both[:num_queries], both[num_queries:]
     memory, cpu, clock = peak_gb(), cpu_seconds(), time.perf_counter()
     WAYS[way](q, g)
-    say(json.dumps([cpu_seconds() - cpu, time.perf_counter() - clock, peak_gb() - memory]))
+    print_line(json.dumps([cpu_seconds() - cpu, time.perf_counter() - clock, peak_gb() - memory]))
 
 
 def measured(way: str, size: tuple[int, int, int], threads: int) -> tuple[float, float, float]:
-    """Return CPU seconds, seconds and GB, measured in a process of its own."""
+    """Return CPU seconds, seconds and GB, measured in a separate process."""
     command = [sys.executable, __file__, "--threads", str(threads), "--measure", way, *map(str, size)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     cpu, clock, memory = json.loads(done.stdout)
@@ -117,7 +117,7 @@ def memory_law(sizes: list[tuple[int, int, int]], threads: int) -> None:
         rows,
     )
     more = 4 * (NUM_FEATURES - sizes[0][2]) * num_images / 1e9
-    say(
+    print_line(
         f"\nWith D = {NUM_FEATURES:,} the copies of N = {num_images:,} embeddings take {more:.3g} GB more: "
         f"{memory + more:.3g} GB"
     )
@@ -134,7 +134,7 @@ def main() -> None:
         num_queries, num_gallery, num_features = map(int, size)
         measure(way, num_queries, num_gallery, num_features, arguments.threads)
         return
-    say(f"reranking.py --threads {arguments.threads}: {machine()}")
+    print_line(f"reranking.py --threads {arguments.threads}: {machine()}")
     for name, size in SIZES.items():
         if name == "N = 4,000":
             speed(name, size, ["product", "blocks", "distmat", "dense"], arguments.threads)

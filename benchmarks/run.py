@@ -1,10 +1,10 @@
-"""Runs the benchmarks and writes their tables into RESULTS.md.
+"""Command that runs the benchmarks and writes their tables into RESULTS.md.
 
     uv run python benchmarks/run.py [--quick] [--output FILE] [PART ...]
 
-Every part is a script beside this one, in a process of its own, one after the other. What it prints goes between the
-part's two marks in the file, under the command and the commit; all else in the file, the words about it, stays as it
-is, so that a part may be run again alone. With `--quick` nothing is written unless `--output` says where.
+Every part is a script in this folder; they run one after the other, each in a separate process. The output goes between
+the two marks of the part in the file, with the command and the commit. The rest of the file stays as it is, so a part
+may be run again alone. With `--quick`, nothing is written without `--output`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from tables import say
+from tables import print_line
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
@@ -34,10 +34,10 @@ PATIENCE = 3600  # seconds for one part
 
 
 def commit() -> str:
-    """The short name of what runs, with a star where files were changed since."""
+    """Return the short hash of the commit, with a star if files have changed since."""
 
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
 
     return git("rev-parse", "--short", "HEAD") + ("*" if git("status", "--porcelain", "--untracked-files=no") else "")
 
@@ -47,7 +47,7 @@ def marks(part: str) -> tuple[str, str]:
 
 
 def with_section(text: str, part: str, content: str) -> str:
-    """The text with the content between the part's marks, which are added at the end where they are missing."""
+    """Return the text with the content between the marks of the part, which are added at the end if missing."""
     begin, end = marks(part)
     if begin not in text:
         text = f"{text.rstrip()}\n\n## {PARTS[part]}\n\n{begin}\n{end}\n".lstrip()
@@ -57,21 +57,21 @@ def with_section(text: str, part: str, content: str) -> str:
 
 
 def run(part: str, *, quick: bool) -> str | None:
-    """What the script has printed, under its command; None where it failed."""
-    words = [f"benchmarks/{part}.py", *(["--quick"] if quick else [])]
-    begun = time.monotonic()
+    """Run the script; return its output with its command, or None if it failed."""
+    command = [f"benchmarks/{part}.py", *(["--quick"] if quick else [])]
+    start = time.monotonic()
     done = subprocess.run(
-        [sys.executable, str(HERE / f"{part}.py"), *words[1:]],
+        [sys.executable, str(HERE / f"{part}.py"), *command[1:]],
         stdout=subprocess.PIPE,
         text=True,
         timeout=PATIENCE,
         check=False,
     )
     if done.returncode:
-        say(f"{words[0]} ended with {done.returncode}; its part stays as it was")
+        print_line(f"{command[0]} ended with {done.returncode}; its part stays as it was")
         return None
-    minutes = (time.monotonic() - begun) / 60
-    return f"`uv run python {' '.join(words)}`, commit {commit()}, {minutes:.1f} minutes\n\n{done.stdout.strip()}"
+    minutes = (time.monotonic() - start) / 60
+    return f"`uv run python {' '.join(command)}`, commit {commit()}, {minutes:.1f} minutes\n\n{done.stdout.strip()}"
 
 
 def main() -> int:
@@ -90,11 +90,11 @@ def main() -> int:
         if content is None:
             failed.append(part)
             continue
-        say(f"\n## {PARTS[part]}\n\n{content}")
+        print_line(f"\n## {PARTS[part]}\n\n{content}")
         if output is not None:
             output.write_text(with_section(output.read_text() if output.exists() else "", part, content))
     if failed:
-        say(f"\nfailed: {', '.join(failed)}")
+        print_line(f"\nfailed: {', '.join(failed)}")
     return 1 if failed else 0
 
 

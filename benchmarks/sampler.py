@@ -1,10 +1,10 @@
-"""What the plan of an epoch costs, and a rank's part of it: CPU seconds and memory.
+"""Cost of the plan of an epoch, and of a rank's part of it: CPU seconds and memory.
 
     uv run python benchmarks/sampler.py [--quick]
 
-The plan says which images every global batch of an epoch holds (P identities, K images of each). Every rank makes the
-whole of it, once an epoch; the limit is a sort of as many random keys, without which nothing is shuffled. Behind it
-stands what a rank takes of each batch, which costs by the size of its own part, and on paper 16,384 ranks.
+The plan lists the images of every global batch of an epoch (P identities, K images of each). Every rank makes the
+complete plan, once an epoch. The limit is a sort of as many random keys, which any shuffle needs. Then follow the cost
+of a rank's part of each batch, which depends on the size of that part, and 16,384 ranks on paper.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 from measuring import cost_of, costs_in_turn
 from numpy.typing import NDArray
-from tables import machine, say, table
+from tables import machine, print_line, table
 
 from reid.data.samplers import IdentityPlan, TrainBatches
 
@@ -29,7 +29,7 @@ ROUNDS = 3
 
 
 def people(name: str) -> NDArray[np.int64]:
-    """[N] identities, of varying numbers of images, at least one."""
+    """Return the identities [N], each with a random number of images, at least one."""
     num_pids, num_images = DATA[name]
     more = np.random.default_rng(0).integers(num_pids, size=num_images - num_pids)
     return np.concatenate([np.arange(num_pids), more]).astype(np.int64)
@@ -55,7 +55,7 @@ def plan_row(name: str, num_pids: int) -> list[object]:
 
 
 def part_rows(name: str, num_pids: int) -> list[list[object]]:
-    """What each further batch costs a rank, once the epoch has its plan."""
+    """Return the cost of each further batch for a rank, once the epoch has its plan."""
     plan = plan_of(people(name), num_pids)
     rows: list[list[object]] = []
     for num_ranks in RANKS:
@@ -70,12 +70,12 @@ def part_rows(name: str, num_pids: int) -> list[list[object]]:
 
 
 def on_paper(name: str, cpu: float) -> None:
-    """16,384 ranks with 4 images each: the batch is larger than many data sets, so it is the ranks that count."""
+    """Print the cost for 16,384 ranks with 4 images each, whose batch is larger than many data sets."""
     num_images = DATA[name][1]
     batch = RANKS[-1] * K
-    say(
+    print_line(
         f"\nOn paper, {RANKS[-1]:,} ranks with {K} images each, a batch of {batch:,}: {num_images // batch} steps an "
-        f"epoch; every rank makes the plan in {cpu:.2g} CPU s, once an epoch and without a word to the others "
+        f"epoch; every rank makes the plan in {cpu:.2g} CPU s, once an epoch and without communication "
         f"(sent instead, it would be {8 * num_images / 1e6:.3g} MB for each), and then takes {8 * K} bytes a step."
     )
 
@@ -84,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="without the largest, a second")
     arguments = parser.parse_args()
-    say(f"sampler.py{' --quick' if arguments.quick else ''}: {machine()}")
+    print_line(f"sampler.py{' --quick' if arguments.quick else ''}: {machine()}")
     sizes = [("Market-1501", 16), ("MSMT17", 16), ("1M", 16), ("1M", 1024), ("1M", 16_384)]
     rows = [plan_row(*size) for size in (sizes[:2] if arguments.quick else sizes)]
     table(
@@ -104,7 +104,7 @@ def main() -> None:
     )
     largest = ("MSMT17", 512) if arguments.quick else ("1M", 16_384)
     table(
-        f"A rank's part of it, {largest[0]}, P = {largest[1]:,}, K = {K}, behind the first batch",
+        f"A rank's part of it, {largest[0]}, P = {largest[1]:,}, K = {K}, after the first batch",
         ["ranks", "images a rank", "steps", "CPU us a step", "GB above"],
         part_rows(*largest),
     )

@@ -1,4 +1,4 @@
-"""How training scales with ranks: measured on this machine, counted, and modelled on paper for 8 to 1,024 GPUs.
+"""Scaling of training with ranks: measured on this machine, counted, and modeled on paper for 8 to 1,024 GPUs.
 
     uv run python benchmarks/scaling.py [--quick]
 
@@ -21,7 +21,7 @@ import time
 
 import torch
 from communication import all_gather_bytes, fixed_rows, packed_bytes, sizes
-from tables import MIB, machine, say, table
+from tables import MIB, machine, print_line, table
 from torch.utils.flop_counter import FlopCounterMode
 
 from reid.commands.main import exit_process
@@ -34,7 +34,7 @@ STEPS, WARM_UP = 20, 3
 WORLDS = (1, 8, 16, 64, 256, 1024)
 PER_GPU, STRONG = 64, 512  # images
 
-# The figures that the paper rests on: the H200's and NCCL's published ones, and guesses that are marked.
+# Figures that the estimates on paper use: published ones of the H200 and NCCL, and guesses, which are marked.
 FIGURES: dict[str, tuple[float, str]] = {
     "images": (4_000, "images/s that a GPU trains alone (the project's target; guess)"),
     "embedded": (12_000, "images/s that it embeds: a third of the work (guess)"),
@@ -44,8 +44,8 @@ FIGURES: dict[str, tuple[float, str]] = {
     "between": (0.7 * 400e9, "bytes/s between nodes, of 8 GPUs with a 400 Gbit/s link each: 70 % (guess of the share)"),
     "hop": (3e-6, "s of latency for each doubling of the ranks in a node (guess)"),
     "far hop": (10e-6, "s likewise between nodes (guess)"),
-    "launch": (10e-6, "s to begin a collective (guess)"),
-    "overlap": (0.6, "share of the step, its backward pass, behind which gradients are exchanged"),
+    "launch": (10e-6, "s to start a collective (guess)"),
+    "overlap": (0.6, "share of the step, its backward pass, during which gradients are exchanged"),
 }
 NODE = 8  # GPUs
 
@@ -58,7 +58,7 @@ def figure(name: str) -> float:
 
 
 def worker(images: int) -> None:
-    """One of the processes that torchrun starts: rank 0 writes seconds and CPU seconds of a step."""
+    """Run in each process that torchrun starts; rank 0 prints seconds and CPU seconds of a step."""
     from communication_measured import TINY, real_step
 
     from reid.distributed import collectives
@@ -70,17 +70,17 @@ def worker(images: int) -> None:
         step = real_step(accelerator, images * collectives.num_ranks())[0]
         seconds, cpu = [], []
         for _ in range(WARM_UP + STEPS):
-            begun, cpu_begun = time.perf_counter(), time.process_time()
+            start, cpu_start = time.perf_counter(), time.process_time()
             step()
-            seconds.append(time.perf_counter() - begun)
-            cpu.append(time.process_time() - cpu_begun)
+            seconds.append(time.perf_counter() - start)
+            cpu.append(time.process_time() - cpu_start)
         used = collectives.sum_over_ranks(torch.tensor(statistics.median(cpu[WARM_UP:]), dtype=torch.float64))
         if collectives.is_main():
-            say(json.dumps([statistics.median(seconds[WARM_UP:]), float(used)]))
+            print_line(json.dumps([statistics.median(seconds[WARM_UP:]), float(used)]))
 
 
 def measured(num_ranks: int, images: int) -> tuple[float, float]:
-    words = [
+    command = [
         "-m",
         "torch.distributed.run",
         "--standalone",
@@ -90,7 +90,7 @@ def measured(num_ranks: int, images: int) -> tuple[float, float]:
         str(images),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *words], env=environment, check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *command], env=environment, check=True, capture_output=True, text=True)
     seconds, cpu = json.loads(done.stdout.splitlines()[-1])
     return seconds, cpu
 
@@ -127,7 +127,7 @@ def scaling(title: str, images_of: dict[int, int]) -> None:
 
 
 def latency(ranks: int) -> float:
-    """Of a tree over the GPUs of a node and one over the nodes."""
+    """Return the latency of a tree over the GPUs of a node and one over the nodes."""
     inside, nodes = min(ranks, NODE), max(1, ranks // NODE)
     return (
         figure("launch") + figure("hop") * math.log2(inside) + figure("far hop") * math.log2(nodes)
@@ -141,7 +141,7 @@ def transfer(num_bytes: float, ranks: int) -> float:
 
 
 def step_on_paper(ranks: int, images: float) -> dict[str, float]:
-    """Seconds of each part of a step, by what it waits for."""
+    """Return the seconds of each part of a step."""
     num_features, num_parameters, channels = sizes("resnet50")
     batch = images * ranks
     compute = images / figure("images")
@@ -212,12 +212,12 @@ def on_paper() -> None:
     with counter:
         model.base(images)
     flops = counter.get_total_flops()
-    say(
+    print_line(
         f"\nResNet-50, last stride 1, 256x128: {flops / 1e9:.3g} GFLOP forward, three times that to train an image: "
         f"{figure('images'):,.0f} images/s are {3 * flops * figure('images') / 1e12:.3g} TFLOP/s."
     )
     table(
-        "The figures that the paper rests on",
+        "The figures that the estimates on paper use",
         ["figure", "meaning"],
         [[f"{value:.3g}", meaning] for value, meaning in FIGURES.values()],
     )
@@ -236,7 +236,7 @@ def main() -> None:
     if arguments.worker:
         worker(arguments.worker)
         exit_process(0)
-    say(f"scaling.py{' --quick' if arguments.quick else ''}: {machine()}")
+    print_line(f"scaling.py{' --quick' if arguments.quick else ''}: {machine()}")
     if not arguments.quick:
         scaling("Weak", dict.fromkeys(arguments.ranks, IMAGES))
         scaling("Strong", {ranks: IMAGES // ranks for ranks in arguments.ranks})

@@ -1,10 +1,10 @@
-"""Where the time from the command to the first training step goes: seconds and CPU seconds, by cause.
+"""Time from the command to the first training step: seconds and CPU seconds, by cause.
 
     uv run python benchmarks/startup.py [--quick]
 
-What answers without torch (`--help`, a wrong setting) against the interpreter alone; what each package costs to import;
-and the program itself on the generated benchmark, whose images are decoded already, from line to line of what it says.
-Everything is a process of its own.
+Answers without torch (`--help`, an invalid setting) against the interpreter alone; imports of each package; and the
+program itself on the generated benchmark, whose images are decoded already, from log line to log line. Everything runs
+in a separate process.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from tables import machine, say, table
+from tables import machine, print_line, table
 
 HERE = Path(__file__).parent
 TRAIN = [sys.executable, "-u", str(HERE.parent / "launch" / "train.py")]
 SETTINGS = ["--config_file", str(HERE / "continuity.yml"), "OUTPUT_DIR", "run", "SOLVER.MAX_EPOCHS", "1"]
 LIMIT = 0.5  # seconds for an answer without torch
 NUM_PACKAGES = 10
-# What happens -> the line that ends it.
+# Stage -> the log line that ends it.
 STAGES = (
     ("interpreter, settings, imports, process group", r"^synthetic +ids"),
-    ("data, model, optimiser (torch's compiler is imported)", r"^training resnet18"),
+    ("data, model, optimizer (torch's compiler is imported)", r"^training resnet18"),
     ("the first step", r"^epoch \d+/\d+ step"),
 )
 
@@ -41,10 +41,10 @@ class Used(NamedTuple):
     seconds: float
 
 
-def run(words: list[str], folder: Path) -> Used:
-    before, begun = children_cpu(), time.perf_counter()
-    subprocess.run(words, cwd=folder, capture_output=True, check=False)
-    return Used(children_cpu() - before, time.perf_counter() - begun)
+def run(command: list[str], folder: Path) -> Used:
+    before, start = children_cpu(), time.perf_counter()
+    subprocess.run(command, cwd=folder, capture_output=True, check=False)
+    return Used(children_cpu() - before, time.perf_counter() - start)
 
 
 def children_cpu() -> float:
@@ -52,8 +52,8 @@ def children_cpu() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def median(words: list[str], folder: Path, repeats: int) -> Used:
-    used = [run(words, folder) for _ in range(repeats)]
+def median(command: list[str], folder: Path, repeats: int) -> Used:
+    used = [run(command, folder) for _ in range(repeats)]
     return Used(statistics.median(u.cpu for u in used), statistics.median(u.seconds for u in used))
 
 
@@ -61,18 +61,18 @@ def answers(folder: Path, repeats: int) -> None:
     commands = {
         "interpreter alone (limit)": [sys.executable, "-c", "pass"],
         "--help": [*TRAIN, "--help"],
-        "a wrong setting": [*TRAIN, "SOLVER.BASE_LR", "fast"],
-        "a key that there is not, in a file": [*TRAIN, *SETTINGS, "SOLVER.BASELR", "1"],
+        "an invalid setting": [*TRAIN, "SOLVER.BASE_LR", "fast"],
+        "an unknown key": [*TRAIN, *SETTINGS, "SOLVER.BASELR", "1"],
     }
     rows = []
-    for name, words in commands.items():
-        used = median(words, folder, repeats)
+    for name, command in commands.items():
+        used = median(command, folder, repeats)
         rows.append([name, used.cpu, used.seconds, LIMIT if "limit" not in name else ""])
     table(f"Answers without torch, median of {repeats}", ["what", "CPU s", "s", "may take s"], rows)
 
 
 def imports(folder: Path, repeats: int) -> None:
-    """Whole imports, and the modules' own seconds by package."""
+    """Print the seconds of complete imports, and those of the modules by package."""
     codes = [
         "pass",
         "import torch",
@@ -86,18 +86,18 @@ def imports(folder: Path, repeats: int) -> None:
         used = median([sys.executable, "-c", code], folder, repeats)
         rows.append([code, used.cpu, used.seconds])
     table(
-        f"Imports, median of {repeats}; most of torchvision's cost is torch's own compiler, which the first optimiser "
+        f"Imports, median of {repeats}; most of torchvision's cost is torch's compiler, which the first optimizer "
         "of a process would import too",
         ["code", "CPU s", "s"],
         rows,
     )
-    words = [sys.executable, "-X", "importtime", "-c", "import reid.training.train"]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=True)
-    own = Counter[str]()
+    command = [sys.executable, "-X", "importtime", "-c", "import reid.training.train"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    seconds = Counter[str]()
     for micros, module in re.findall(r"^import time: +(\d+) \| +\d+ \| +(\S+)$", done.stderr, flags=re.MULTILINE):
-        own[module.split(".")[0]] += int(micros)
-    total = sum(own.values())
-    rows = [[name, micros / 1e6, f"{100 * micros / total:.0f} %"] for name, micros in own.most_common(NUM_PACKAGES)]
+        seconds[module.split(".")[0]] += int(micros)
+    total = sum(seconds.values())
+    rows = [[name, micros / 1e6, f"{100 * micros / total:.0f} %"] for name, micros in seconds.most_common(NUM_PACKAGES)]
     table(
         "Of `import reid.training.train` (-X importtime, which slows it down), seconds in modules of",
         ["package", "s", "share"],
@@ -107,17 +107,17 @@ def imports(folder: Path, repeats: int) -> None:
 
 def to_the_first_step(folder: Path) -> None:
     run([*TRAIN, *SETTINGS], folder)  # generates and decodes the images
-    before, begun = children_cpu(), time.perf_counter()
-    words = [*TRAIN, *SETTINGS[:2], "OUTPUT_DIR", "again", "SOLVER.MAX_EPOCHS", "1"]
+    before, start = children_cpu(), time.perf_counter()
+    command = [*TRAIN, *SETTINGS[:2], "OUTPUT_DIR", "again", "SOLVER.MAX_EPOCHS", "1"]
     ends: list[float] = []
-    with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if len(ends) < len(STAGES) and re.search(STAGES[len(ends)][1], line):
-                ends.append(time.perf_counter() - begun)
+                ends.append(time.perf_counter() - start)
     cpu = children_cpu() - before
     if len(ends) < len(STAGES):
-        raise RuntimeError(f"the training ended before it said {STAGES[len(ends)][1]}")
+        raise RuntimeError(f"the training ended before it printed {STAGES[len(ends)][1]}")
     rows: list[list[object]] = []
     for (name, _), start, end in zip(STAGES, [0.0, *ends], ends, strict=False):
         rows.append([name, end - start, f"{100 * (end - start) / ends[-1]:.0f} %"])
@@ -129,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="answers without torch only, seconds")
     arguments = parser.parse_args()
-    say(f"startup.py{' --quick' if arguments.quick else ''}: {machine()}")
+    print_line(f"startup.py{' --quick' if arguments.quick else ''}: {machine()}")
     with tempfile.TemporaryDirectory(prefix="bench_") as folder:
         answers(Path(folder), 3)
         if not arguments.quick:

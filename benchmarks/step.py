@@ -1,12 +1,12 @@
-"""What a training step costs beside forward and backward of its backbone, part by part and as a whole.
+"""Cost of a training step compared with forward and backward of its backbone, in total and part by part.
 
     uv run python benchmarks/step.py [--quick] [--threads 1] [--rounds 3]
 
-As a whole, taken in turn: the backbone alone (forward and backward of ready images), a bare loop around the same model
-(cross entropy, backward, torch's optimiser as it comes), and a training's own engine with the input, all losses, the
-norm of the gradient, meter, records and console, with the settings of each line. Part by part: each part by itself,
-with the floating-point operations and bytes that it must have. On a GPU 64 images in bfloat16, on a CPU 8 (`--quick`:
-16 of a small model).
+In total, run in turn: the backbone alone (forward and backward of ready images), a bare loop around the same model
+(cross entropy, backward, torch's default optimizer), and the engine of a training with the input, all losses, the norm
+of the gradient, meter, records and console, with the settings of each line. Part by part: each part alone, with the
+floating-point operations and bytes that it needs. On a GPU 64 images in bfloat16, on a CPU 8 (`--quick`: 16 of a small
+model).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from ignite.engine import Engine
 from measuring import Cost, costs_in_turn, device
-from tables import machine, say, table
+from tables import machine, print_line, table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from yacs.config import CfgNode
@@ -48,7 +48,7 @@ NUM_PIDS, IMAGES_PER_PID = 64, 8
 
 
 class Training(NamedTuple):
-    """All that a step needs."""
+    """Everything that a step needs."""
 
     cfg: CfgNode
     model: ReIDModel
@@ -62,8 +62,8 @@ class Training(NamedTuple):
 
 
 def build(folder: Path, settings: Sequence[str]) -> Training:
-    """A training as `reid.training.train` wires it, but for what acts once an epoch or less."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # a process of accelerate's has one precision only
+    """Return a training as `reid.training.train` assembles it, without what acts at most once an epoch."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate allows one precision in a process
     GradientState._reset_state()
     cfg = load_config(None, [*settings, "MODEL.PRETRAIN_CHOICE=none", f"OUTPUT_DIR={folder}", "WANDB.ENABLE=no"])
     accelerator = build_accelerator(cfg, on_gpu=torch.cuda.is_available(), num_ranks=1)
@@ -106,7 +106,7 @@ def steps_of(training: Training, num_steps: int) -> Callable[[], object]:
 
 
 def backbone_of(training: Training, num_steps: int) -> Callable[[], object]:
-    """Forward and backward of ready images, and nothing else."""
+    """Return only forward and backward of prepared images."""
     images = training.preprocessor.for_training(first_batch(training))
 
     def work() -> None:
@@ -124,7 +124,7 @@ def backbone(training: Training, images: Tensor) -> None:
 
 
 def bare_loop(training: Training, num_steps: int) -> Callable[[], object]:
-    """What one writes first: ready images, cross entropy, backward, torch's optimiser as it comes."""
+    """Return the simplest loop: prepared images, cross entropy, backward, torch's default optimizer."""
     images = training.preprocessor.for_training(first_batch(training)).contiguous()
     pids = first_batch(training).pids.to(images.device)
     model = training.model
@@ -146,8 +146,8 @@ def first_batch(training: Training) -> Batch:
     return training.dataset.batch(next(iter(training.batches)))
 
 
-def whole(folder: Path, settings: list[str], variants: dict[str, list[str]], num_steps: int, rounds: int) -> None:
-    """Every way for some steps, in turn."""
+def in_total(folder: Path, settings: list[str], variants: dict[str, list[str]], num_steps: int, rounds: int) -> None:
+    """Measure some steps of every way, in turn."""
     ours = build(folder / "ours", settings)
     plain = build(folder / "plain", [*settings, "MODEL.CHANNELS_LAST=no", "SOLVER.FUSED=no"])
     ways = {"backbone alone (limit)": backbone_of(ours, num_steps), "bare loop": bare_loop(plain, num_steps)}
@@ -226,7 +226,7 @@ def part_by_part(folder: Path, settings: list[str], repeats: int) -> None:
             2 * parameters,
             4 * parameters,
         ),
-        "optimiser": (training.optimizer.step, 12 * parameters, 28 * parameters),
+        "optimizer": (training.optimizer.step, 12 * parameters, 28 * parameters),
         "meter and engine": (lambda: idle.run([None] * 2, max_epochs=1), 0, 0),
     }
     measured = {name: (median_cost(work, repeats), flop, num_bytes) for name, (work, flop, num_bytes) in parts.items()}
@@ -266,14 +266,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     logging.getLogger("ignite").addHandler(logging.NullHandler())
-    say(f"step.py{' --quick' if arguments.quick else ''} --threads {arguments.threads}: {machine()}")
+    print_line(f"step.py{' --quick' if arguments.quick else ''} --threads {arguments.threads}: {machine()}")
     on_gpu = torch.cuda.is_available()
     settings, num_steps = [f"SOLVER.IMS_PER_BATCH={16 if arguments.quick else 8}", "SOLVER.LOG_PERIOD=1"], 1
     if on_gpu:
         settings, num_steps = ["SOLVER.IMS_PER_BATCH=64", "SOLVER.PRECISION=bf16", "SOLVER.LOG_PERIOD=20"], 40
     if arguments.quick:
         settings, num_steps = [*settings, "MODEL.NAME=resnet18", "INPUT.SIZE_TRAIN=(64,32)"], 2
-    variants = {"no fused optimiser": ["SOLVER.FUSED=no"]}
+    variants = {"no fused optimizer": ["SOLVER.FUSED=no"]}
     variants["other memory format"] = [f"MODEL.CHANNELS_LAST={'no' if on_gpu else 'yes'}"]
     if on_gpu or has_fast_bfloat16():
         other = "fp32" if on_gpu else "bf16"
@@ -281,7 +281,7 @@ def main() -> None:
         if not on_gpu:
             variants["bf16, channels last"] = ["SOLVER.PRECISION=bf16", "MODEL.CHANNELS_LAST=yes"]
     with tempfile.TemporaryDirectory(prefix="bench_") as folder:
-        whole(Path(folder), settings, variants, num_steps, arguments.rounds)
+        in_total(Path(folder), settings, variants, num_steps, arguments.rounds)
         part_by_part(Path(folder), settings, 3 if arguments.quick else 5)
 
 

@@ -15,7 +15,7 @@ from reid.process.text_tables import format_table
 MIB = 2**20
 
 
-def say(text: str = "") -> None:
+def print_line(text: str = "") -> None:
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
@@ -25,7 +25,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -
     cells = [header, ["---"] * len(header), *([format_value(value) for value in row] for row in rows)]
     bordered = [["", *row, ""] for row in cells]
     lines = format_table(bordered, "<" * (len(header) + 2), separator=" | ").splitlines()
-    say(f"\n{title}\n\n" + "\n".join(line.strip() for line in lines))
+    print_line(f"\n{title}\n\n" + "\n".join(line.strip() for line in lines))
 
 
 def format_value(value: object) -> str:
@@ -37,7 +37,7 @@ def format_value(value: object) -> str:
 
 
 def machine() -> str:
-    """Return date, machine and versions, which belong beside every figure."""
+    """Return date, machine and versions, which belong next to every figure."""
     import torch  # imported here because run.py needs no torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"

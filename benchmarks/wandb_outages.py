@@ -1,10 +1,10 @@
 """Seconds that W&B costs a run when it cannot be reached, and what the run logs; with a server on this machine.
 
-Usage: python benchmarks/wandb_outages.py [WORD IN A CASE'S NAME ...]
+    uv run python benchmarks/wandb_outages.py [TEXT IN THE NAME OF A CASE ...]
 
-Every case is a run of its own with the default settings: 100 rows, a table and a checkpoint before the server goes away
-and after it. Printed for each: the seconds until training could start, those that it waited meanwhile, and those from
-its end to that of the process; then what has arrived once the server is back and the command of the last line was run.
+Every case is a separate run with the default settings: 100 rows, a table and a checkpoint before the outage and as many
+after it. It prints the seconds until training can start, the seconds of waiting during it, and those from its end to
+the end of the process; then what has arrived once the server is back and the command of the last log line was run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tables import say
+from tables import print_line
 
 from reid.config.load import load_config
 from reid.evaluation.ranked_galleries import FigureSet, Table
@@ -40,26 +40,26 @@ _FORKS.set_forkserver_preload(["reid.tracking.tracker", "wandb", "wandb_outages"
 
 
 def main() -> None:
-    say("| case | begins after | waits in between | ends after | rows, tables, checkpoints at W&B |")
-    say("|---|---|---|---|---|")
+    print_line("| case | start (s) | waits during training (s) | end (s) | rows, tables, checkpoints at W&B |")
+    print_line("|---|---|---|---|---|")
     logs = []
     for case in CASES:
-        if all(word in case.name for word in sys.argv[1:]):
+        if all(text in case.name for text in sys.argv[1:]):
             measured, arrived = measure(case)
             seconds = " | ".join(f"{measured[name]:.1f}" for name in ("begin", "between", "end"))
-            say(f"| {case.name} | {seconds} | {arrived} |")
+            print_line(f"| {case.name} | {seconds} | {arrived} |")
             logs.append(f"{case.name}:\n" + "\n".join(f"    {line}" for line in measured["log"]))
-    say("\n" + "\n".join(logs))
+    print_line("\n" + "\n".join(logs))
 
 
 class Case(NamedTuple):
     """An outage of W&B.
 
     Attributes:
-        name: in the table.
-        moment: before which the server goes away: begin, first, end, or never.
-        act: what happens to the server then.
-        environment: changes to the server's variables.
+        name: Name in the table.
+        moment: Moment before which the outage starts: begin, first, middle, end, or never.
+        act: Function that changes the server then.
+        environment: Changes to the variables of the server.
     """
 
     name: str
@@ -105,9 +105,9 @@ def measure(case: Case) -> tuple[dict[str, Any], str]:
 
     server = WandbServer()
     with tempfile.TemporaryDirectory() as folder:
-        given = {name: value for name, value in server.environment.items() if value is not None}
+        of_server = {name: value for name, value in server.environment.items() if value is not None}
         foreign = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-        environment = {**foreign, **given, "HOME": folder}
+        environment = {**foreign, **of_server, "HOME": folder}
         here, there = _FORKS.Pipe()
         process = _FORKS.Process(target=run, args=(folder, environment | case.environment, there))
         process.start()
@@ -126,8 +126,8 @@ def measure(case: Case) -> tuple[dict[str, Any], str]:
         server.again()
         command = measured["log"][-1].partition("send it with: ")[2]
         if command:
-            words = [sys.executable, "-m", *shlex.split(command)]
-            subprocess.run(words, cwd=folder, env=environment, capture_output=True, check=True)
+            arguments = [sys.executable, "-m", *shlex.split(command)]
+            subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, check=True)
         arrived = _arrived(server)
     server.stop()
     return measured, arrived
@@ -140,7 +140,7 @@ def _arrived(server: Any) -> str:
 
 
 class Run:
-    """One run, which reports each moment and waits for an answer before it continues."""
+    """A run that reports each moment and waits for an answer before it continues."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection, self._folder = connection, Path("run")
@@ -150,18 +150,18 @@ class Run:
         self._num_steps, self._waited = 0, 0.0
 
     def run(self) -> dict[str, float]:
-        """Return its seconds by moment."""
+        """Run, and return the seconds by moment."""
         self._pause("begin")
         start = time.monotonic()
         with self._tracker.training(Progress()):
-            begun = time.monotonic() - start
+            startup = time.monotonic() - start
             self._pause("first")
             self._train(1)
             self._pause("middle")
             self._train(2)
             self._pause("end")
             start = time.monotonic()
-        return {"begin": begun, "between": self._waited, "end": time.monotonic() - start}
+        return {"begin": startup, "between": self._waited, "end": time.monotonic() - start}
 
     def _train(self, epoch: int) -> None:
         file = self._folder / f"best_{epoch}.pt"

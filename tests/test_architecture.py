@@ -1,4 +1,4 @@
-"""The rules of the house that `lint-imports` does not check: sizes, owners of torch's submodules, settings, tests."""
+"""Rules that `lint-imports` does not check: sizes, owners of torch's submodules, settings, tests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def imported_by(tree: ast.AST) -> set[str]:
 
 @pytest.mark.parametrize("library", ["torch.distributed", "ignite.distributed"])
 def test_only_the_package_distributed_imports(library):
-    """import-linter sees only whole libraries."""
+    """import-linter does not distinguish the submodules of a library."""
     prefix = f"{library}."
     users = {name for name, tree in MODULES.items() if any(f"{n}.".startswith(prefix) for n in imported_by(tree))}
     assert {name.split("/")[0] for name in users} == {"distributed"}
@@ -39,7 +39,7 @@ def test_only_the_package_distributed_imports(library):
 def test_only_few_modules_read_rank_environment_variables():
     variables = re.compile(r"\b(LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|SLURM_\w+)\b")
     readers = {name for name, tree in MODULES.items() for text in _strings(tree) if variables.search(text)}
-    # main.py asks which process reports for a node before the world is known.
+    # main.py asks which process reports for a node before the ranks are known.
     assert {name for name in readers if not name.startswith("distributed/")} <= {"commands/main.py"}
 
 
@@ -47,7 +47,7 @@ def _strings(tree: ast.AST) -> list[str]:
     return [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
 
 
-def test_there_are_few_files_in_each_place():
+def test_no_package_has_too_many_files():
     assert sum("/" not in name for name in MODULES) <= 5
     sizes = {package: sum(Path(name).parent.as_posix() == package for name in MODULES) for package in PACKAGES}
     assert {package: size for package, size in sizes.items() if size > 15} == {}
@@ -68,7 +68,7 @@ def test_the_map_names_every_package():
     assert len(reid.__doc__.splitlines()) <= 30
 
 
-def test_files_stay_readable():
+def test_no_file_is_too_long():
     lengths = {name: len(file.read_text().splitlines()) for name, file in FILES.items()}
     assert {name: lines for name, lines in lengths.items() if lines > 340} == {}
 
@@ -85,12 +85,14 @@ TESTS = {file: ast.parse(file.read_text()) for file in sorted(Path(__file__).par
 
 
 def test_every_module_has_its_tests():
-    """Each in a file of its own name, or in one whose docstring says that it covers the module."""
-    own = {file.stem.removeprefix("test_") for file in TESTS}
+    """Each in a test file of the same name, or in one whose docstring names the module."""
+    tested = {file.stem.removeprefix("test_") for file in TESTS}
     covered = " ".join(ast.get_docstring(tree) or "" for tree in TESTS.values())
     dotted = {name: "reid." + name.removesuffix(".py").replace("/", ".") for name in MODULES}
     missing = [
-        name for name in MODULES if Path(name).stem not in own and not re.search(rf"{dotted[name]}\b(?!\.\w)", covered)
+        name
+        for name in MODULES
+        if Path(name).stem not in tested and not re.search(rf"{dotted[name]}\b(?!\.\w)", covered)
     ]
     assert missing == []
 

@@ -1,4 +1,4 @@
-"""The scripts in benchmarks/: each runs and prints its tables; run.py puts them where they belong."""
+"""The scripts in benchmarks/: each runs and prints its tables, and run.py writes them into RESULTS.md."""
 
 import importlib
 import re
@@ -14,7 +14,7 @@ SCRIPTS = Path(__file__).parent.parent / "benchmarks"
 
 @pytest.fixture(autouse=True)
 def scripts(monkeypatch):
-    """Their folder is the first to import from, as when they are started; nothing of them stays."""
+    """Import from their folder first, as when they are started; undo everything afterwards."""
     before, threads = set(sys.modules), torch.get_num_threads()
     monkeypatch.syspath_prepend(str(SCRIPTS))
     yield
@@ -27,15 +27,15 @@ def scripts(monkeypatch):
 
 
 def tables(text: str) -> list[tuple[str, list[dict[str, str]]]]:
-    """Title and rows of every table in the text."""
-    found = []
+    """Return title and rows of every table in the text."""
+    result = []
     for title, lines in re.findall(r"^(\S.*)\n\n((?:\|.*\n)+)", text, flags=re.MULTILINE):
         header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines.splitlines())
-        found.append((title, [dict(zip(header, row, strict=True)) for row in rows]))
-    return found
+        result.append((title, [dict(zip(header, row, strict=True)) for row in rows]))
+    return result
 
 
-def test_both_pipelines_give_images_alike(tmp_path):
+def test_both_pipelines_give_equal_images(tmp_path):
     script = importlib.import_module("input")
     (path,) = script.write_files(tmp_path, 1)
     script.RECIPE = script.augment.Recipe(script.SIZE, 0.0, script.PADDING, 0.0, 0)
@@ -64,12 +64,12 @@ def test_scaling_on_paper(monkeypatch, capsys):
 # ---- run.py ----
 
 
-def test_a_part_is_replaced_and_all_else_stays():
+def test_only_the_named_part_is_replaced():
     run = importlib.import_module("run")
-    text = run.with_section("# Results\n\nWords.\n", "step", "one")
+    text = run.with_section("# Results\n\nText.\n", "step", "one")
     text = run.with_section(text, "sampler", "two")
-    assert text.startswith("# Results\n\nWords.\n\n## Training step\n\n<!-- begin step -->\none\n<!-- end step -->\n")
-    text = text.replace("<!-- end step -->", "<!-- end step -->\n\nWhat it means.")
+    assert text.startswith("# Results\n\nText.\n\n## Training step\n\n<!-- begin step -->\none\n<!-- end step -->\n")
+    text = text.replace("<!-- end step -->", "<!-- end step -->\n\nIts meaning.")
     again = run.with_section(text, "step", "three")
     assert again == text.replace("one", "three")
 
@@ -77,11 +77,11 @@ def test_a_part_is_replaced_and_all_else_stays():
 def test_every_script_is_a_part():
     run = importlib.import_module("run")
     helpers = {"tables", "measuring", "embeddings", "communication_measured", "continuity_restarts", "run"}
-    elsewhere = {"wandb_outages"}  # whose table stands in docs/wandb.md
+    elsewhere = {"wandb_outages"}  # its table is in docs/wandb.md
     assert {file.stem for file in SCRIPTS.glob("*.py")} - helpers - elsewhere == set(run.PARTS)
 
 
-def test_the_file_of_results_has_every_part():
+def test_results_file_has_every_part():
     run, text = importlib.import_module("run"), (SCRIPTS / "RESULTS.md").read_text()
     for part in run.PARTS:
         begin, end = run.marks(part)
@@ -98,9 +98,9 @@ def test_run_writes_the_tables_of_every_part(tmp_path, monkeypatch):
     text = (tmp_path / "results.md").read_text()
     for part in run.PARTS:
         begin, end = run.marks(part)
-        found = tables(text.partition(begin)[2].partition(end)[0])
-        assert found, part
-        assert all(rows for _, rows in found), part
+        printed = tables(text.partition(begin)[2].partition(end)[0])
+        assert printed, part
+        assert all(rows for _, rows in printed), part
 
 
 def test_a_part_that_fails_stays_as_it_was(tmp_path, monkeypatch, capsys):

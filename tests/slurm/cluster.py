@@ -1,4 +1,4 @@
-"""A real Slurm of its own for the tests: munged, slurmctld, and a slurmd on each of several machines (machines.py).
+"""A private Slurm for the tests: munged, slurmctld, and a slurmd on each of several machines (machines.py).
 
 Nothing under /etc, /run or /var is used. Packages: apt-get install --no-install-recommends slurm-wlm munge.
 """
@@ -22,8 +22,8 @@ _PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 _FIT = ("idle", "mixed", "allocated", "completing")
 
-# cred_expire is also the time before a requeued job may start again (120 s by default). A node that does not answer is
-# given up after SlurmdTimeout (300 s by default). CPUs, memory and GPUs are invented; the GPUs are /dev/null.
+# cred_expire is also the time before a requeued job may start again (120 s by default). Slurm gives up a node that does
+# not answer after SlurmdTimeout (300 s by default). CPUs, memory and GPUs are fake; the GPUs are /dev/null.
 _SLURM_CONF = """\
 ClusterName=lab
 SlurmctldHost={hub}({hub_address})
@@ -83,7 +83,7 @@ _PRIVATELY = ("unshare", "-m", "--propagation", "private", "sh", "-ec")
 
 
 def missing() -> str | None:
-    """Why there can be no cluster here, or None."""
+    """Return why no cluster can run here, or None."""
     for program in _PROGRAMS:
         if not shutil.which(program, path=_PATH):
             return f"{program} is not installed (apt-get install --no-install-recommends slurm-wlm munge)"
@@ -91,10 +91,10 @@ def missing() -> str | None:
 
 
 class Cluster:
-    """Started with `with`. The controller runs on the hub; commands are given there.
+    """Context manager. The controller runs on the hub, and so do the commands.
 
     Args:
-        folder: for the daemons' files, on all machines.
+        folder: Folder of the daemons' files, on all machines.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -131,7 +131,7 @@ class Cluster:
         self.wait_for_nodes()
 
     def start_slurmd(self, name: str) -> None:
-        """Again after the machine has crashed and was booted."""
+        """Start slurmd, also after a crashed machine was booted again."""
         wrapper = ["sh", "-ec", _IN_A_CGROUP, "sh", self._cgroup(name)] if self._tracking == "cgroup" else []
         self._start_daemon(name, "slurmd", "-D", "-N", name, "-f", self._conf, wrapper=wrapper)
 
@@ -169,16 +169,16 @@ class Cluster:
         )
         lines = [f"NodeName={name} Name=gpu File={gpus}/gpu[0-{_NUM_GPUS - 1}]" for name in names]
         (self.folder / "gres.conf").write_text("\n".join(["AutoDetect=off", *lines, ""]))
-        # slurmd does not start without, where it cannot find out by itself; nothing of it is used but the freezer.
+        # Where slurmd cannot detect the version, it does not start without this. Only the freezer is used.
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
 
     @contextmanager
-    def configured_without(self, words: str) -> Iterator[None]:
-        """While these words are not in slurm.conf."""
+    def configured_without(self, text: str) -> Iterator[None]:
+        """Remove the text from slurm.conf within the block."""
         before = self._conf.read_text()
-        assert words in before
+        assert text in before
         try:
-            self._conf.write_text(before.replace(words, ""))
+            self._conf.write_text(before.replace(text, ""))
             self.run("scontrol", "reconfigure")
             yield
         finally:
@@ -186,7 +186,7 @@ class Cluster:
             self.run("scontrol", "reconfigure")
 
     def wait_for_nodes(self, *, idle: bool = True) -> None:
-        """Until all nodes are there, and have nothing to do."""
+        """Wait until all nodes are up and idle."""
 
         def ready() -> bool:
             lines = self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).stdout.split()
@@ -196,16 +196,16 @@ class Cluster:
         _wait_until(ready, 300, "nodes are not ready")
 
     def wait_until_gone(self, name: str, number: int) -> None:
-        """Until nothing of a job is left on this node; one that still knows a job by its number refuses it again."""
+        """Wait until nothing of a job is left on this node; a node that still has a job refuses its next start."""
         pattern = rf"slurmstepd: \[{number}\."
         _wait_until(lambda: not self.machines.pids(name, pattern), 300, f"job {number} is still on {name}")
 
     @contextmanager
     def without_node(self, name: str) -> Iterator[None]:
-        """Start no job on this node meanwhile.
+        """Start no job on this node within the block.
 
-        A node that has come back may still act on an earlier order to end a job, and then refuses, and Slurm holds, the
-        job's next start there.
+        A node that has come back may still follow an earlier order to end a job. It then refuses the next start of that
+        job, and Slurm holds it.
         """
         self.run("scontrol", "update", f"NodeName={name}", "State=DRAIN", "Reason=test")
         try:
@@ -214,7 +214,7 @@ class Cluster:
             self.run("scontrol", "update", f"NodeName={name}", "State=RESUME")
 
     def resume_drained_nodes(self) -> None:
-        """A node whose slurmd did not know what the controller knew of it is drained, and stays so."""
+        """Resume drained nodes; Slurm drains a node whose slurmd reports another state than the controller has."""
         for line in self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T").stdout.splitlines():
             name, state = line.split()
             if "drain" in state:
@@ -235,21 +235,21 @@ class Cluster:
     def run(
         self, *command: object, environment: Mapping[str, str] | None = None, **options: Any
     ) -> subprocess.CompletedProcess[str]:
-        """A command on the controller's machine."""
+        """Run a command on the machine of the controller."""
         return self.machines.run(HUB, command, env=self._environment(environment or {}), **options)
 
     def submit(self, *arguments: object, cwd: Path, environment: Mapping[str, str] | None = None) -> int:
-        """sbatch; the job's number."""
+        """Run sbatch and return the number of the job."""
         done = self.run("sbatch", "--parsable", *arguments, cwd=cwd, environment=environment)
         return int(done.stdout.strip().split(";")[0])
 
     def job(self, number: object) -> dict[str, str]:
-        """What Slurm knows of a job."""
+        """Return Slurm's record of a job."""
         line = self.run("scontrol", "-o", "show", "job", number).stdout.splitlines()[0]
-        return dict(word.split("=", 1) for word in line.split() if "=" in word)
+        return dict(field.split("=", 1) for field in line.split() if "=" in field)
 
     def wait_for_job(self, number: object, *, states: Sequence[str] = _ENDED, timeout: float) -> dict[str, str]:
-        """Until it is in one of the states, by default until it has ended."""
+        """Wait until the job is in one of the states, by default until it has ended."""
         deadline = time.monotonic() + timeout
         while (job := self.job(number))["JobState"] not in states:
             assert time.monotonic() < deadline, f"job {number} is still {job['JobState']} ({job.get('Reason')})"
@@ -257,8 +257,8 @@ class Cluster:
         return job
 
 
-def _wait_until(condition: Any, seconds: float, otherwise: str) -> None:
+def _wait_until(condition: Any, seconds: float, error: str) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, otherwise
+        assert time.monotonic() < deadline, error
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""A real Slurm, and machines with networks of their own; tests skip where there can be none.
+"""A real Slurm, and machines with separate networks; tests are skipped where these cannot run.
 
 REQUIRE_SLURM=1 and REQUIRE_NETNS=1 turn the skip into a failure.
 """
@@ -26,7 +26,7 @@ def _refuse(reason: str, variable: str) -> None:
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two nodes, n1 and n2, with 8 processors and 8 (useless) GPUs each."""
+    """Two nodes, n1 and n2, with 8 processors and 8 fake GPUs each."""
     reason = cluster.missing()
     if reason:
         _refuse(reason, "REQUIRE_SLURM")
@@ -36,7 +36,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def jobs(slurm: Cluster, place: Place) -> Iterator[Jobs]:
-    """Jobs of this repository's scripts; whatever the test leaves running is ended, and dead nodes come back."""
+    """Jobs of the scripts of this repository; the teardown ends running jobs and boots dead nodes."""
     submitted = Jobs(slurm, place)
     yield submitted
     submitted.end()
@@ -44,7 +44,7 @@ def jobs(slurm: Cluster, place: Place) -> Iterator[Jobs]:
 
 @pytest.fixture
 def two_machines(tmp_path: Path) -> Iterator[Machines]:
-    """n1 and n2, without Slurm."""
+    """Machines n1 and n2, without Slurm."""
     reason = machines.missing()
     if reason:
         _refuse(reason, "REQUIRE_NETNS")
@@ -52,7 +52,7 @@ def two_machines(tmp_path: Path) -> Iterator[Machines]:
         yield running
 
 
-# The program, with longer steps: a signal shall come in the middle of a training, on fast machines too.
+# The program with longer steps, so that a signal arrives in the middle of a training on fast machines too.
 SLOW_TRAIN = """
 import time
 from reid.training.criterion import Criterion
@@ -81,14 +81,14 @@ def slow_repository(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def alone(place):
-    """A function: settings -> the folder of the undisturbed run of one process."""
+    """Return a function that maps settings to the folder of the undisturbed run of one process."""
     done = {}
 
     def run(*settings):
         if settings not in done:
             done[settings] = place.folder / f"alone_{len(done)}"
             (process,) = place.start("train", "OUTPUT_DIR", done[settings].name, *settings).processes
-            process.join(900)  # on a machine that has other things to do
+            process.join(900)  # on a busy machine
             assert process.exitcode == 0
         return done[settings]
 

@@ -1,4 +1,4 @@
-"""Jobs as a user submits them, of the scripts of this repository, and what becomes of them."""
+"""Jobs that run the scripts of this repository, submitted as a user submits them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 from cluster import Cluster
 from program import REPOSITORY, Place, largest_difference, newest, records
 
-PATIENCE = 1500  # seconds to wait for what takes a minute on a machine that has nothing else to do
+PATIENCE = 1500  # seconds to wait for something that takes a minute on an idle machine
 
-# A small model, as four ranks share two cores; of resnet18 a checkpoint alone is 270 MB, and some tests write one a
+# A small model, because four ranks share two cores; a checkpoint of resnet18 has 270 MB, and some tests write one a
 # step.
 EXACT = (
     *("SOLVER.PRECISION", "fp64", "SOLVER.OPTIMIZER_NAME", "Adam", "SOLVER.LOG_PERIOD", 1),
@@ -25,45 +25,47 @@ TWO_BY_TWO = ("--nodes=2", "--gres=gpu:2", "--cpus-per-task=4")
 
 
 class Jobs:
-    """Submitted in one place."""
+    """Jobs submitted by one test."""
 
     def __init__(self, slurm: Cluster, place: Place) -> None:
         self.slurm, self.place = slurm, place
         self._numbers: list[int] = []
 
     def submit(self, script: str, *arguments: object, options: tuple[object, ...] = TWO_BY_TWO, **where: Any) -> Job:
-        """sbatch OPTIONS slurm/SCRIPT ARGUMENTS, from the root of the repository."""
+        """Run sbatch OPTIONS slurm/SCRIPT ARGUMENTS, from the root of the repository."""
         return self._sbatch(*options, Path("slurm") / script, *arguments, **where)
 
     def wrap(self, command: str, *, options: tuple[object, ...]) -> Job:
-        """A job of a single command, from the root of the repository."""
+        """Submit a job of a single command, from the root of the repository."""
         return self._sbatch(*options, "--wrap", command)
 
-    def _sbatch(self, *words: object, environment: dict[str, str] | None = None, repository: Path = REPOSITORY) -> Job:
+    def _sbatch(
+        self, *arguments: object, environment: dict[str, str] | None = None, repository: Path = REPOSITORY
+    ) -> Job:
         folder = self.place.folder / "jobs"
         folder.mkdir(exist_ok=True)
-        own = {"VENV_BIN": str(Path(sys.executable).parent), **(environment or {})}
+        variables = {"VENV_BIN": str(Path(sys.executable).parent), **(environment or {})}
         number = self.slurm.submit(
-            f"--output={folder}/%j.out" if "--array" not in str(words) else f"--output={folder}/%A_%a.out",
-            *words,
+            f"--output={folder}/%j.out" if "--array" not in str(arguments) else f"--output={folder}/%A_%a.out",
+            *arguments,
             cwd=repository,
-            environment={**self.place.environment, **own},
+            environment={**self.place.environment, **variables},
         )
         self._numbers.append(number)
         return Job(self.slurm, number, folder)
 
     def train(self, script: str, output_dir: str, *settings: object, **options: object) -> Job:
-        """A training with the tiny settings; all its files are in the place."""
+        """Submit a training with the tiny settings; all its files are in the folder of `place`."""
         return self.submit(script, *self.arguments(output_dir), *settings, **options)  # type: ignore[arg-type]
 
     def arguments(self, output_dir: str) -> list[str]:
-        """Of the program, for one with the tiny settings."""
-        place = self.place.folder
-        folders = ("DATASETS.ROOT_DIR", place / "data", "DATASETS.CACHE_DIR", place / "cache")
-        return list(map(str, ("--config_file", place / "tiny.yml", "OUTPUT_DIR", place / output_dir, *folders)))
+        """Return the arguments of a program with the tiny settings."""
+        root = self.place.folder
+        folders = ("DATASETS.ROOT_DIR", root / "data", "DATASETS.CACHE_DIR", root / "cache")
+        return list(map(str, ("--config_file", root / "tiny.yml", "OUTPUT_DIR", root / output_dir, *folders)))
 
     def end(self) -> None:
-        """Nothing of it runs any more, and all nodes are ready."""
+        """End all jobs, and wait until all nodes are ready."""
         for name in self.slurm.machines.names:
             if not self.slurm.machines.is_up(name):
                 self.slurm.machines.boot(name)
@@ -76,35 +78,35 @@ class Jobs:
 
 
 class Job:
-    """One that was submitted."""
+    """A submitted job."""
 
     def __init__(self, slurm: Cluster, number: int | str, folder: Path) -> None:
         self.slurm, self.number, self._folder = slurm, number, folder
 
     def task(self, index: int) -> Job:
-        """One of an array."""
+        """Return one task of an array."""
         return Job(self.slurm, f"{self.number}_{index}", self._folder)
 
-    def said(self) -> str:
-        """What it has printed so far, in all its starts."""
+    def output(self) -> str:
+        """Return what the job has printed so far, in all its starts."""
         file = self._folder / f"{self.number}.out"
         return file.read_text() if file.exists() else ""
 
-    def wait_for(self, words: str, *, times: int = 1, timeout: float = PATIENCE) -> None:
-        """Until it has printed this so many times."""
+    def wait_for(self, text: str, *, times: int = 1, timeout: float = PATIENCE) -> None:
+        """Wait until the job has printed the text this many times."""
         deadline = time.monotonic() + timeout
-        while self.said().count(words) < times:
+        while self.output().count(text) < times:
             state = self.state()
             is_over = state["JobState"] not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
-            assert not is_over, f"job {self.number} is {state['JobState']}:\n{self.said()}"
-            assert time.monotonic() < deadline, f"job {self.number} did not say {words!r}:\n{self.said()}"
+            assert not is_over, f"job {self.number} is {state['JobState']}:\n{self.output()}"
+            assert time.monotonic() < deadline, f"job {self.number} did not print {text!r}:\n{self.output()}"
             time.sleep(0.1)
 
     def state(self) -> dict[str, str]:
         return self.slurm.job(self.number)
 
     def ended(self, timeout: float = PATIENCE) -> tuple[str, int, int]:
-        """Slurm's word for how it has ended, its exit code, and the number of requeues."""
+        """Wait for the end; return the final state, the exit code and the number of requeues."""
         job = self.slurm.wait_for_job(self.number, timeout=timeout)
         return job["JobState"], int(job["ExitCode"].split(":")[0]), int(job["Restarts"])
 
@@ -113,7 +115,7 @@ class Job:
 
 
 def assert_same_but_for_rounding(folder: Path, expected: Path) -> None:
-    """Weights, optimiser and records."""
+    """Compare weights, optimizer and records."""
     assert newest(folder)["iteration"] == newest(expected)["iteration"]
     assert largest_difference(folder, expected) < 1e-9
     for kind in ("train", "val"):

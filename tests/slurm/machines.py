@@ -1,7 +1,7 @@
-"""Machines on one machine: each has its own network address, host name, processes, shared memory and scratch folder.
+"""Virtual machines, each with its own network address, host name, processes, shared memory and scratch folder.
 
-Everything lives inside one outer set of namespaces: nothing touches the host's network, /run or /etc, and when the
-process that started it dies, in whatever way, so do all machines, with their links and mounts. Needs root.
+All are inside one outer set of namespaces: nothing touches the host's network, /run or /etc. When the process that
+started them dies for any reason, all machines end, with their links and mounts. Needs root.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ while :; do sleep 3600 & wait $!; done
 
 
 def missing() -> str | None:
-    """Why this machine cannot hold others, or None."""
+    """Return why this machine cannot run virtual ones, or None."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     for tool in ("unshare", "nsenter", "setpriv", "ip", "mount"):
@@ -74,11 +74,11 @@ def missing() -> str | None:
 
 
 class Machines:
-    """Started with `with`; `local` is a folder that every machine has for itself.
+    """Context manager; `local` is a folder local to each machine.
 
     Args:
-        folder: for logs; it is the same on all machines, as on a shared file system.
-        names: of the machines.
+        folder: Folder of logs, the same on all machines, like a shared file system.
+        names: Names of the machines.
     """
 
     def __init__(self, folder: Path, names: Sequence[str] = ("n1", "n2")) -> None:
@@ -100,11 +100,11 @@ class Machines:
 
     def _start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        known = "".join(f"{address} {name}\n" for name, address in self.address.items())
-        (self.folder / "hosts").write_text(f"127.0.0.1 localhost\n{known}")
+        hosts = "".join(f"{address} {name}\n" for name, address in self.address.items())
+        (self.folder / "hosts").write_text(f"127.0.0.1 localhost\n{hosts}")
         with (self.folder / "hub.log").open("ab") as log:
             self._outer = subprocess.Popen(
-                # Even kill -9 of this process leaves nothing behind.
+                # Even kill -9 of this process leaves no process.
                 [
                     "setpriv",
                     "--pdeathsig",
@@ -125,7 +125,7 @@ class Machines:
             )
         self._wait_until_up(HUB, self._outer)
         for name in self.names:
-            self._begin_boot(name)
+            self._start_boot(name)
         for name in self.names:
             self._wait_until_up(name, self._machines[name])
 
@@ -133,17 +133,17 @@ class Machines:
         return self._machines[name].poll() is None
 
     def boot(self, name: str) -> None:
-        """Starts a machine again after `crash`."""
-        self._begin_boot(name)
+        """Start a machine again after `crash`."""
+        self._start_boot(name)
         self._wait_until_up(name, self._machines[name])
 
-    def _begin_boot(self, name: str) -> None:
+    def _start_boot(self, name: str) -> None:
         (self.folder / f"{name}.up").unlink(missing_ok=True)
-        own = {"NODE": name, "ADDR": self.address[name], "MACHINE_INIT": _MACHINE_INIT}
+        variables = {"NODE": name, "ADDR": self.address[name], "MACHINE_INIT": _MACHINE_INIT}
         with (self.folder / f"{name}.log").open("ab") as log:
             self._machines[name] = subprocess.Popen(
                 [*self._enter(HUB), "bash", "-c", _MACHINE_UP, f"up-{name}"],
-                env=self._environment() | own,
+                env=self._environment() | variables,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -178,17 +178,17 @@ class Machines:
     # ---- processes ----
 
     def start(self, name: str, command: Sequence[object], *, cwd: Path, **options: Any) -> subprocess.Popen[bytes]:
-        """What comes back is nsenter, which waits for the process; signal the process with `kill`."""
+        """Return nsenter, which waits for the process; signal the process with `kill`."""
         pid_file = self.folder / f"pid.{len(self._started)}"
         wrapped = ["sh", "-c", 'echo $$ > "$1"; shift; exec "$@"', "sh", pid_file, *command]
         process = subprocess.Popen(self._command(name, wrapped, cwd), **options)
-        process.place = (name, pid_file)  # type: ignore[attr-defined]
+        process.location = (name, pid_file)  # type: ignore[attr-defined]
         self._started.append(process)
         return process
 
     def kill(self, process: subprocess.Popen[bytes], number: int = signal.SIGTERM) -> None:
-        """Signals a process that `start` has started."""
-        name, pid_file = process.place  # type: ignore[attr-defined]
+        """Signal a process that `start` has started."""
+        name, pid_file = process.location  # type: ignore[attr-defined]
         self.run(name, ["kill", f"-{int(number)}", pid_file.read_text().strip()], check=False)
 
     def run(
@@ -201,7 +201,7 @@ class Machines:
         timeout: float = 60,
         **options: Any,
     ) -> subprocess.CompletedProcess[str]:
-        """A command on a machine, to its end."""
+        """Run a command on a machine to its end."""
         done = subprocess.run(
             self._command(name, command, cwd), capture_output=True, text=True, check=False, timeout=timeout, **options
         )
@@ -210,36 +210,36 @@ class Machines:
         return done
 
     def pids(self, name: str, pattern: str) -> list[str]:
-        """Of the machine's processes whose command line matches, as the machine counts them."""
+        """Return the process ids, as the machine counts them, of processes whose command line matches."""
         return self.run(name, ["pgrep", "-f", pattern], check=False).stdout.split()
 
     def ended(self, process: subprocess.Popen[bytes], within: float) -> bool:
-        """Whether it ends within these seconds."""
+        """Return whether the process ends within these seconds."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(within)
         return process.poll() is not None
 
     @contextlib.contextmanager
     def on_network_of(self, name: str) -> Iterator[None]:
-        """Of the machine: sockets that this thread makes in here, and threads that it starts, are on it."""
-        with Path("/proc/thread-self/ns/net").open() as own, Path(f"/proc/{self.init[name]}/ns/net").open() as other:
+        """Put sockets that this thread opens, and threads that it starts, on the network of the machine."""
+        with Path("/proc/thread-self/ns/net").open() as host, Path(f"/proc/{self.init[name]}/ns/net").open() as other:
             _enter_network(other.fileno())
             try:
                 yield
             finally:
-                _enter_network(own.fileno())
+                _enter_network(host.fileno())
 
     # ---- faults ----
 
     def unplug(self, name: str) -> None:
-        """The switch forgets the port: packets vanish in silence, and the machine sees its link up."""
+        """Remove the port from the switch: packets vanish silently, and the machine sees its link up."""
         self.run(HUB, ["ip", "link", "set", f"v{name}", "nomaster"])
 
     def plug(self, name: str) -> None:
         self.run(HUB, ["ip", "link", "set", f"v{name}", "master", "br0"])
 
     def crash(self, name: str) -> None:
-        """The power fails: all processes end at once, and nobody is told."""
+        """End all processes at once, like a power failure; no other machine is informed."""
         self.unplug(name)
         os.kill(self.init[name], signal.SIGKILL)
         self._machines[name].wait(15)
@@ -255,7 +255,7 @@ def _enter_network(descriptor: int) -> None:
 
 
 def _first_process_under(pid: int) -> int:
-    """The host's pid of the innermost process 1 under nsenter and unshare."""
+    """Return the host's pid of the innermost process 1 under nsenter and unshare."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         descendant: int | None = pid
@@ -277,12 +277,12 @@ def _is_first_process(pid: int) -> bool:
 
 
 def _children(pid: int) -> list[int]:
-    found = []
+    children = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
         except OSError:
             continue
         if int(parent) == pid:
-            found.append(int(folder.name))
-    return found
+            children.append(int(folder.name))
+    return children

@@ -1,4 +1,4 @@
-"""Whatever sbatch is told, and from whatever environment: what reaches the programs, on a real Slurm."""
+"""slurm/*.sbatch: arguments, options and environments of sbatch and what reaches the programs, on a real Slurm."""
 
 import shlex
 import sys
@@ -10,7 +10,7 @@ from program import REPOSITORY
 
 pytestmark = pytest.mark.slow
 
-# In torchrun's place: notes its arguments, and where it was started.
+# Fake torchrun: records its arguments and where it runs.
 TORCHRUN = r"""#!/usr/bin/env bash
 {
   printf '%s\0' "$(hostname)" "$SLURM_STEP_NUM_TASKS" "${CUDA_VISIBLE_DEVICES-none}" "$0" "$@"
@@ -18,32 +18,32 @@ TORCHRUN = r"""#!/usr/bin/env bash
 """
 CPUS = ("--gres=none", "--cpus-per-task=2", "--mem=100M")
 ODD = ("SOLVER.STEPS", "[1, 2]", "WANDB.NOTES", """it's a "note": $HOME `ls` * ? \\ {} ;""", "WANDB.TAGS=['a b','c']")
-# Four people in a batch.
+# Four identities in a batch.
 SETTINGS = "DATALOADER: {NUM_INSTANCE: 4}\nSOLVER: {IMS_PER_BATCH: 16}\nOUTPUT_DIR: runs/of the file\n"
 
 
 class Submitted:
-    """A job of a repository whose torchrun only notes."""
+    """A job of a repository with the fake torchrun."""
 
     def __init__(self, job, records: Path):
         self.job, self._records = job, records
 
     def ended(self):
-        assert self.job.ended() == ("COMPLETED", 0, 0), self.job.said()
+        assert self.job.ended() == ("COMPLETED", 0, 0), self.job.output()
         return self
 
     def calls(self):
-        """Of each node: host, tasks, GPUs and torchrun, then torchrun's arguments and those of the program."""
+        """Return for each node [host, tasks, GPUs, torchrun], the arguments of torchrun and those of the program."""
         number = self.ended().job.state()["JobId"]
         files = sorted(self._records.glob(f"{number}.*"))
-        words = [file.read_text().split("\0")[:-1] for file in files]
-        starts = [call.index("launch/train.py") for call in words]
-        return [(call[:4], call[4:start], call[start + 1 :]) for call, start in zip(words, starts, strict=True)]
+        calls = [file.read_text().split("\0")[:-1] for file in files]
+        starts = [call.index("launch/train.py") for call in calls]
+        return [(call[:4], call[4:start], call[start + 1 :]) for call, start in zip(calls, starts, strict=True)]
 
 
 @pytest.fixture(scope="module")
 def submitted(slurm, place, tmp_path_factory):
-    """All jobs, side by side."""
+    """All jobs, which run at the same time."""
     root = tmp_path_factory.mktemp("submitted from")
     repository, other, records = root / "a repository", root / "activated", root / "records"
     for folder in (repository / ".venv" / "bin", repository / "configs", other / "bin", records):
@@ -67,7 +67,7 @@ def submitted(slurm, place, tmp_path_factory):
         )
 
     yield {
-        "odd words": submit(*config, *ODD, "OUTPUT_DIR", "runs/another one"),
+        "odd values": submit(*config, *ODD, "OUTPUT_DIR", "runs/another one"),
         "of the file": submit(*config),
         "no file": submit("--config_file", "configs/gone.yml"),
         "no option": submit("configs/my file.yml"),
@@ -86,10 +86,10 @@ def submitted(slurm, place, tmp_path_factory):
 
 
 def test_every_argument_is_passed_on_unchanged(submitted):
-    ((_, _, arguments),) = submitted["odd words"].calls()
+    ((_, _, arguments),) = submitted["odd values"].calls()
     assert arguments == ["--config_file", "configs/my file.yml", *ODD, "OUTPUT_DIR", "runs/another one"]
-    assert ", OUTPUT_DIR runs/another one, no checkpoint yet\n" in submitted["odd words"].job.said()
-    assert ", OUTPUT_DIR runs/of the file, no checkpoint yet\n" in submitted["of the file"].ended().job.said()
+    assert ", OUTPUT_DIR runs/another one, no checkpoint yet\n" in submitted["odd values"].job.output()
+    assert ", OUTPUT_DIR runs/of the file, no checkpoint yet\n" in submitted["of the file"].ended().job.output()
 
 
 def test_array_index_is_substituted_in_every_argument(submitted):
@@ -99,19 +99,19 @@ def test_array_index_is_substituted_in_every_argument(submitted):
 
 
 @pytest.mark.parametrize(
-    ("name", "task", "words"),
+    ("name", "task", "message"),
     [
         ("no file", None, "error: configs/gone.yml must be a file that can be read"),
         ("no option", None, "error: configs/my file.yml must be followed by its value on the command line"),
         ("does not fit", None, "error: SOLVER.IMS_PER_BATCH=16 / DATALOADER.NUM_INSTANCE=4 must be a multiple of the"),
-        ("array of one", 7, "error: one of the arguments must have {}, for the number of the training, got: --config"),
+        ("array of one", 7, "error: one argument must contain {}, got: --config_file"),
     ],
 )
-def test_invalid_submission_is_one_error_line_before_any_step(submitted, name, task, words):
+def test_invalid_submission_is_one_error_line_before_any_step(submitted, name, task, message):
     job = submitted[name].job.task(task) if task else submitted[name].job
     assert job.ended() == ("FAILED", 2, 0)
-    assert job.said().startswith(words)
-    assert job.said().count("\n") == 1
+    assert job.output().startswith(message)
+    assert job.output().count("\n") == 1
 
 
 @pytest.mark.parametrize(("name", "ranks", "gpus"), [("tasks", 1, "none"), ("GPUs", 2, "0,1")])
@@ -124,12 +124,12 @@ def test_one_torchrun_on_each_node_whatever_the_tasks(submitted, name, ranks, gp
 
 
 def test_nodes_that_cannot_share_the_batch_are_left_idle(submitted):
-    """Two nodes of four ranks have too many for four people."""
-    play = submitted["too many nodes"]
-    ((place, options, _),) = play.calls()
-    assert {"--nnodes=1", "--nproc-per-node=4", f"--rdzv-endpoint={place[0]}:{20000 + play.job.number}"} < set(options)
-    said = "warning: the ranks of 2 nodes cannot share SOLVER.IMS_PER_BATCH=16 evenly; it uses 1 of them\n"
-    assert play.job.said().startswith(said)
+    """Two nodes of four ranks are too many for four identities."""
+    job = submitted["too many nodes"]
+    ((node, options, _),) = job.calls()
+    assert {"--nnodes=1", "--nproc-per-node=4", f"--rdzv-endpoint={node[0]}:{20000 + job.job.number}"} < set(options)
+    warning = "warning: the ranks of 2 nodes cannot share SOLVER.IMS_PER_BATCH=16 evenly; it uses 1 of them\n"
+    assert job.job.output().startswith(warning)
 
 
 def test_the_environment_is_the_activated_one_if_it_has_torchrun(submitted):

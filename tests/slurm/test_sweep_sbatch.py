@@ -1,4 +1,4 @@
-"""Agents of a W&B sweep on a real Slurm, with a W&B server that the nodes can reach."""
+"""slurm/sweep.sbatch: agents of a W&B sweep on a real Slurm, with a W&B server that the nodes can reach."""
 
 import sys
 from pathlib import Path
@@ -25,8 +25,8 @@ def server(slurm):
 def test_missing_wandb_key_is_reported_in_one_line(jobs):
     job = jobs.submit("sweep.sbatch", "me/reid/sweep1", options=SMALL, environment={"WANDB_MODE": "online"})
     assert job.task(1).ended() == ("FAILED", 1, 0)
-    (said,) = (line for line in job.task(1).said().splitlines() if line.startswith("error"))
-    assert said.startswith("error: WANDB_API_KEY must be set for a sweep, got no key.")
+    (error,) = (line for line in job.task(1).output().splitlines() if line.startswith("error"))
+    assert error.startswith("error: WANDB_API_KEY must be set for a sweep, got no key.")
 
 
 def test_trial_saved_on_warning_signal_resumes_when_reassigned(jobs, place, slow_repository, alone, server):
@@ -46,9 +46,9 @@ def test_trial_saved_on_warning_signal_resumes_when_reassigned(jobs, place, slow
     job = submitted.task(1)
     job.wait_for("epoch 3/8 step 1/2")
     job.signal("USR1", "--batch")
-    job.wait_for("to be started again")
+    job.wait_for("requeueing")
     job.wait_for("resuming from")
-    assert job.ended() == ("COMPLETED", 0, 1), job.said()
+    assert job.ended() == ("COMPLETED", 0, 1), job.output()
     assert_same_but_for_rounding(place.folder / "sweep" / "trial1", alone(*settings, "SOLVER.MARGIN", 0.4))
     (run,) = server.runs.values()
     assert [row["iteration"] for row in run.history if "train/loss" in row] == list(range(1, 17))

@@ -1,4 +1,4 @@
-"""One torchrun on each of two machines, without Slurm: processes, machines and links fail, and the training goes on."""
+"""One torchrun on each of two machines, without Slurm: processes, machines and links fail, and the training resumes."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ from program import records
 
 pytestmark = pytest.mark.slow
 
-# As in the README; a machine that is gone is missed for 15 seconds, and 5 more are waited for others to come.
+# The options of docs/slurm.md. torchrun misses a lost machine after 15 s and waits 5 s more for others to join.
 TORCHRUN = (
     *("--nnodes=1:2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=training", "--rdzv-endpoint=n1:29400"),
     *("--rdzv-conf=join_timeout=300,last_call_timeout=5", "--max-restarts=3", "--shutdown-timeout=60"),
@@ -22,7 +22,7 @@ SETTINGS = (*EXACT, "SOLVER.MAX_EPOCHS", 60, "SOLVER.EVAL_PERIOD", 30, "SOLVER.C
 
 
 class Training:
-    """Of both machines, into one folder."""
+    """A training on both machines, in one folder."""
 
     def __init__(self, machines, place, repository, name, *settings):
         self.machines, self.place, self.repository, self.folder = machines, place, repository, place.folder / name
@@ -47,18 +47,18 @@ class Training:
         file = self.folder / "log.txt"
         return file.read_text() if file.exists() else ""
 
-    def said(self):
+    def output(self):
         return "\n".join(file.read_text() for file in sorted(self.place.folder.glob(f"{self.folder.name}.*.out")))
 
-    def wait_until_under_way(self, number, num_ranks):
-        """Until the start of this number, counted from 1, has trained for a step."""
+    def wait_for_first_step(self, number, num_ranks):
+        """Wait until the start with this number, counted from 1, has trained for one step."""
         deadline = time.monotonic() + PATIENCE
         while True:
             parts = re.split(r"training \S+ \(\S+ million parameters\) on ", self.log())
             if len(parts) > number and "epoch " in parts[number].partition("\n")[2]:
                 assert parts[number].startswith(f"{num_ranks} x cpu"), self.log()
                 return
-            assert time.monotonic() < deadline, self.said()
+            assert time.monotonic() < deadline, self.output()
             time.sleep(0.1)
 
 
@@ -67,26 +67,26 @@ def test_training_resumes_on_the_remaining_nodes(two_machines, place, slow_repos
     training = Training(two_machines, place, slow_repository, "with_whoever", *SETTINGS, "SOLVER.TIMEOUT_MINUTES", 0.4)
     training.start("n1")
     training.start("n2")
-    training.wait_until_under_way(1, num_ranks=2)
+    training.wait_for_first_step(1, num_ranks=2)
 
     two_machines.run("n2", ["kill", "-9", *two_machines.pids("n2", TRAINING)])
-    training.wait_until_under_way(2, num_ranks=2)
+    training.wait_for_first_step(2, num_ranks=2)
 
-    two_machines.unplug("n2")  # nobody is told: the ranks wait for each other until SOLVER.TIMEOUT_MINUTES
-    training.wait_until_under_way(3, num_ranks=1)
-    assert "error: rank 1 did not answer within SOLVER.TIMEOUT_MINUTES=0.4 minutes" in training.said()
+    two_machines.unplug("n2")  # in silence: the ranks wait for each other until SOLVER.TIMEOUT_MINUTES
+    training.wait_for_first_step(3, num_ranks=1)
+    assert "error: rank 1 did not answer within SOLVER.TIMEOUT_MINUTES=0.4 minutes" in training.output()
 
-    # A torchrun that is cut off gives up after a minute; one that gives up when it is back tells all others to end.
+    # A disconnected torchrun gives up after a minute. If it does so after reconnecting, it ends all others.
     two_machines.run("n2", ["kill", "-9", *two_machines.pids("n2", "launch/train.py")])
-    assert two_machines.ended(training.agents["n2"], within=PATIENCE), training.said()
+    assert two_machines.ended(training.agents["n2"], within=PATIENCE), training.output()
     two_machines.plug("n2")
     training.start("n2")
-    training.wait_until_under_way(4, num_ranks=2)  # without losing a step, as torchrun asks the other rank to stop
+    training.wait_for_first_step(4, num_ranks=2)  # without losing a step, as torchrun asks the other rank to stop
     assert "stopped by a signal: saved after iteration" in training.log()
 
     two_machines.crash("n2")
-    training.wait_until_under_way(5, num_ranks=1)
-    assert training.agents["n1"].wait(PATIENCE) == 0, training.said()
+    training.wait_for_first_step(5, num_ranks=1)
+    assert training.agents["n1"].wait(PATIENCE) == 0, training.output()
     iterations = [record["iteration"] for record in records(training.folder, "train")]
     assert iterations == list(range(1, 121))
     assert_same_but_for_rounding(training.folder, expected)

@@ -45,7 +45,7 @@ def test_offline_parts_of_a_training_are_synced_once_as_one_run(place, server):
     server.refuses_files = True
     done = sync(place, "to_sync", environment=environment)
     assert done.code == 1, done
-    assert "has not taken all" in done.err
+    assert "did not accept all" in done.err
     server.refuses_files = False
     for last in ("Finished syncing", "nothing"):
         done = sync(place, "to_sync", environment=environment)
