@@ -79,6 +79,26 @@ def test_every_setting_is_read(key):
     assert any(re.search(rf"\.{name}\b", file.read_text()) for name_, file in FILES.items() if "schema" not in name_)
 
 
+# ---- English ----
+
+NO_SENTENCE = re.compile(r"(Of|As|What|Whether|Where|Rather|For|From|How|The same|Its?|Who|When|If)\b")
+PRIVATE = re.compile(
+    r"\b(stor(y|ies)|told|trunks?|settled?|begun|optimiser\w*|initialis\w+|synchronis\w+|colours?)\b", re.I
+)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_docstrings_begin_as_sentences(name):
+    nodes = (node for node in ast.walk(TREES[name]) if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module))
+    first_lines = [(ast.get_docstring(node) or "").partition("\n")[0] for node in nodes]
+    assert [line for line in first_lines if NO_SENTENCE.match(line)] == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_words_are_those_of_the_field(name):
+    assert [word[0] for word in PRIVATE.finditer(FILES[name].read_text())] == []
+
+
 # ---- the tests ----
 
 TESTS = {file: ast.parse(file.read_text()) for file in sorted(Path(__file__).parent.rglob("test_*.py"))}
