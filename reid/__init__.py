@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     from reid.checkpoints.load_model import load_model
     from reid.commands.api import evaluate, train
     from reid.config.load import load_config
+    from reid.errors import ReidError
     from reid.evaluation.embedder import Embedder
     from reid.losses.center import center_loss
     from reid.losses.identity import label_smoothed_cross_entropy
     from reid.losses.triplet import batch_hard_triplet
     from reid.models.reid_model import build_model
+    from reid.process.signals import Preempted
     from reid.retrieval.metrics import retrieval_scores, scores_from_distmat
     from reid.retrieval.reranking import k_reciprocal
     from reid.training.optim import learning_rate
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 # Imported when first used, as torch takes seconds.
 _MODULES = {
     "Embedder": "reid.evaluation.embedder",
+    "Preempted": "reid.process.signals",
+    "ReidError": "reid.errors",
     "batch_hard_triplet": "reid.losses.triplet",
     "build_model": "reid.models.reid_model",
     "center_loss": "reid.losses.center",
@@ -57,6 +61,8 @@ _MODULES = {
 
 __all__ = [
     "Embedder",
+    "Preempted",
+    "ReidError",
     "batch_hard_triplet",
     "build_model",
     "center_loss",

@@ -31,7 +31,8 @@ def train(cfg: CfgNode) -> dict[str, Any]:
 
     Raises:
         ReidError: The settings, the data or the machines do not allow the run; the message names the setting.
-        Preempted: A signal came, and everything is saved: call it again to resume.
+        Preempted: A signal came, and everything is saved: call it again to resume. It is no Exception, so that no
+            library catches it.
 
     Example:
         >>> cfg = reid.load_config("configs/demo.yml", ["SOLVER.MAX_EPOCHS=2"])
