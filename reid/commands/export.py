@@ -250,7 +250,7 @@ def _quiet(failure: str) -> Iterator[None]:
             yield
     except OSError:
         raise
-    except Exception as error:
+    except Exception as error:  # torch.export and ONNX raise nearly anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WorldError(f"{failure}: {reason}. Fix: choose other formats by --to.", key="--to") from error
     finally:
