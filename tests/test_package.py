@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from program import REPOSITORY, TIMEOUT
 
+import reid
 from reid.config.bundled import find_config_file
 
 REID = Path(sys.executable).with_name("reid")
@@ -58,6 +59,11 @@ def test_each_command_explains_itself(tmp_path, name):
     done = run(REID, name, "--help", cwd=tmp_path)
     assert done.returncode == 0, done
     assert done.stdout.startswith(f"usage: reid {name} ")
+
+
+def test_the_version_is_that_of_the_distribution(tmp_path):
+    done = run(REID, "--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"reid-strong {reid.__version__}\n")
 
 
 def test_an_unknown_command_is_refused_with_the_nearest(tmp_path):

@@ -63,7 +63,7 @@ def read_file(path: Path, setting: str, *, key: str | None = None) -> dict[str, 
         raise error_of(
             f"{setting}={path} must hold a state dict only, got a damaged file or Python objects, which could run any "
             "code when loaded. Fix: if it is a model that reid-strong-baseline saved, extract its weights with: "
-            f"python launch/convert.py {path} OUT.pth"
+            f"reid convert {path} OUT.pth"
         ) from error
     except Exception as error:  # a damaged file makes the unpickler raise nearly anything
         reason = "; ".join(str(error).splitlines()[:1]).rstrip(".") or type(error).__name__

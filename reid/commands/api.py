@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -63,8 +64,26 @@ def evaluate(cfg: CfgNode) -> dict[str, Any]:
 def _run(work: Callable[..., dict[str, Any]], cfg: CfgNode) -> dict[str, Any]:
     world = read_world(os.environ)
     signals = Signals(under_launcher="TORCHELASTIC_RUN_ID" in os.environ)
-    with session(world, cfg, keep_group=True) as accelerator, _installed(signals):
+    with _logged(world.rank), session(world, cfg, keep_group=True) as accelerator, _installed(signals):
         return work(cfg, accelerator, signals)
+
+
+@contextmanager
+def _logged(rank: int) -> Iterator[None]:
+    """Log what log.txt needs, on rank 0; afterwards close log.txt, and with it the lock of the run directory."""
+    logger = logging.getLogger("reid")
+    level, handlers = logger.level, list(logger.handlers)
+    logger.setLevel(logging.ERROR if rank else min(logger.getEffectiveLevel(), logging.INFO))
+    ignite, silent = logging.getLogger("ignite"), logging.NullHandler()  # Ignite repeats every error
+    ignite.addHandler(silent)
+    try:
+        yield
+    finally:
+        ignite.removeHandler(silent)
+        logger.setLevel(level)
+        for handler in set(logger.handlers).difference(handlers):
+            logger.removeHandler(handler)
+            handler.close()
 
 
 @contextmanager

@@ -47,7 +47,7 @@ _OTHERS = {
     "sweep": ("reid.commands.sweep", "main"),
 }
 _USAGE = """\
-usage: reid COMMAND [ARGUMENTS]; reid COMMAND --help
+usage: reid COMMAND [ARGUMENTS]; reid COMMAND --help; reid --version
 
     train      train a model; resumes if it was interrupted
     evaluate   evaluate a checkpoint
@@ -74,6 +74,9 @@ def console() -> NoReturn:
     if name in ("", "-h", "--help"):
         logs.write_output(_USAGE)
         sys.exit(0 if name else BAD_INPUT)
+    if name == "--version":
+        logs.write_output(f"reid-strong {version('reid-strong')}\n")
+        sys.exit(0)
     sys.argv[:2] = [f"reid {name}"]
     if name in _OTHERS:
         module, function = _OTHERS[name]

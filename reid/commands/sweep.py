@@ -88,7 +88,7 @@ def read_sweep(file: Path) -> dict[str, Any]:
 
 def _validate_parameter(key: str, space: Any, file: Path) -> None:
     if key not in SETTINGS:
-        meant = " or ".join(nearest(key, SETTINGS)) or "a key of docs/settings.md"
+        meant = " or ".join(nearest(key, SETTINGS)) or "a key that reid settings lists"
         raise UnknownKeyError(
             f"parameters in {file} must be full keys of settings, got {key}. Fix: use {meant}.", key=key
         )

@@ -98,7 +98,7 @@ def _validated(raw: RawSetting) -> Any:
         )
     if key not in SETTINGS:
         meant = " or ".join(nearest(key, [*SETTINGS, *SECTIONS]))
-        fix = f"did you mean {meant}?" if meant else "docs/settings.md lists all keys"
+        fix = f"did you mean {meant}?" if meant else "reid settings lists all keys"
         raise UnknownKeyError(f"every setting must be one of the known keys, got {key} {source}; {fix}", key=key)
     setting = SETTINGS[key]
     try:

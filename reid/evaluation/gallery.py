@@ -23,7 +23,7 @@ FORMAT_VERSION = 1
 EMBEDDINGS, IMAGES, METADATA, UNREADABLE = "embeddings.npy", "images.csv", "gallery.json", "unreadable.txt"
 
 _COLUMNS = ("path", "pid", "camid")
-_FIX = "Fix: make the gallery with launch/embed.py."
+_FIX = "Fix: make the gallery with: reid embed FOLDER."
 _WRITTEN_BY, _READ_BY = "--output", "--gallery"  # options that name the folder
 
 
@@ -203,7 +203,7 @@ def _translated_errors(folder: Path) -> Iterator[None]:
         raise
     except (OSError, EOFError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise DataError(
-            f"--gallery must be a folder that launch/embed.py wrote, got {folder}: {error_summary(error)}. {_FIX}",
+            f"--gallery must be a folder that reid embed wrote, got {folder}: {error_summary(error)}. {_FIX}",
             key=_READ_BY,
         ) from error
 

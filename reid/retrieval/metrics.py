@@ -160,7 +160,7 @@ class Labels:
 
     @classmethod
     def of(cls, pids: ArrayLike | Tensor, camids: ArrayLike | Tensor) -> Labels:
-        labels = cls(as_tensor(pids), as_tensor(camids))
+        labels = cls(_whole_numbers("pids", pids), _whole_numbers("camids", camids))
         if labels.pids.dim() != 1 or labels.pids.shape != labels.camids.shape:
             raise ValueError(
                 "pids and camids must be of one length and dimension, got shapes "
@@ -170,6 +170,24 @@ class Labels:
 
     def to(self, device: torch.device) -> Labels:
         return Labels(self.pids.to(device), self.camids.to(device))
+
+
+def _whole_numbers(name: str, values: ArrayLike | Tensor) -> Tensor:
+    """Return int64 labels of any type that holds whole numbers.
+
+    Raises:
+        ValueError: There are other values, such as names or NaN.
+    """
+    if not isinstance(values, Tensor):
+        array = np.asarray(values)
+        if array.dtype.kind not in "iuf":
+            raise ValueError(f"{name} must be whole numbers, got the type {array.dtype}")
+        # A copy, as torch neither shares read-only arrays nor computes with most unsigned types.
+        values = torch.from_numpy(np.array(array, dtype=np.float64 if array.dtype.kind == "f" else np.int64))
+    labels = values.detach().to(torch.int64)
+    if not torch.equal(labels.to(values.dtype), values.detach()):
+        raise ValueError(f"{name} must be whole numbers, got others among {values.dtype} values")
+    return labels
 
 
 @dataclass(frozen=True)

@@ -71,5 +71,5 @@ def test_settings_that_are_no_yaml_are_rejected(tmp_path):
 
 
 def test_a_gallery_that_is_none_is_rejected(tmp_path):
-    with refused(DataError, "--gallery", str(tmp_path), "launch/embed.py"):
+    with refused(DataError, "--gallery", str(tmp_path), "reid embed"):
         recorded_settings(load_config(None, []), {"gallery": str(tmp_path)})

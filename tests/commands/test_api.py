@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import inspect
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -81,6 +82,26 @@ def test_an_unknown_name_is_no_attribute():
 )
 def test_arguments_have_the_published_names(name, parameters):
     assert list(inspect.signature(getattr(reid, name)).parameters)[: len(parameters)] == parameters
+
+
+def train_twice(folder: Path) -> int:
+    for name in ("a", "b"):
+        reid.train(reid.load_config("tiny.yml", [f"OUTPUT_DIR={folder / name}", "SOLVER.MAX_EPOCHS=1"]))
+    assert logging.getLogger("reid").handlers == []
+    return subprocess.run(
+        [sys.executable, "-m", "reid", "train", "--config_file", "tiny.yml", "OUTPUT_DIR", folder / "a"], check=False
+    ).returncode
+
+
+def test_each_run_has_its_own_log_and_frees_its_folder(place):
+    folder = place.folder / "twice"
+    (ended,) = place.fork(partial(train_twice, folder)).ended()
+    assert ended.code == 0, ended
+    logs = {name: (folder / name / "log.txt").read_text() for name in ("a", "b")}
+    assert f"all files are in {folder / 'a'}" in logs["a"]
+    assert f"all files are in {folder / 'b'}" in logs["b"]
+    assert str(folder / "b") not in logs["a"]
+    assert ended.err == ""
 
 
 def test_train_returns_what_result_json_holds(trained):

@@ -196,7 +196,7 @@ def test_error_names_convert_command_whose_output_can_be_loaded(place):
     torch.save(model, place.folder / "resnet18_model_120.pth", _use_new_zipfile_serialization=False)
     message = place.refusal("evaluate", "OUTPUT_DIR", "old", "TEST.WEIGHT", "resnet18_model_120.pth", code=1)
     assert "TEST.WEIGHT" in message
-    assert "python launch/convert.py resnet18_model_120.pth OUT.pth" in message
+    assert "reid convert resnet18_model_120.pth OUT.pth" in message
     done = place.command(sys.executable, CONVERT, "resnet18_model_120.pth", "plain.pth")
     assert (done.code, done.err) == (0, "")
     keywords = ("plain.pth", "126 entries", "reid.models.reid_model.ReIDModel", "MODEL.NAME resnet18", "8 identities")

@@ -538,7 +538,7 @@ def test_an_unknown_key_gets_the_nearest(key, meant):
 
 
 def test_an_unknown_key_far_from_all_others():
-    assert_refused(None, ["QQQQ", "1"], "QQQQ", "command line", "docs/settings.md", kind=UnknownKeyError)
+    assert_refused(None, ["QQQQ", "1"], "QQQQ", "command line", "reid settings", kind=UnknownKeyError)
     assert_refused(None, ["=1"], "", "command line", kind=UnknownKeyError)
 
 

@@ -85,7 +85,7 @@ def test_incomplete_benchmark_is_reported_in_one_warning(tmp_path, caplog):
     assert f"market1501 in {root} is not as documented" in message
     assert "train has 2 of 12,936 images and 2 of 751 identities; query has 1 of 3,368 images" in message
     assert "gallery has 2 of 15,913 images and 2 of 751 identities" in message
-    assert "launch/data.py check market1501" in message
+    assert "reid data check market1501" in message
 
 
 def test_only_what_was_read_is_compared(tmp_path, caplog):

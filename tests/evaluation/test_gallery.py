@@ -99,7 +99,7 @@ def test_gallery_is_invalid_until_its_metadata_are_written(tmp_path, embedding):
     write(tmp_path, embedding)
     with writing_embeddings(tmp_path, 4) as file:
         file.append(embedding[:2])
-    with refused(DataError, "--gallery", f"{tmp_path}/gallery.json", "launch/embed.py"):
+    with refused(DataError, "--gallery", f"{tmp_path}/gallery.json", "reid embed"):
         read_gallery(tmp_path)
 
 
@@ -109,7 +109,7 @@ def test_the_list_of_unreadable_images_is_removed_when_empty(tmp_path):
 
 
 def test_a_folder_without_a_gallery_is_rejected(tmp_path):
-    with refused(DataError, "--gallery", f"{tmp_path}/none", "launch/embed.py"):
+    with refused(DataError, "--gallery", f"{tmp_path}/none", "reid embed"):
         read_gallery(tmp_path / "none")
 
 
@@ -133,7 +133,7 @@ def test_metadata_that_do_not_fit_are_rejected(tmp_path, embedding, change, keyw
 def test_a_damaged_file_is_rejected(tmp_path, embedding, name, content):
     write(tmp_path, embedding)
     (tmp_path / name).write_bytes(content)
-    with refused(DataError, "--gallery", str(tmp_path), "launch/embed.py"):
+    with refused(DataError, "--gallery", str(tmp_path), "reid embed"):
         read_gallery(tmp_path)
 
 

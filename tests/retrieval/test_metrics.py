@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rankings import TIED, retrievals, sides, without_ties
 
 from reid.retrieval import metrics
-from reid.retrieval.metrics import RetrievalScores, retrieval_scores, scores_from_distmat
+from reid.retrieval.metrics import Labels, RetrievalScores, retrieval_scores, scores_from_distmat
 
 
 def assert_agrees(scores: RetrievalScores, expected: reference.Retrieval):
@@ -343,3 +343,20 @@ def test_an_array_in_any_layout_will_do():
 def test_a_curve_without_a_point_is_rejected():
     with pytest.raises(ValueError, match="max_rank"):
         scores_from_distmat([[0.0]], [1], [0], [1], [1], max_rank=0)
+
+
+# ---- labels ----
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.uint64, np.int32, np.float32, np.float64, list, torch.tensor])
+def test_labels_may_be_whole_numbers_of_any_type(kind):
+    values = [3, 1, 200]
+    labels = Labels.of(kind(values), np.array(values))
+    assert labels.pids.dtype == labels.camids.dtype == torch.int64
+    assert labels.pids.tolist() == values
+
+
+@pytest.mark.parametrize("values", [["a", "b"], [0.5, 1], [float("nan"), 1], torch.tensor([0.5, 1]), [None, 1]])
+def test_other_labels_are_refused(values):
+    with pytest.raises(ValueError, match="pids must be whole numbers"):
+        Labels.of(values, [0, 1])

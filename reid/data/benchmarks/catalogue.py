@@ -51,8 +51,7 @@ def load_benchmark(
     benchmark = read_benchmark(name, root_dir, options, parts)
     if differing := differences(benchmark, options):
         logger.warning(
-            "%s in %s is not as documented (%s): images are missing, or it is another version; see: "
-            "launch/data.py check %s",
+            "%s in %s is not as documented (%s): images are missing, or it is another version; see: reid data check %s",
             name,
             benchmark.root,
             "; ".join(differing),
