@@ -110,7 +110,7 @@ def real_step(accelerator: Accelerator, batch: int = 16) -> tuple[Callable[[], N
     """Return a training step of a global batch made of parts of the package, and the size of the model."""
     cfg = load_config(None, [*TINY, f"SOLVER.IMS_PER_BATCH={batch}"])
     _, num_parameters, channels = sizes("resnet18")
-    model = build_model(cfg, NUM_PIDS)
+    model = build_model(cfg, NUM_PIDS).train()
     synchronize_batchnorm(model)
     criterion = Criterion(cfg)
     local_batch = cfg.SOLVER.IMS_PER_BATCH // collectives.num_ranks()

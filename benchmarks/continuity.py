@@ -45,7 +45,7 @@ def trained_model(name: str) -> tuple[ReIDModel, torch.optim.Optimizer, Callable
     """Return a model with the complete state of Adam, its optimizer and a training step."""
     torch.manual_seed(0)
     cfg = load_config(None, [f"MODEL.NAME={name}"])
-    model = build_model(cfg, NUM_PIDS)
+    model = build_model(cfg, NUM_PIDS).train()
     optimizer = build_optimizer(cfg.SOLVER, model)
     images, pids = torch.randn(IMAGES), torch.arange(IMAGES[0])
 

@@ -208,7 +208,7 @@ if is_first:
 
 import torch
 import torch.distributed as dist
-from reid.commands.main import leave
+from reid.commands.main import exit_process
 
 dist.init_process_group("gloo")
 time.sleep(0 if is_first else 1)
@@ -219,7 +219,7 @@ if not is_first:
     time.sleep(3)
 del work
 print("done")
-leave(0)
+exit_process(0)
 """
 
 

@@ -128,7 +128,7 @@ def test_nodes_that_cannot_share_the_batch_are_left_idle(submitted):
     job = submitted["too many nodes"]
     ((node, options, _),) = job.calls()
     assert {"--nnodes=1", "--nproc-per-node=4", f"--rdzv-endpoint={node[0]}:{20000 + job.job.number}"} < set(options)
-    warning = "warning: the ranks of 2 nodes cannot share SOLVER.IMS_PER_BATCH=16 evenly; it uses 1 of them\n"
+    warning = "warning: the ranks of 2 nodes cannot share SOLVER.IMS_PER_BATCH=16 evenly; the training uses 1 of them\n"
     assert job.job.output().startswith(warning)
 
 
