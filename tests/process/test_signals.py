@@ -37,9 +37,13 @@ except Preempted:
 
 def outcome(number: int, *arguments: str, num_signals=1, pause=0.0, ignored=False) -> tuple[int, str]:
     program = PROGRAM.format(number=int(number), num_signals=num_signals, pause=pause)
-    before = (lambda: signal.signal(number, signal.SIG_IGN)) if ignored else None
+    action = signal.SIG_IGN if ignored else signal.SIG_DFL
     done = subprocess.run(
-        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=TIMEOUT, preexec_fn=before
+        [sys.executable, "-c", program, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        preexec_fn=lambda: signal.signal(number, action),  # these tests may run under nohup themselves
     )
     assert done.stderr == ""
     return done.returncode, done.stdout
