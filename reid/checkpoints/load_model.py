@@ -8,14 +8,12 @@ from pathlib import Path
 import torch
 
 from reid.checkpoints import weights
-from reid.checkpoints.recorded_settings import settings_of_checkpoint
-from reid.checkpoints.state_dicts import num_pids_of
+from reid.checkpoints.recorded_settings import settings_of_content
+from reid.checkpoints.trained import build_trained, validate_weight_is_given
 from reid.checkpoints.weight_file import read_weight_here
 from reid.config.load import load_config
-from reid.distributed.accelerator import move_model
 from reid.errors import SettingsError
 from reid.evaluation.embedder import Embedder
-from reid.models.reid_model import build_model
 
 
 def load_model(
@@ -40,14 +38,12 @@ def load_model(
     chosen = _device(device)
     settings = [*overrides, f"TEST.WEIGHT={file_or_wandb_reference}", f"MODEL.DEVICE={chosen.type}"]
     cfg = load_config(None, settings)
-    cfg = load_config(None, settings, recorded=settings_of_checkpoint(cfg, {}))
+    validate_weight_is_given(cfg)
     _, content = read_weight_here(cfg)
+    cfg = load_config(None, settings, recorded=settings_of_content(cfg, content))
     source = f"TEST.WEIGHT={cfg.TEST.WEIGHT}"
     weights.verify_settings(content, cfg, source, key="TEST.WEIGHT")
-    model = build_model(cfg, num_pids=num_pids_of(content))
-    weights.load_for_retrieval(model, content, source)
-    move_model(model, cfg, chosen)
-    return Embedder(model.eval(), cfg)
+    return Embedder(build_trained(cfg, content, source, chosen), cfg)
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -28,6 +28,11 @@ def settings_of_checkpoint(cfg: CfgNode, command_args: dict[str, Any]) -> list[R
     del command_args
     validate_weight_is_given(cfg)
     _, content = read_weight_here(cfg)
+    return settings_of_content(cfg, content)
+
+
+def settings_of_content(cfg: CfgNode, content: dict[str, Any]) -> list[RawSetting]:
+    """Return the settings in the content of TEST.WEIGHT, see `settings_of_checkpoint`."""
     if not isinstance(content.get("config"), str):
         logger.info(
             "TEST.WEIGHT=%s has no recorded settings; the defaults apply to all that are not given", cfg.TEST.WEIGHT

@@ -15,6 +15,7 @@ from reid.models.reid_model import ReIDModel, build_model
 from reid.runs.start_checks import check_start
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
     from yacs.config import CfgNode
 
@@ -62,8 +63,18 @@ def read_trained(cfg: CfgNode, accelerator: Accelerator) -> TrainedModel:
         weights.verify_settings(content, cfg, source, key="TEST.WEIGHT")
     checksum = checksum_of(content)
     collectives.require_same_on_all_ranks({"the contents of TEST.WEIGHT": checksum}, key="TEST.WEIGHT")
-    model = build_model(cfg, num_pids=num_pids_of(content))
     with collectives.errors_shared():
-        weights.load_for_retrieval(model, content, source)
-    move_model(model, cfg, accelerator.device)
-    return TrainedModel(model.eval(), file, content, source, checksum)
+        model = build_trained(cfg, content, source, accelerator.device)
+    return TrainedModel(model, file, content, source, checksum)
+
+
+def build_trained(cfg: CfgNode, content: dict[str, Any], source: str, device: torch.device) -> ReIDModel:
+    """Return the model with the weights of a checkpoint's content, in eval mode on the device.
+
+    Raises:
+        WorldError: The weights do not fit the settings.
+    """
+    model = build_model(cfg, num_pids=num_pids_of(content))
+    weights.load_for_retrieval(model, content, source)
+    move_model(model, cfg, device)
+    return model

@@ -11,7 +11,7 @@ from reid.config.schema import SECTION_TITLES, SETTINGS
 
 
 def test_the_page_of_settings_is_up_to_date():
-    """Where it is not: python launch/settings.py --markdown > docs/settings.md."""
+    """Renew a stale page by: python launch/settings.py --markdown > docs/settings.md."""
     assert (REPOSITORY / "docs" / "settings.md").read_text() == markdown(SETTINGS)
 
 
