@@ -62,6 +62,11 @@ class _Shareable(Protocol):
 E = TypeVar("E", bound=_Shareable)
 
 
+def reason_of(error: BaseException) -> str:
+    """Return the first line of a foreign error's message; its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def shared(error: E) -> E:
     """Return the error, marked as one that every rank raises, so that only rank 0 reports it."""
     error.is_shared = True

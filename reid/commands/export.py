@@ -22,7 +22,7 @@ from reid.checkpoints.trained import TrainedModel, load_trained
 from reid.commands.export_parity import Comparison, Embed, evaluation_pass, random_pass
 from reid.config.load import dump
 from reid.data.augment import normalize_at_once
-from reid.errors import DataError, SettingsError, WorldError
+from reid.errors import DataError, SettingsError, WorldError, reason_of
 from reid.models.backbones import normalization
 from reid.models.reid_model import ReIDModel
 from reid.process.files import atomic_write, disk_errors
@@ -251,7 +251,7 @@ def _quiet(failure: str) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:  # torch.export and ONNX raise nearly anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = reason_of(error)
         raise WorldError(f"{failure}: {reason}. Fix: choose other formats by --to.", key="--to") from error
     finally:
         logging.disable(disabled)

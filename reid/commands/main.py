@@ -23,6 +23,7 @@ from reid.distributed.launch_environment import World, read_world, reports_for_n
 from reid.errors import ReidError, SettingsError, UnsavedError, WorldError
 from reid.process import logs
 from reid.process.environment import load_environment_file
+from reid.process.side_effects import first_line
 from reid.process.signals import MARKER, Preempted, Signals, write_marker
 
 if TYPE_CHECKING:
@@ -249,15 +250,15 @@ def _prepare(
 
 def explain_runtime_error(error: RuntimeError, rank: int, *, lost_another: bool) -> Exception:
     """Translate a RuntimeError (lost rank, out of memory) into a user error; return any other unchanged."""
-    first_line = (str(error).splitlines() or [""])[0]
+    reason = first_line(error)
     if lost_another:
         return WorldError(
-            f"rank {rank} has lost another rank: {first_line}. Fix: see the error of that rank; the same command "
+            f"rank {rank} has lost another rank: {reason}. Fix: see the error of that rank; the same command "
             "resumes from the last checkpoint."
         )
     if type(error).__name__ == "OutOfMemoryError":
         return WorldError(
-            f"rank {rank} has no GPU memory left: {first_line}. Fix: raise SOLVER.ACCUMULATE or the number of ranks, "
+            f"rank {rank} has no GPU memory left: {reason}. Fix: raise SOLVER.ACCUMULATE or the number of ranks, "
             "lower SOLVER.IMS_PER_BATCH or TEST.IMS_PER_BATCH, or use SOLVER.PRECISION bf16.",
             key="SOLVER.ACCUMULATE",
         )

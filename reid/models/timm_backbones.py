@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from reid.errors import SettingsError, WorldError
+from reid.errors import SettingsError, WorldError, reason_of
 
 if TYPE_CHECKING:
     from yacs.config import CfgNode
@@ -105,7 +105,7 @@ def _dry_run(plan: Plan, key: str, size: tuple[int, int]) -> int:
             raise TypeError("the model returns no feature vector")
     except Exception as error:  # each model rejects a size in its own way
         usual = "x".join(map(str, _pretrained_cfg(plan.name)["input_size"][1:]))
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = reason_of(error).rstrip(".")
         raise SettingsError(
             f"{key} must be a size that {PREFIX}{plan.name} takes, got {size} ({reason}); use its pretraining size "
             f"{usual}, or another model",
@@ -189,7 +189,7 @@ def _download(plan: Plan) -> dict[str, Tensor]:
             urlopen(Request(address, method="HEAD"), timeout=10).close()
         return plan.create(pretrained=True).state_dict()
     except OSError as error:
-        reason = error.reason if isinstance(error, URLError) else (str(error).splitlines() or [type(error).__name__])[0]
+        reason = error.reason if isinstance(error, URLError) else reason_of(error)
         raise WorldError(
             f"MODEL.PRETRAIN_CHOICE is imagenet, but the weights of {PREFIX}{plan.name} cannot be downloaded here "
             f"({reason}); download them from {address} elsewhere and set MODEL.PRETRAIN_PATH to the file, or train "

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from reid.config.benchmark_names import PARTS, Part
 from reid.data.benchmarks.folders import read_text, require_present
 from reid.data.benchmarks.splits import Benchmark, build_benchmark, data_error, is_file, shown, splits_of
-from reid.errors import WorldError
+from reid.errors import WorldError, reason_of
 
 COLUMNS = ("path", "pid", "camid", "split")
 SPLITS = ("train", "query", "gallery")
@@ -172,7 +172,7 @@ def _read_parquet(table: Path) -> list[TableRow]:
         content = file.read(columns=names)
         columns = [content.column(name).to_pylist() for name in names]
     except (arrow.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = reason_of(error)
         raise _table_error(f"{table} must be a readable Parquet table, got: {reason}", fix="write it again") from error
     rows = []
     for number, values in enumerate(zip(*columns, strict=True), 1):
